@@ -1,0 +1,327 @@
+"""Gemma 4 Unified, read top to bottom: config, norm, RoPE, attention, MLP, block, model.
+
+One position is one embedding, whatever it came from: `embed_text` makes one of a token, `embed_audio` one of a raw
+frame of samples, `embed_image` one of a square of pixels. `forward` takes embeddings [B, T, H] and a `Span`, which says
+where those positions stand and what they may see; with a `Cache` they are written to its rows, without one the chunk
+is all there is (that is how nano is trained).
+
+Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden size, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import Cache, Row, Span
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit; the message names the file, key or tensor."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What attention needs to know of one layer. Layers with equal values share masks and RoPE tables."""
+
+    sliding: bool
+    head_dim: int
+    kv_heads: int
+    shared_kv: bool  # no v_proj: V is the key projection, normed without weight and not rotated
+    theta: float
+    rotated: float  # share of the pairs that RoPE turns
+
+
+@dataclass(frozen=True)
+class Media:
+    """Token ids that stand around and in place of pictures and sound."""
+
+    boi: int
+    eoi: int
+    image: int
+    video: int
+    boa: int
+    eoa: int
+    audio: int
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    layers: tuple[Layer, ...]
+    window: int
+    max_positions: int
+    softcap: float | None
+    eps: float
+    patch_size: int
+    pooling: int
+    vision_size: int
+    grid: int  # longest row or column of patches the position table knows
+    vision_eps: float
+    frame: int  # samples in one audio position
+    audio_eps: float
+    media: Media
+
+    @property
+    def patch(self) -> int:
+        """Side in pixels of the square that becomes one position."""
+        return self.patch_size * self.pooling
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Config:
+        """Reads config.json in both dialects: `global_head_dim`/`num_global_key_value_heads` of the hub's files and
+        `per_layer_config` of transformers >= 5.23. Raises CheckpointError for another model or a missing key."""
+        if raw.get("model_type") != "gemma4_unified":
+            raise CheckpointError(f'config.json says model_type "{raw.get("model_type")}"; attend runs "gemma4_unified"')
+        try:
+            return cls._read(raw, raw["text_config"], raw["vision_config"], raw["audio_config"])
+        except KeyError as missing:
+            raise CheckpointError(f"config.json has no {missing}") from missing
+        except (TypeError, AttributeError) as wrong:
+            raise CheckpointError(f"config.json holds a value of the wrong type: {wrong}") from wrong
+
+    @classmethod
+    def _read(cls, raw: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[str, Any]) -> Config:
+        unsupported = {
+            "hidden_activation": text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
+            "attention_bias": bool(text.get("attention_bias")),
+            "enable_moe_block": bool(text.get("enable_moe_block")),
+            "num_kv_shared_layers": bool(text.get("num_kv_shared_layers")),
+            "hidden_size_per_layer_input": bool(text.get("hidden_size_per_layer_input")),
+            "use_double_wide_mlp": bool(text.get("use_double_wide_mlp")),
+            "tie_word_embeddings": not raw.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
+        }
+        for key, bad in unsupported.items():
+            if bad:
+                raise CheckpointError(f"config.json sets {key}={text.get(key, raw.get(key))!r}, which Gemma 4 Unified does not have")
+        return cls(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            heads=text["num_attention_heads"],
+            layers=tuple(_layers(text)),
+            window=text["sliding_window"],
+            max_positions=text["max_position_embeddings"],
+            softcap=text.get("final_logit_softcapping"),
+            eps=text["rms_norm_eps"],
+            patch_size=vision["patch_size"],
+            pooling=vision["pooling_kernel_size"],
+            vision_size=vision["mm_embed_dim"],
+            grid=vision["mm_posemb_size"],
+            vision_eps=vision["rms_norm_eps"],
+            frame=audio["audio_embed_dim"],
+            audio_eps=audio["rms_norm_eps"],
+            media=Media(
+                boi=raw["boi_token_id"],
+                eoi=raw["eoi_token_id"],
+                image=raw["image_token_id"],
+                video=raw["video_token_id"],
+                boa=raw["boa_token_id"],
+                eoa=raw["eoa_token_index"],
+                audio=raw["audio_token_id"],
+            ),
+        )
+
+
+def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
+    rope = text["rope_parameters"]
+    own = text.get("per_layer_config") or {}
+    for i, kind in enumerate(text["layer_types"]):
+        if kind not in ("sliding_attention", "full_attention"):
+            raise CheckpointError(f'config.json: layer {i} is of the unknown type "{kind}"')
+        sliding = kind == "sliding_attention"
+        head_dim, kv_heads = text["head_dim"], text["num_key_value_heads"]
+        shared = not sliding and bool(text.get("attention_k_eq_v"))
+        if not sliding:
+            head_dim = text.get("global_head_dim") or (head_dim if own else 512)
+            if shared:
+                kv_heads = text.get("num_global_key_value_heads") or kv_heads
+        this = own.get(str(i), own.get(i, {}))
+        kv_heads = this.get("num_key_value_heads", kv_heads)
+        head_dim = this.get("head_dim", head_dim)
+        turn = rope[kind]
+        share = turn.get("partial_rotary_factor", 1.0) if turn["rope_type"] == "proportional" else 1.0
+        yield Layer(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight, in float32 inside; the weight multiplies as it is, not as 1 + weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over x [B, T, heads, D], pairing i with i + D/2; cos and sin are [B, T, 1, D/2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: Layer) -> None:
+        super().__init__()
+        self.layer, self.heads, self.eps = layer, config.heads, config.eps
+        kv = layer.kv_heads * (1 if layer.shared_kv else 2)
+        self.qkv = nn.Linear(config.hidden_size, (config.heads + kv) * layer.head_dim, bias=False)
+        self.q_norm = RMSNorm(layer.head_dim, config.eps)
+        self.k_norm = RMSNorm(layer.head_dim, config.eps)
+        self.out = nn.Linear(config.heads * layer.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, span: Span, cache: Cache | None, index: int, wanted: bool) -> Tensor | None:
+        """x [B, T, H] -> [B, T, H], or None where only the keys and values are wanted."""
+        batch, count, _ = x.shape
+        heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
+        reach = span.reaches[self.layer]
+        qkv = self.qkv(x).view(batch, count, -1, size)
+        key = qkv[:, :, heads : heads + kv]
+        value = key if self.layer.shared_kv else qkv[:, :, heads + kv :]
+        key = rotate(self.k_norm(key), reach.cos, reach.sin)
+        value = F.rms_norm(value, (size,), None, self.eps)
+        if cache is None:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            key, value = cache.exchange(index, key, value, span, reach)
+        if not wanted:
+            return None
+        query = rotate(self.q_norm(qkv[:, :, :heads]), reach.cos, reach.sin)
+        # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
+        group = heads // kv
+        query = query.view(batch, count, kv, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv, group * count, size)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=reach.mask, scale=1.0)
+        seen = seen.view(batch, kv, group, count, size).permute(0, 3, 1, 2, 4).reshape(batch, count, heads * size)
+        out: Tensor = self.out(seen)
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        out: Tensor = self.down(F.gelu(gate, approximate="tanh") * up)
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: Layer) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.pre_mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.mlp = MLP(config)
+        self.post_mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, span: Span, cache: Cache | None, index: int, wanted: bool = True) -> Tensor | None:
+        seen = self.attention(self.input_norm(x), span, cache, index, wanted)
+        if seen is None:
+            return None
+        x = x + self.post_attention_norm(seen)
+        out: Tensor = (x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))) * self.scale
+        return out
+
+
+class Vision(nn.Module):
+    """Patches -> soft tokens: LayerNorm, Linear, LayerNorm, plus the position's column and row, LayerNorm, RMSNorm, Linear."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(3 * config.patch**2)
+        self.dense = nn.Linear(3 * config.patch**2, config.vision_size)
+        self.norm2 = nn.LayerNorm(config.vision_size)
+        self.places = nn.Parameter(torch.zeros(config.grid, 2, config.vision_size))
+        self.norm3 = nn.LayerNorm(config.vision_size)
+        self.project = nn.Linear(config.vision_size, config.hidden_size, bias=False)
+        self.eps = config.vision_eps
+
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        x = self.norm2(self.dense(self.norm1(patches.to(self.dense.weight.dtype))))
+        x = self.norm3(x + self.places[places[..., 0], 0] + self.places[places[..., 1], 1])
+        out: Tensor = self.project(F.rms_norm(x, x.shape[-1:], None, self.eps))
+        return out
+
+
+class Gemma(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.eps)
+        self.vision = Vision(config)
+        self.audio = nn.Linear(config.frame, config.hidden_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., H], scaled by sqrt(H) rounded to the model's dtype (62.0 for the 12B in bf16)."""
+        scale = torch.tensor(math.sqrt(self.config.hidden_size)).to(self.dtype).item()
+        return F.embedding(ids, self.embedding) * scale
+
+    def embed_audio(self, frames: Tensor) -> Tensor:
+        """frames [..., samples of one frame] in [-1, 1] -> [..., H]. The norm's eps keeps silence near zero."""
+        frames = frames.to(self.dtype)
+        out: Tensor = self.audio(F.rms_norm(frames, frames.shape[-1:], None, self.config.audio_eps))
+        return out
+
+    def embed_image(self, patches: Tensor, places: Tensor) -> Tensor:
+        """patches [..., n, 3 * patch^2] in [0, 1] and places [..., n, 2] (column, row) -> [..., n, H]."""
+        out: Tensor = self.vision(patches, places)
+        return out
+
+    def forward(self, x: Tensor, span: Span, cache: Cache | None = None, *, wanted: bool = True) -> Tensor | None:
+        """Embeddings [B, T, H] -> hidden states after the final norm [B, T, H].
+
+        With `wanted` false nothing is returned and the last layer computes only its keys and values, which is all that
+        listening needs."""
+        for i, block in enumerate(self.blocks):
+            y = block(x, span, cache, i, wanted or i + 1 < len(self.blocks))
+            if y is None:
+                return None
+            x = y
+        out: Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] -> float32 logits [..., vocabulary], softcapped, over the tied unscaled table."""
+        logits = F.linear(hidden, self.embedding).float()
+        cap = self.config.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def extend(
+        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: bool = True
+    ) -> Tensor | None:
+        """Appends x [B, T, H] to B rows: a step is T = 1, a chunk is B = 1.
+
+        `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
+        its positions see one another. Returns the hidden states [B, T, H] if they are wanted. Raises RowFull before
+        anything is written."""
+        with torch.inference_mode():
+            span = cache.span(rows, x.shape[1], blocks)
+            hidden = self(span.spread(x), span, cache, wanted=wanted)
+            cache.advance(rows, x.shape[1])
+            return None if hidden is None else span.gather(hidden)
