@@ -72,6 +72,9 @@ class Tokenizer:
         except KeyError:
             raise TokenizerError(f"{self._source} has no special token {name}.") from None
 
+    def has(self, name: str) -> bool:
+        return name in self._control
+
     def name(self, id: int) -> str | None:
         """The name of a control token; None for ordinary pieces."""
         return self._names.get(id)

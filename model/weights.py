@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.gemma import CheckpointError, Config, Gemma, Layer
+from model.sampling import Generation
 
 NANO = Path(__file__).parent / "nano"
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "processor_config.json", "tokenizer*.json")
@@ -115,18 +116,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What generation_config.json says of sampling."""
-
-    stop: frozenset[int]
-    suppressed: tuple[int, ...]
-    greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 64
-    top_p: float = 0.95
-
-
 def read_generation(folder: Path, config: Config) -> Generation:
     """Sampling defaults of the checkpoint. The ids that close a picture or sound are suppressed even where the file
     forgets them: their rows of the table hold projections, and the real model would emit them once per 500 tokens."""
@@ -135,14 +124,24 @@ def read_generation(folder: Path, config: Config) -> Generation:
     stop = raw.get("eos_token_id", _read_json(folder / "config.json").get("eos_token_id", 1))
     media = config.media
     never = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
-    return Generation(
-        stop=frozenset(stop if isinstance(stop, list) else [stop]),
-        suppressed=tuple(sorted(never | set(raw.get("suppress_tokens") or ()))),
-        greedy=not raw.get("do_sample", True),
-        temperature=float(raw.get("temperature", 1.0)),
-        top_k=int(raw.get("top_k", 64)),
-        top_p=float(raw.get("top_p", 0.95)),
-    )
+    try:
+        return Generation(
+            stop=frozenset(stop if isinstance(stop, list) else [stop]),
+            suppressed=tuple(sorted(never | set(raw.get("suppress_tokens") or ()))),
+            greedy=not raw.get("do_sample", True),
+            temperature=float(raw.get("temperature", 1.0)),
+            top_k=int(raw.get("top_k", 64)),
+            top_p=float(raw.get("top_p", 0.95)),
+        )
+    except (TypeError, ValueError) as wrong:
+        raise CheckpointError(f"{path} holds a value that cannot be used: {wrong}") from wrong
+
+
+def read_budget(folder: Path) -> int:
+    """Soft tokens that one picture may take, as processor_config.json says (280 where it does not)."""
+    path = folder / "processor_config.json"
+    raw = _read_json(path) if path.exists() else {}
+    return int(raw.get("image_processor", {}).get("max_soft_tokens", raw.get("image_seq_length", 280)))
 
 
 def locate(name: str) -> Path:

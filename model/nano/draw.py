@@ -92,7 +92,7 @@ def _surroundings(rng: np.random.Generator, height: int, width: int) -> np.ndarr
         cv2.scaleAdd(_piece(rng, texture, height, width), rng.uniform(1, 8), grey, dst=grey)
     if rng.random() < 0.6:
         cv2.scaleAdd(_soft(rng, height, width, int(rng.integers(3, 7))), rng.uniform(4, 30), grey, dst=grey)
-    return np.clip(grey, 20, 235, out=grey)
+    return np.clip(grey, 30, 235, out=grey)
 
 
 def _cast_shadows(rng: np.random.Generator, grey: np.ndarray, scene: Scene) -> None:
@@ -115,15 +115,24 @@ def _paint(rng: np.random.Generator, picture: np.ndarray, thing: Thing) -> None:
     cover = np.zeros((height, width), np.uint8)
     _fill(cover, points - (x0, y0), 255)
     hue, saturation, value = (rng.uniform(*limits) for limits in PAINTS[thing.colour])
-    colour = np.array(colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value), np.float32) * 240
+    colour = np.array(colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value), np.float32) * 235
     shade = 1 + _soft(rng, height, width, 2) * np.float32(rng.uniform(0, 0.12))
     shade += _piece(rng, _textures()[int(rng.integers(3))], height, width) * np.float32(rng.uniform(0, 0.02))
     if rng.random() < 0.3:
         line = np.zeros((height, width), np.uint8)
         cv2.polylines(line, [_fixed(points - (x0, y0))], True, 255, int(rng.integers(1, 4)), cv2.LINE_AA, 4)
         shade *= 1 - line * np.float32(rng.uniform(0.1, 0.45) / 255)
-    alpha = (cover * np.float32(1 / 255))[..., None]
-    window += alpha * (shade[..., None] * colour - window)
+    paint = cv2.merge([shade * part for part in colour])
+    cv2.blendLinear(paint, window, cover * np.float32(1 / 255), (255 - cover) * np.float32(1 / 255), dst=window)
+
+
+def _light(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """How much light falls on each pixel, brightest at one: a slope, and sometimes a lens that darkens the corners."""
+    field = 1 + _soft(rng, 13, 13, 2) * np.float32(rng.uniform(0, 0.15))
+    if rng.random() < 0.5:
+        square = np.linspace(-1, 1, 13, dtype=np.float32) ** 2
+        field *= 1 - np.float32(rng.uniform(0, 0.14)) * (square[:, None] + square)
+    return cv2.resize(field / field.max(), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -138,13 +147,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
     sigma = rng.uniform(2, 10)
     tint = rng.uniform(-1, 1) * np.array([1, rng.uniform(-0.3, 0.3), -1]) * min(1.2 * sigma, 8) / 160
-    light = 1 + _soft(rng, height, width, 2) * np.float32(rng.uniform(0, 0.15))
-    if rng.random() < 0.5:
-        y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
-        light *= 1 - np.float32(rng.uniform(0, 0.14)) * (y * y + x * x)
-    picture *= light[..., None]
-    picture *= (rng.uniform(0.82, 1.08) * (1 + tint)).astype(np.float32)
+    light = _light(rng, height, width)
+    exposure = rng.uniform(0.8, 1)
+    cv2.multiply(picture, cv2.merge([light * np.float32(exposure * (1 + part)) for part in tint]), dst=picture)
     blur = rng.uniform(0, 1.5)
     if blur > 0.3:
-        picture = cv2.GaussianBlur(picture, (0, 0), blur)
+        reach = 3 if blur < 0.7 else 5 if blur < 1.1 else 7
+        picture = cv2.GaussianBlur(picture, (reach, reach), blur)
     return cv2.addWeighted(picture, 1, _piece(rng, _grain(), height, width), sigma, 0, dtype=cv2.CV_8U)

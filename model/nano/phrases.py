@@ -56,8 +56,16 @@ TRANSCRIBE = (
     "Transcribe the audio.", "Write what was said.", "Repeat what I said word for word.", "Put the speech into words.",
 )
 
-OPENINGS = ("Please", "Now", "Okay,", "So,", "Hey,", "And now", "Well,", "Excuse me,")
-CLOSINGS = (", please", " now", " for me", ", okay", " again")
+# Small words around a sentence: before and after any, and those that only go with an order, known by its first word.
+OPENINGS = ("Okay,", "So,", "Hey,", "And", "Well,", "Excuse me,", "Now,")
+CLOSINGS = (", okay", " now", " again")
+ORDER_OPENINGS = ("Please", "Now", "Then", "Could you", *OPENINGS[:3])
+ORDER_CLOSINGS = (", please", " for me", " now", " again")
+ORDERS = {
+    "Add", "Book", "Bring", "Buy", "Call", "Close", "Count", "Describe", "Draw", "Explain", "Find", "Give", "Guess", "Locate", "Make",
+    "Mark", "Move", "Name", "Open", "Order", "Paint", "Play", "Point", "Read", "Remind", "Remove", "Say", "Send", "Set", "Show", "Sing",
+    "Spell", "Stop", "Switch", "Take", "Teach", "Tell", "Translate", "Turn", "Wake",
+}
 
 FILLERS = {
     "object": ("dog", "cat", "car", "phone", "key", "chair", "table", "book", "cup", "tree", "house", "door", "window", "bird", "bicycle",
@@ -74,7 +82,7 @@ FILLERS = {
                "our neighbour", "the boss", "the baby"),
     "place": ("London", "Paris", "Berlin", "the kitchen", "the garden", "the office", "the station", "school", "the market", "the park",
               "the beach", "town", "Rome", "the library", "the cinema"),
-    "food": ("bread", "cheese", "soup", "rice", "pizza", "cake", "coffee", "tea", "milk", "apples", "an egg", "chocolate", "salad", "fish"),
+    "food": ("bread", "cheese", "soup", "rice", "pizza", "cake", "coffee", "tea", "milk", "butter", "chocolate", "salad", "fish"),
     "time": ("today", "tomorrow", "tonight", "this morning", "next week", "on Monday", "on Friday", "at noon", "in the summer", "this weekend",
              "after lunch", "in an hour"),
     "music": ("jazz", "some music", "a song", "the radio", "the news", "a podcast", "the piano", "my favourite album"),

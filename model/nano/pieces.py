@@ -8,6 +8,7 @@ the detection JSON. The pieces are looked up whole, not merged from pairs, so no
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +20,13 @@ from model.tokenizer import CONTROL
 LIMIT = 1024
 SPACE = "\u2581"
 
-JSON = ('[{"box_2d":▁[', '{"box_2d":▁[', ',▁', '],▁"label":▁"', '"},▁', '"}]', '"}', "```json", "```")  # fmt: skip
+JSON = ('▁[{"box_2d":▁[', '[{"box_2d":▁[', '{"box_2d":▁[', ',▁', '],▁"label":▁"', '"},▁', '"}]', '"}', "```json", "```")  # fmt: skip
 NUMBERS = tuple(str(n) for n in range(0, 1001, 10))
 ALPHABET = tuple(chr(n) for n in range(33, 127)) + (SPACE, "\n", *"’–—…°")
 
 # One pre-token is one look-up: a JSON run, a newline, a number, a word with the space before it, or any single character.
-_RUNS = "|".join("".join(f"\\{c}" if c in '[]{}"' else c for c in run) for run in JSON)
+# A comma takes its space along only before a number, so that a word behind a comma is the same piece as elsewhere.
+_RUNS = "|".join(re.escape(run) + (r"(?=\d)" if run == ",▁" else "") for run in JSON)
 PATTERN = rf"{_RUNS}|\n|\d+|{SPACE}?\p{{L}}+(?:['’]\p{{L}}+)?|[\s\S]"
 
 

@@ -11,13 +11,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .phrases import CLOSINGS, FILLERS, NO_PICTURE, NOT_UNDERSTOOD, OPENINGS, OTHER, QUESTIONS, TALK, TRANSCRIBE
+from .phrases import (
+    CLOSINGS,
+    FILLERS,
+    NO_PICTURE,
+    NOT_UNDERSTOOD,
+    OPENINGS,
+    ORDER_CLOSINGS,
+    ORDER_OPENINGS,
+    ORDERS,
+    OTHER,
+    QUESTIONS,
+    TALK,
+    TRANSCRIBE,
+)
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple")
 KINDS = (*QUESTIONS, *TALK, "no_picture", "other", "transcribe")
 
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+KEPT_CAPITALS = ("I", "Anna", "Peter", "John", "Mary")
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -128,9 +142,9 @@ def sample_scene(
     scale = np.array([1000 / height, 1000 / width])
     things = []
     for (shape, colour), outline in zip(names, outlines, strict=True):
-        low_corner, high_corner = np.rint(outline.min(0)[::-1] * scale), np.rint(outline.max(0)[::-1] * scale)
-        box = tuple(int(v) for v in (*low_corner, *high_corner))
-        things.append(Thing(shape, colour, box, tuple((float(x), float(y)) for x, y in outline)))
+        y0, x0 = (round(v) for v in outline.min(0)[::-1] * scale)
+        y1, x1 = (round(v) for v in outline.max(0)[::-1] * scale)
+        things.append(Thing(shape, colour, (y0, x0, y1, x1), tuple((float(x), float(y)) for x, y in outline)))
     return Scene(width, height, tuple(sorted(things, key=lambda thing: (thing.box[1] + thing.box[3], thing.box[0]))))
 
 
@@ -242,11 +256,15 @@ def _subject(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str | N
 
 def _dress(rng: np.random.Generator, text: str) -> str:
     """Sometimes the small words that people put around a sentence."""
+    first = text.split(" ")[0]
+    order = first in ORDERS
     if rng.random() < 0.12:
-        keep = text.startswith(("I ", "Anna", "Peter", "John", "Mary"))
-        text = f"{_pick(rng, OPENINGS)} {text if keep else text[0].lower() + text[1:]}"
+        opening = _pick(rng, ORDER_OPENINGS if order else OPENINGS)
+        text = f"{opening} {text if first in KEPT_CAPITALS else text[0].lower() + text[1:]}"
+        if opening == "Could you":
+            text = text[:-1] + "?"
     if rng.random() < 0.08:
-        text = text[:-1] + _pick(rng, CLOSINGS) + text[-1]
+        text = text[:-1] + _pick(rng, ORDER_CLOSINGS if order else CLOSINGS) + text[-1]
     return text
 
 
@@ -261,6 +279,7 @@ def _question(rng: np.random.Generator, kind: str, scene: Scene) -> Ask:
 
 def _other(rng: np.random.Generator) -> Ask:
     text = re.sub(r"\{(\w+)\}", lambda match: _pick(rng, FILLERS[match[1]]), _pick(rng, OTHER))
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return Ask("other", _dress(rng, text[0].upper() + text[1:]), NOT_UNDERSTOOD)
 
 

@@ -1,0 +1,185 @@
+"""The commands. Everything is wired here, and nothing imports this."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import cv2
+
+from agent import ask, bench, engine, marks
+from agent.ask import Answer, Part
+from model.cache import RowFull
+from model.gemma import CheckpointError
+from model.pixels import BUDGETS
+from model.tokenizer import TokenizerError
+from streams.frames import MediaError
+
+COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except COMPLAINTS as complaint:
+        print(f"attend: {complaint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Part(argparse.Action):
+    """--text, --image, --audio and --video keep the order in which they were given."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: object, option: str | None = None) -> None:
+        assert option is not None
+        namespace.parts = [*(namespace.parts or []), Part(option.removeprefix("--"), str(value))]  # type: ignore[arg-type]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attend", description="An agent that listens and watches while you speak.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    asking = commands.add_parser("ask", help="one question from files", description=ask.__doc__)
+    _model_options(asking)
+    asking.add_argument("--system", metavar="T", help="system prompt")
+    for kind, metavar, what in (
+        ("text", "T", "typed words"),
+        ("image", "F", "a picture: png, jpeg, webp"),
+        ("audio", "F", "a sound file: wav, flac, ogg, mp3"),
+        ("video", "F", "a video file, of which 32 frames are looked at"),
+    ):
+        asking.add_argument(f"--{kind}", action=_Part, dest="parts", metavar=metavar, help=f"{what}; repeatable, order counts")
+    asking.add_argument("--budget", type=int, choices=BUDGETS, help="soft tokens of a picture (default: the checkpoint's)")
+    asking.add_argument("--max-tokens", type=_positive, default=256, metavar="N", help="length of the answer (default 256)")
+    asking.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    asking.add_argument("--temperature", type=float, metavar="X")
+    asking.add_argument("--top-k", type=_positive, metavar="N")
+    asking.add_argument("--top-p", type=float, metavar="X")
+    asking.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same answer")
+    asking.add_argument("--thinking", action="store_true", help="let the model reason before it answers")
+    asking.add_argument("--real-time", action="store_true", help="feed the sound as fast as it was spoken")
+    asking.add_argument("--mark-image", type=Path, metavar="OUT.png", help="write the last picture with the answer's marks drawn")
+    asking.add_argument("--json", action="store_true", help="print one JSON object")
+    asking.set_defaults(run=_ask, parts=None)
+
+    benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
+    kinds = benching.add_subparsers(required=True, metavar="WHAT")
+    model = kinds.add_parser("model", help="the model alone, beside transformers where it is installed", description=bench.__doc__)
+    model.add_argument("--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)")
+    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    model.add_argument("--json", action="store_true", help="print one JSON object")
+    model.set_defaults(run=_bench_model)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano", metavar="DIR|HUB_ID", help="checkpoint (default: nano, which is embedded)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+
+
+def _ask(given: argparse.Namespace) -> int:
+    if not given.parts:
+        raise MediaError("nothing to ask: give at least one of --text, --image, --audio and --video")
+    looking = any(part.kind in ("image", "video") for part in given.parts)
+    if given.mark_image and not looking:
+        raise MediaError("--mark-image needs a picture: give an --image or a --video")
+    media = ask.read(given.parts)
+    begun = perf_counter()
+    loaded = engine.load(given.model, given.device, given.dtype, _progress)
+    load_ms = (perf_counter() - begun) * 1000
+    said = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    said = {name: value for name, value in said.items() if value is not None}
+    try:
+        how = replace(loaded.generation, greedy=given.greedy or (loaded.generation.greedy and not said), **said)
+    except ValueError as wrong:
+        raise MediaError(str(wrong)) from wrong
+    answer = asyncio.run(
+        ask.ask(
+            loaded,
+            media,
+            how=how,
+            system=given.system,
+            budget=given.budget,
+            most=given.max_tokens,
+            seed=given.seed,
+            thinking=given.thinking,
+            real_time=given.real_time,
+            say=(lambda text: None) if given.json else _say,
+        )
+    )
+    answer.timings_ms["load"] = load_ms
+    if given.mark_image:
+        picture = [picture for medium in media for _, picture in medium.pictures][-1]
+        _write_picture(given.mark_image, marks.draw(picture, answer.marks)[:, :, ::-1])
+    if given.json:
+        print(json.dumps(answer.as_json()))
+    else:
+        _report(answer, given.mark_image)
+    return 0
+
+
+def _write_picture(path: Path, bgr: object) -> None:
+    try:
+        written = cv2.imwrite(str(path), bgr)  # type: ignore[call-overload]
+    except cv2.error:
+        written = False
+    if not written:
+        raise MediaError(f"{path} cannot be written as a picture; its folder must exist and its name end in .png or .jpg")
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _report(answer: Answer, marked: Path | None) -> None:
+    print()
+    if answer.thought:
+        print(f"\nthought   {answer.thought.strip()}")
+    if answer.heard is not None:
+        print(f"\nheard     {answer.heard}   ({answer.audio_seconds:.1f} s of sound)")
+    for mark in answer.marks:
+        print(f"mark      {mark.label or 'point'} at {list(mark.box)} (top, left, bottom, right in thousandths)")
+    if marked:
+        print(f"drawn     {marked}")
+    if answer.finish == "length":
+        print("cut       the answer reached --max-tokens or the end of the row")
+    times = answer.timings_ms
+    print(
+        f"took      {times['load']:.0f} ms load, {times['append']:.0f} ms listening and looking, "
+        f"{times['last_frame_to_first_token']:.0f} ms from the last frame to the first token, {times['per_token']:.1f} ms a token"
+    )
+
+
+def _progress(done: int, total: int) -> None:
+    """Only where somebody watches and waits: nano is there in a blink."""
+    if total > 1 << 28 and sys.stderr.isatty():
+        end = "\n" if done == total else "\r"
+        print(f"loading {done / 2**30:.1f} of {total / 2**30:.1f} GiB", end=end, file=sys.stderr, flush=True)
+
+
+def _bench_model(given: argparse.Namespace) -> int:
+    say: Callable[[str], None] = (lambda line: None) if given.json else print
+    result = bench.model(given.shape, given.device, say)
+    if given.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

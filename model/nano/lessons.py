@@ -1,0 +1,209 @@
+"""Conversations about the small world, as the tensors that nano is trained on.
+
+A lesson is a whole conversation in the chat format that the product speaks: pictures come and change, asks are typed or
+spoken, answers follow. What is learned: every token of the answers, and densely, through the same head, at each patch of
+a picture the colour and shape that cover it (else "no") and at each frame of speech the word that has just ended. The
+dense targets are what makes it learn at all: without them sight stood still for 30,000 pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from agent.prompt import Prompt
+from model.nano import draw, speech, world
+from model.pixels import patches as cut
+from model.tokenizer import Tokenizer
+from model.weights import read_config
+
+BUDGET = 70
+SIZES = ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432))  # what budget 70 makes of 4:3, 16:9, 1:1 and 3:4
+SYSTEMS = ("You are attend, a helpful assistant that listens and watches.", "You are a helpful assistant.", "Answer briefly.")
+ANSWER, SIGHT, HEARING = range(3)
+
+
+@dataclass
+class Lesson:
+    ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+    frames_at: list[int] = field(default_factory=list)
+    patches: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+    patches_at: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # position, token, weight, what it teaches
+
+    def write(self, ids: list[int]) -> None:
+        self.ids += ids
+        self.blocks += [-1] * len(ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor  # [B, T]
+    blocks: Tensor  # [B, T]
+    frames: Tensor  # [m, samples]
+    frames_at: Tensor  # [m] places in B * T
+    patches: Tensor  # [k, 3 * patch^2]
+    places: Tensor  # [k, 2]
+    patches_at: Tensor  # [k]
+    targets: Tensor  # [t, 3]: place in B * T, token, what it teaches
+    weights: Tensor  # [t]
+
+
+class Teacher:
+    """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it."""
+
+    def __init__(self, folder: Path, length: int = 320) -> None:
+        self.config = read_config(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        self.prompt = Prompt(self.tokenizer, self.config.media)
+        self.length = length
+        word = self._word
+        self.none = word("no")
+        self.silence = self.tokenizer.encode(".")[0]
+        self.seen = [(word(colour), word(shape)) for colour in world.COLOURS for shape in world.SHAPES]
+        self.close = self.tokenizer.special("<turn|>")
+        # A coordinate that is off by ten is nearly right, and is taught so.
+        numbers = {n: self.tokenizer.encode(str(n))[0] for n in range(0, 1001, 10)}
+        self.near = {id: [numbers[m] for m in (n - 10, n + 10) if m in numbers] for n, id in numbers.items()}
+
+    def _word(self, word: str) -> int:
+        """The token of a word inside a sentence; of a word out of the vocabulary its first piece."""
+        return self.tokenizer.encode(" " + word)[0]
+
+    def lesson(self, rng: np.random.Generator, ease: float = 0.0) -> Lesson:
+        lesson, prompt = Lesson(), self.prompt
+        system = str(rng.choice(SYSTEMS)) if rng.random() < 0.1 else None
+        lesson.write(prompt.begin(system))
+        blind = rng.random() < 0.08
+        scene = None
+        while len(lesson.ids) < self.length - 40:
+            fresh = not blind and (scene is None or (rng.random() < 0.25 and len(lesson.ids) < self.length - 150))
+            if fresh:
+                width, height = SIZES[rng.integers(len(SIZES))]
+                most, least = 4 - round(3 * ease), 1 / 6 + ease / 8
+                scene = world.sample_scene(rng, width, height, count=(1, most), size=(least, 1 / 2))
+            self._turn(lesson, rng, scene, fresh)
+        return lesson
+
+    def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool) -> None:
+        prompt, aloud = self.prompt, rng.random() < 0.5
+        lesson.write(prompt.open_turn())
+        parts = []
+        if aloud and rng.random() < 0.4:
+            ask = world.sample_ask(rng, scene, "transcribe")
+            assert ask.speech is not None
+            said, instruction = ask.speech, ask.text
+            pair = [lambda: self._hear(lesson, rng, said), lambda: lesson.write(prompt.text(instruction))]
+            parts = pair if rng.random() < 0.7 else pair[::-1]
+        else:
+            ask = world.sample_ask(rng, scene)
+            if ask.kind == "transcribe":
+                ask = world.sample_ask(rng, scene, "hello")
+            typed = ask.text if rng.random() < 0.8 else world.spoken(ask.text)
+            parts = [lambda: self._hear(lesson, rng, ask.text)] if aloud else [lambda: lesson.write(prompt.text(typed))]
+        if fresh:
+            assert scene is not None
+            shown = scene
+            parts.insert(int(rng.integers(len(parts) + 1)), lambda: self._see(lesson, rng, shown))
+        for part in parts:
+            part()
+        lesson.write(prompt.close_turn())
+        answer = [*prompt.text(ask.answer), self.close]
+        start = len(lesson.ids) - 1
+        for i, token in enumerate(answer):
+            near = self.near.get(token, [])
+            lesson.targets.append((start + i, token, 1 - 0.25 * len(near), ANSWER))
+            lesson.targets += [(start + i, other, 0.25, ANSWER) for other in near]
+        lesson.write(answer + prompt.after_answer())
+
+    def _see(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene) -> None:
+        media, picture = self.config.media, draw.draw(scene, rng)
+        patches, places = cut(picture, BUDGET, self.config.patch)
+        lesson.write([media.boi])
+        start, block = len(lesson.ids), max(lesson.blocks) + 1
+        lesson.patches.append(patches)
+        lesson.places.append(places)
+        lesson.patches_at += range(start, start + len(patches))
+        lesson.ids += [media.image] * len(patches)
+        lesson.blocks += [block] * len(patches)
+        for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
+            if label == 0:
+                lesson.targets.append((start + i, self.none, 0.5, SIGHT))
+            else:
+                lesson.targets += [(start + i, word, 0.75, SIGHT) for word in self.seen[label - 1]]
+        lesson.write([media.eoi])
+
+    def _hear(self, lesson: Lesson, rng: np.random.Generator, text: str) -> None:
+        media, heard = self.config.media, speech.utter(text, rng)
+        size = self.config.frame
+        pcm = np.pad(heard.pcm, (0, -len(heard.pcm) % size))
+        frames = pcm.reshape(-1, size)
+        lesson.write([media.boa])
+        start = len(lesson.ids)
+        lesson.frames.append(frames)
+        lesson.frames_at += range(start, start + len(frames))
+        lesson.write([media.audio] * len(frames))
+        words = np.full(len(frames), self.silence)
+        for word, _, end in heard.words:
+            words[end // size + 2 :] = self._word(word)
+        lesson.targets += [(start + i, int(word), 1.0, HEARING) for i, word in enumerate(words)]
+        lesson.write([media.eoa])
+
+
+def collate(lessons: list[Lesson], length: int) -> Batch:
+    """All lessons cut or padded to `length`, so that every batch has one shape."""
+    ids = torch.zeros(len(lessons), length, dtype=torch.long)
+    blocks = torch.full((len(lessons), length), -1)
+    for i, lesson in enumerate(lessons):
+        kept = min(length, len(lesson.ids))
+        ids[i, :kept] = torch.tensor(lesson.ids[:kept])
+        blocks[i, :kept] = torch.tensor(lesson.blocks[:kept])
+
+    def flat(name: str) -> Tensor:
+        return torch.tensor([i * length + at for i, x in enumerate(lessons) for at in getattr(x, name) if at < length])
+
+    def media(name: str, size: int, places: str) -> Tensor:
+        """What stands at the kept places, in order."""
+        parts = [torch.as_tensor(np.concatenate(getattr(x, name)))[: sum(at < length for at in getattr(x, places))] for x in lessons if getattr(x, name)]
+        return torch.cat(parts) if parts else torch.zeros(0, size)
+
+    targets = [(i * length + at, token, kind, weight) for i, x in enumerate(lessons) for at, token, weight, kind in x.targets if at < length]
+    return Batch(
+        ids,
+        blocks,
+        media("frames", 640, "frames_at"),
+        flat("frames_at").long(),
+        media("patches", 6912, "patches_at"),
+        media("places", 2, "patches_at").long(),
+        flat("patches_at").long(),
+        torch.tensor([t[:3] for t in targets]),
+        torch.tensor([t[3] for t in targets]),
+    )
+
+
+class Lessons(IterableDataset[Batch]):
+    """Batches without end, from `start` on; each worker makes every n-th, and the same seed makes the same ones."""
+
+    def __init__(self, folder: Path, batch: int, length: int, seed: int, start: int, ease_steps: int) -> None:
+        self.folder, self.batch, self.length = folder, batch, length
+        self.seed, self.start, self.ease_steps = seed, start, ease_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        torch.set_num_threads(1)
+        teacher, step = Teacher(self.folder, self.length), self.start + first
+        while True:
+            rng = np.random.default_rng((self.seed, step))
+            ease = max(0.0, 1 - step / self.ease_steps)
+            yield collate([teacher.lesson(rng, ease) for _ in range(self.batch)], self.length)
+            step += stride

@@ -1,0 +1,271 @@
+"""Trains nano: `python -m model.nano.train`. Stops and resumes at any time; needs espeak-ng.
+
+Two thirds of what it learns is made up by worker processes while the model computes. Progress and checkpoints go to
+`--out`; with the last step (or `--export`) the weights are written beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from model import weights
+from model.cache import whole_span
+from model.gemma import Config, Gemma
+from model.nano import pieces, world
+from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch, Lessons
+from model.tokenizer import Tokenizer
+
+HERE = Path(__file__).parent
+SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5}
+
+
+@dataclass(frozen=True)
+class Course:
+    steps: int = 4_000
+    batch: int = 12  # conversations of `length` positions
+    length: int = 352
+    matrix_rate: float = 0.02  # Muon
+    rate: float = 2e-3  # Adam: embeddings, projectors, norms
+    warmup: int = 50
+    cooldown: float = 0.3  # last part of the steps, in which the rates fall to zero
+    ease_steps: int = 800
+    seed: int = 1
+
+
+def config_json(vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:
+    """The architecture in Google's own dialect."""
+    sliding, full = "sliding_attention", "full_attention"
+    text = {
+        "model_type": "gemma4_unified_text",
+        "vocab_size": vocab_size,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "layer_types": [sliding, sliding, full, sliding, sliding, full],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 512,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {
+            full: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            sliding: {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "final_logit_softcapping": 30.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "use_bidirectional_attention": "vision",
+        "tie_word_embeddings": True,
+        "pad_token_id": ids["<pad>"],
+        "eos_token_id": ids["<eos>"],
+        "bos_token_id": ids["<bos>"],
+    }
+    vision = {
+        "model_type": "gemma4_unified_vision",
+        "patch_size": 16,
+        "pooling_kernel_size": 3,
+        "mm_embed_dim": 256,
+        "mm_posemb_size": 128,
+        "output_proj_dims": 256,
+        "rms_norm_eps": 1e-6,
+    }
+    return {
+        "architectures": ["Gemma4UnifiedForConditionalGeneration"],
+        "model_type": "gemma4_unified",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "eos_token_id": [ids["<eos>"], ids["<turn|>"]],
+        "boi_token_id": ids["<|image>"],
+        "eoi_token_id": ids["<image|>"],
+        "image_token_id": ids["<|image|>"],
+        "video_token_id": ids["<|video|>"],
+        "boa_token_id": ids["<|audio>"],
+        "eoa_token_index": ids["<audio|>"],
+        "audio_token_id": ids["<|audio|>"],
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640, "rms_norm_eps": 1e-6},
+    }
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Writes tokenizer.json, generation_config.json, processor_config.json and config.json; returns the last."""
+    pieces.train(world.corpus(np.random.default_rng(0), 60_000), folder)
+    tokenizer = Tokenizer.load(folder)
+    names = ("<pad>", "<eos>", "<bos>", "<turn|>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>")
+    ids = {name: tokenizer.special(name) for name in (*names, "<|tool_response>")}
+    config = config_json(tokenizer.vocab_size, ids)
+    generation = {
+        "bos_token_id": ids["<bos>"],
+        "pad_token_id": ids["<pad>"],
+        "eos_token_id": [ids["<eos>"], ids["<turn|>"], ids["<|tool_response>"]],
+        "do_sample": False,
+        "suppress_tokens": [ids["<audio|>"], ids["<image|>"]],
+    }
+    processor = {"image_processor": {"max_soft_tokens": 70, "patch_size": 16, "pooling_kernel_size": 3}, "image_seq_length": 70}
+    for name, content in (("config", config), ("generation_config", generation), ("processor_config", processor)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def initialise(model: Gemma) -> None:
+    """Every stream of about unit size: embeddings after their scale, each sublayer's share, and attention scores, which
+    have no 1/sqrt(D) in this model, so q and k are kept small by their norms instead."""
+    for name, p in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            nn.init.constant_(p, p.numel() ** -0.25)
+        elif "post_" in name:
+            nn.init.constant_(p, (2 * len(model.blocks)) ** -0.5)
+        elif name == "vision.places":
+            nn.init.normal_(p, std=0.5)
+        elif p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix step is made orthogonal by five Newton-Schulz rounds (Jordan et al. 2024), in float32:
+    torch's own rounds run in bfloat16, which this recipe's home, a CPU without it, computes 9 times slower."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(velocity, group["momentum"]))
+                p.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.shape[0] > x.shape[1]
+    x = x.T if wide else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if wide else x
+
+
+def losses(model: Gemma, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+    """For each thing taught: its mean loss and the share of its targets that come out first."""
+    rows, length = batch.ids.shape
+    x = model.embed_text(batch.ids).flatten(0, 1)
+    x = x.index_copy(0, batch.frames_at, model.embed_audio(batch.frames))
+    x = x.index_copy(0, batch.patches_at, model.embed_image(batch.patches, batch.places))
+    span = whole_span(model.config, length, batch.blocks, model.dtype, model.device)
+    hidden = model(x.view(rows, length, -1), span)
+    at, where = batch.targets[:, 0].unique(return_inverse=True)
+    logits = model.logits(hidden.flatten(0, 1)[at])
+    logp = logits.log_softmax(-1)
+    token, kind = batch.targets[:, 1], batch.targets[:, 2]
+    loss = -logp[where, token] * batch.weights
+    right = (logits.argmax(-1)[where] == token).float() * batch.weights
+    out = {}
+    for each in SHARES:
+        here = kind == each
+        total = batch.weights[here].sum().clamp(min=1e-6)
+        out[each] = (loss[here].sum() / total, right[here].sum() / total)
+    return out
+
+
+def train(course: Course, out: Path, device: torch.device, workers: int, stop_after: float, export: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / "state.pt"
+    if not (out / "config.json").exists():
+        prepare(out)
+    raw = json.loads((out / "config.json").read_text())
+    model = Gemma(Config.from_json(raw)).to(device)
+    initialise(model)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = Muon(matrices, course.matrix_rate)
+    adam = torch.optim.AdamW(others, course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        muon.load_state_dict(state["muon"])
+        adam.load_state_dict(state["adam"])
+        step = state["step"]
+        print(f"resuming at step {step}", flush=True)
+
+    def keep() -> None:
+        state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step, "course": asdict(course)}
+        torch.save(state, state_file.with_suffix(".part"))
+        state_file.with_suffix(".part").replace(state_file)
+        weights.save(model, raw, out)
+
+    lessons = Lessons(out, course.batch, course.length, course.seed, step, course.ease_steps)
+    loader = DataLoader(lessons, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    begun, window = time.monotonic(), []
+    for batch in loader:
+        if step >= course.steps or time.monotonic() - begun > stop_after:
+            break
+        batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
+        factor = min(1.0, (step + 1) / course.warmup, (course.steps - step) / (course.cooldown * course.steps))
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = course.matrix_rate * factor, course.rate * factor
+        results = losses(model, batch)
+        loss = torch.stack([share * results[kind][0] for kind, share in SHARES.items()]).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(others, 1.0)
+        muon.step()
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        step += 1
+        window.append([value.item() for kind in SHARES for value in results[kind]])
+        if step % 25 == 0:
+            mean = np.mean(window, 0)
+            window.clear()
+            names = ("answers", "sight", "hearing")
+            figures = "  ".join(f"{name} {mean[2 * i]:.3f} ({mean[2 * i + 1]:.1%})" for i, name in enumerate(names))
+            print(f"step {step}/{course.steps}  {figures}  {time.monotonic() - begun:.0f} s", flush=True)
+        if step % 100 == 0:
+            keep()
+    keep()
+    if export or step >= course.steps:
+        weights.save(model, raw, HERE)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+            (HERE / name).write_bytes((out / name).read_bytes())
+
+
+def main() -> None:
+    course = Course()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/nano"), help="where progress is kept and taken up again")
+    parser.add_argument("--steps", type=int, default=course.steps)
+    parser.add_argument("--batch", type=int, default=course.batch)
+    parser.add_argument("--seed", type=int, default=course.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw and speak")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; the next call goes on")
+    parser.add_argument("--export", action="store_true", help="write the weights beside the recipe even if unfinished")
+    given = parser.parse_args()
+    course = replace(course, steps=given.steps, batch=given.batch, seed=given.seed)
+    train(course, given.out, torch.device(given.device), given.workers, given.minutes * 60, given.export)
+
+
+if __name__ == "__main__":
+    main()
