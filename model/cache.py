@@ -75,6 +75,21 @@ class Span:
         return x if self.members is None else x[self.members]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of one layer for the rows of a pass, [B, heads, slots, D] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def exchange(self, key: Tensor, value: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values [B, T, heads, D]; returns all that can be seen [B, heads, n, D]."""
+        every = torch.arange(key.shape[0], device=key.device)[:, None]
+        self.keys[every, :, reach.slots] = key
+        self.values[every, :, reach.slots] = value
+        return self.keys[:, :, : reach.live], self.values[:, :, : reach.live]
+
+
 def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
     """The span of a batch without a cache: positions 0..count-1, each row seeing itself only. `blocks` [B, T] or None.
 
@@ -227,14 +242,10 @@ class Cache:
             slots = torch.where(part, slots, size)
         return Reach(reach.cos, reach.sin, reach.mask, slots, live)
 
-    def exchange(self, index: int, key: Tensor, value: Tensor, span: Span, reach: Reach) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values [B, T, heads, D] of layer `index`; returns all that can be seen [B, heads, n, D]."""
+    def memory(self, index: int, span: Span) -> Memory:
+        """What layer `index` holds for the rows of a span."""
         rows = slice(span.first, span.first + span.count)
-        keys, values = self.keys[index][rows], self.values[index][rows]
-        every = torch.arange(span.count, device=self.device)[:, None]
-        keys[every, :, reach.slots] = key
-        values[every, :, reach.slots] = value
-        return keys[:, :, : reach.live], values[:, :, : reach.live]
+        return Memory(self.keys[index][rows], self.values[index][rows])
 
     def advance(self, rows: Iterable[Row], count: int) -> None:
         for row in rows:

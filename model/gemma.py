@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cache import Cache, Row, Span
+from model.cache import Cache, Memory, Reach, Row, Span
 
 
 class CheckpointError(ValueError):
@@ -98,6 +98,7 @@ class Config:
             "num_kv_shared_layers": bool(text.get("num_kv_shared_layers")),
             "hidden_size_per_layer_input": bool(text.get("hidden_size_per_layer_input")),
             "use_double_wide_mlp": bool(text.get("use_double_wide_mlp")),
+            "use_bidirectional_attention": text.get("use_bidirectional_attention", "vision") != "vision",
             "tie_word_embeddings": not raw.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
         }
         for key, bad in unsupported.items():
@@ -134,20 +135,21 @@ class Config:
 
 def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
     rope = text["rope_parameters"]
-    own = text.get("per_layer_config") or {}
+    # transformers pads the keys to one width ("05", "11") and writes {} where all layers are alike.
+    own = {key.lstrip("0") or "0": value for key, value in (text.get("per_layer_config") or {}).items()}
     for i, kind in enumerate(text["layer_types"]):
         if kind not in ("sliding_attention", "full_attention"):
             raise CheckpointError(f'config.json: layer {i} is of the unknown type "{kind}"')
         sliding = kind == "sliding_attention"
         head_dim, kv_heads = text["head_dim"], text["num_key_value_heads"]
         shared = not sliding and bool(text.get("attention_k_eq_v"))
-        if not sliding:
-            head_dim = text.get("global_head_dim") or (head_dim if own else 512)
+        if "per_layer_config" in text:
+            this = own.get(str(i), {})
+            head_dim, kv_heads = this.get("head_dim", head_dim), this.get("num_key_value_heads", kv_heads)
+        elif not sliding:
+            head_dim = text.get("global_head_dim") or 512
             if shared:
                 kv_heads = text.get("num_global_key_value_heads") or kv_heads
-        this = own.get(str(i), own.get(i, {}))
-        kv_heads = this.get("num_key_value_heads", kv_heads)
-        head_dim = this.get("head_dim", head_dim)
         turn = rope[kind]
         share = turn.get("partial_rotary_factor", 1.0) if turn["rope_type"] == "proportional" else 1.0
         yield Layer(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
@@ -181,20 +183,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(layer.head_dim, config.eps)
         self.out = nn.Linear(config.heads * layer.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, span: Span, cache: Cache | None, index: int, wanted: bool) -> Tensor | None:
+    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool) -> Tensor | None:
         """x [B, T, H] -> [B, T, H], or None where only the keys and values are wanted."""
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
-        reach = span.reaches[self.layer]
         qkv = self.qkv(x).view(batch, count, -1, size)
         key = qkv[:, :, heads : heads + kv]
         value = key if self.layer.shared_kv else qkv[:, :, heads + kv :]
         key = rotate(self.k_norm(key), reach.cos, reach.sin)
         value = F.rms_norm(value, (size,), None, self.eps)
-        if cache is None:
+        if memory is None:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
         else:
-            key, value = cache.exchange(index, key, value, span, reach)
+            key, value = memory.exchange(key, value, reach)
         if not wanted:
             return None
         query = rotate(self.q_norm(qkv[:, :, :heads]), reach.cos, reach.sin)
@@ -220,6 +221,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Knows nothing of its place among the layers, so a compiler needs one graph for each kind, not for each of 48."""
+
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.eps)
@@ -230,8 +233,8 @@ class Block(nn.Module):
         self.post_mlp_norm = RMSNorm(config.hidden_size, config.eps)
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, span: Span, cache: Cache | None, index: int, wanted: bool = True) -> Tensor | None:
-        seen = self.attention(self.input_norm(x), span, cache, index, wanted)
+    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool = True) -> Tensor | None:
+        seen = self.attention(self.input_norm(x), reach, memory, wanted)
         if seen is None:
             return None
         x = x + self.post_attention_norm(seen)
@@ -298,8 +301,9 @@ class Gemma(nn.Module):
 
         With `wanted` false nothing is returned and the last layer computes only its keys and values, which is all that
         listening needs."""
-        for i, block in enumerate(self.blocks):
-            y = block(x, span, cache, i, wanted or i + 1 < len(self.blocks))
+        for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks, strict=True)):
+            memory = None if cache is None else cache.memory(i, span)
+            y = block(x, span.reaches[layer], memory, wanted or i + 1 < len(self.blocks))
             if y is None:
                 return None
             x = y

@@ -8,7 +8,6 @@ on the target device.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -121,7 +120,8 @@ def read_generation(folder: Path, config: Config) -> Generation:
     forgets them: their rows of the table hold projections, and the real model would emit them once per 500 tokens."""
     path = folder / "generation_config.json"
     raw = _read_json(path) if path.exists() else {}
-    stop = raw.get("eos_token_id", _read_json(folder / "config.json").get("eos_token_id", 1))
+    said = (raw.get("eos_token_id"), _read_json(folder / "config.json").get("eos_token_id"), 1)
+    stop = next(ids for ids in said if ids is not None)
     media = config.media
     never = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
     try:
@@ -149,7 +149,7 @@ def locate(name: str) -> Path:
     if name == "nano":
         return NANO
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name} is neither a folder with a checkpoint nor a hub id like google/gemma-4-12B-it")
@@ -159,7 +159,7 @@ def locate(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failed:
-        reason = str(failed).strip().splitlines()[0]
+        reason = (str(failed).strip() or type(failed).__name__).splitlines()[0]
         raise CheckpointError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from failed
 
 
@@ -197,8 +197,10 @@ def load(
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = _read_json(index).get("weight_map", {}).values()
-        files = sorted({folder / str(name) for name in names})
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        files = sorted({folder / str(name) for name in where.values()})
     else:
         files = [folder / "model.safetensors"]
     for file in files:
@@ -267,5 +269,6 @@ def save(model: Gemma, config_json: dict[str, Any], folder: Path, dtype: torch.d
     }
     unfinished = folder / "model.safetensors.part"
     save_file(tensors, unfinished, metadata={"format": "pt"})
-    shutil.move(unfinished, folder / "model.safetensors")
+    unfinished.chmod(0o644)  # save_file makes it private
+    unfinished.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -109,19 +109,32 @@ class Stream:
             self._chunks.put(error)
 
 
+class Settings(TypedDict, total=False):
+    """How a text is spoken; see `Espeak.say`."""
+
+    voice: str
+    rate: int
+    pitch: int
+    range: int
+    volume: int
+    fresh: bool
+
+
+DEFAULTS: Settings = {"voice": "en-us", "rate": 175, "pitch": 50, "range": 50, "volume": 100, "fresh": False}
+
+
 class Espeak:
     """Speaks. Raises VoiceMissing at once if there is nothing to speak with."""
 
     def __init__(self) -> None:
         self._engine = _engine()
 
-    def speak(self, text: str, **how) -> Stream:
+    def speak(self, text: str, **how: Unpack[Settings]) -> Stream:
         """The sound of the text as a stream of chunks; takes the settings of `say`."""
-        settings = _settings(**how)
-        settings["voice"] = self._engine.resolve(settings["voice"])
+        settings = self._settled(how)
         return Stream(lambda take: self._engine.synthesise(text, take, **settings))
 
-    def say(self, text: str, **how) -> Speech:
+    def say(self, text: str, **how: Unpack[Settings]) -> Speech:
         """The whole sound of the text.
 
         voice: an accent of `voices`, and perhaps a variant of `variants`: "en-gb-scotland+f3".
@@ -129,8 +142,7 @@ class Espeak:
         fresh: from espeak's first state, so that the same text is the same sound to the sample (about 1 ms);
         otherwise the voice's flutter goes on where the last text left it.
         """
-        settings = _settings(**how)
-        settings["voice"] = self._engine.resolve(settings["voice"])
+        settings = self._settled(how)
         chunks: list[Chunk] = []
 
         def take(chunk: Chunk) -> bool:
@@ -149,9 +161,9 @@ class Espeak:
         """The names that may follow a "+"."""
         return self._engine.variants
 
-
-def _settings(*, voice="en-us", rate=175, pitch=50, range=50, volume=100, fresh=False) -> dict:
-    return {"voice": voice, "rate": int(rate), "pitch": int(pitch), "range": int(range), "volume": int(volume), "fresh": fresh}
+    def _settled(self, how: Settings) -> Settings:
+        settings: Settings = {**DEFAULTS, **how}
+        return {**settings, "voice": self._engine.resolve(settings["voice"])}
 
 
 class _Engine:
@@ -215,7 +227,7 @@ class _Engine:
         if rest := words.upto(len(text), made):
             take(Chunk(np.zeros(0, np.float32), made, rest))
 
-    def _on_sound(self, wav, count: int, events) -> int:
+    def _on_sound(self, wav: Any, count: int, events: Any) -> int:
         if not wav:
             return 0
         pcm = np.ctypeslib.as_array(wav, (count,)).astype(np.float32) / 32768 if count else np.zeros(0, np.float32)

@@ -132,7 +132,8 @@ def _light(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     if rng.random() < 0.5:
         square = np.linspace(-1, 1, 13, dtype=np.float32) ** 2
         field *= 1 - np.float32(rng.uniform(0, 0.14)) * (square[:, None] + square)
-    return cv2.resize(field / field.max(), (width, height), interpolation=cv2.INTER_LINEAR)
+    light: np.ndarray = cv2.resize(field / field.max(), (width, height), interpolation=cv2.INTER_LINEAR)
+    return light
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:

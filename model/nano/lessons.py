@@ -27,6 +27,9 @@ BUDGET = 70
 SIZES = ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432))  # what budget 70 makes of 4:3, 16:9, 1:1 and 3:4
 SYSTEMS = ("You are attend, a helpful assistant that listens and watches.", "You are a helpful assistant.", "Answer briefly.")
 ANSWER, SIGHT, HEARING = range(3)
+# More of what is hard to learn, less of what is learnt in minutes, than people ask.
+ASKS = {"describe": 4, "where": 7, "count": 4, "colour": 4, "exists": 3, "other": 2, "hello": 0.2, "name": 0.2, "ability": 0.2, "thanks": 0.2, "goodbye": 0.2}
+ASKS_BLIND = {"no_picture": 4, "other": 4, "hello": 1, "name": 1, "ability": 1, "thanks": 1, "goodbye": 1}
 
 
 @dataclass
@@ -95,27 +98,29 @@ class Teacher:
         return lesson
 
     def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool) -> None:
+        """One question and its answer: the picture, the sound and the words in any order that life gives them."""
         prompt, aloud = self.prompt, rng.random() < 0.5
-        lesson.write(prompt.open_turn())
-        parts = []
-        if aloud and rng.random() < 0.4:
-            ask = world.sample_ask(rng, scene, "transcribe")
-            assert ask.speech is not None
-            said, instruction = ask.speech, ask.text
-            pair = [lambda: self._hear(lesson, rng, said), lambda: lesson.write(prompt.text(instruction))]
-            parts = pair if rng.random() < 0.7 else pair[::-1]
+        ask = world.sample_ask(rng, scene, "transcribe" if aloud and rng.random() < 0.35 else self._kind(rng, scene))
+        parts: list[tuple[str, str]] = []
+        if ask.kind == "transcribe":
+            parts = [("hear", ask.speech), ("read", ask.text)]
+            parts = parts if rng.random() < 0.7 else parts[::-1]
+        elif aloud:
+            parts = [("hear", ask.text)]
         else:
-            ask = world.sample_ask(rng, scene)
-            if ask.kind == "transcribe":
-                ask = world.sample_ask(rng, scene, "hello")
-            typed = ask.text if rng.random() < 0.8 else world.spoken(ask.text)
-            parts = [lambda: self._hear(lesson, rng, ask.text)] if aloud else [lambda: lesson.write(prompt.text(typed))]
+            parts = [("read", ask.text if rng.random() < 0.8 else world.spoken(ask.text))]
         if fresh:
-            assert scene is not None
-            shown = scene
-            parts.insert(int(rng.integers(len(parts) + 1)), lambda: self._see(lesson, rng, shown))
-        for part in parts:
-            part()
+            parts.insert(int(rng.integers(len(parts) + 1)), ("see", ""))
+        lesson.write(prompt.open_turn())
+        for kind, text in parts:
+            match kind:
+                case "hear":
+                    self._hear(lesson, rng, text)
+                case "see":
+                    assert scene is not None
+                    self._see(lesson, rng, scene)
+                case _:
+                    lesson.write(prompt.text(text))
         lesson.write(prompt.close_turn())
         answer = [*prompt.text(ask.answer), self.close]
         start = len(lesson.ids) - 1
@@ -124,6 +129,11 @@ class Teacher:
             lesson.targets.append((start + i, token, 1 - 0.25 * len(near), ANSWER))
             lesson.targets += [(start + i, other, 0.25, ANSWER) for other in near]
         lesson.write(answer + prompt.after_answer())
+
+    def _kind(self, rng: np.random.Generator, scene: world.Scene | None) -> str:
+        shares = ASKS_BLIND if scene is None else ASKS
+        weights = np.array(list(shares.values()))
+        return list(shares)[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
     def _see(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene) -> None:
         media, picture = self.config.media, draw.draw(scene, rng)

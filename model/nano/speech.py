@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 
 from streams.voice import RATE as ESPEAK_RATE
-from streams.voice import Espeak
+from streams.voice import Espeak, Settings
 
 RATE = 16000
 
@@ -50,7 +50,7 @@ def clean(text: str, rng: np.random.Generator, held_out: bool = False) -> Uttera
     speed = rng.uniform(0.85, 1.15)
     before, after = int(rng.uniform(0.05, 0.6) * RATE), int(rng.uniform(0.2, 0.7) * RATE)
 
-    speech = _espeak().say(text, fresh=True, **how)
+    speech = _espeak().say(text, **how)
     if not speech.words:
         raise ValueError(f"nothing to say in {text!r}")
     pcm = soxr.resample(speech.pcm, ESPEAK_RATE * speed, RATE, quality="MQ")
@@ -72,8 +72,7 @@ def clean(text: str, rng: np.random.Generator, held_out: bool = False) -> Uttera
     return Utterance(text, sound, tuple(words))
 
 
-def draw_voice(rng: np.random.Generator, held_out: bool = False) -> dict:
-    """The settings of `Espeak.say`."""
+def draw_voice(rng: np.random.Generator, held_out: bool = False) -> Settings:
     variants = HELD_OUT if held_out else training_variants()
     variant = variants[rng.integers(len(variants))]
     return {
@@ -81,6 +80,7 @@ def draw_voice(rng: np.random.Generator, held_out: bool = False) -> dict:
         "rate": int(rng.integers(130, 221)),
         "pitch": int(rng.integers(25, 76)),
         "range": int(rng.integers(25, 81)),
+        "fresh": True,
     }
 
 

@@ -1,7 +1,7 @@
 """Trains nano: `python -m model.nano.train`. Stops and resumes at any time; needs espeak-ng.
 
 Two thirds of what it learns is made up by worker processes while the model computes. Progress and checkpoints go to
-`--out`; with the last step (or `--export`) the weights are written beside this file.
+`--out`, `--export` writes the weights beside this file: the embedded checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from model.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5}
+# The layer after which each is read off. What is seen and heard must stand there before the last layers, or the answer
+# has nothing to look at: with all three after the last, answers about pictures stayed at chance for 900 steps.
+DEPTHS = {SIGHT: 3, HEARING: 4, ANSWER: 6}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Course:
     warmup: int = 50
     cooldown: float = 0.3  # last part of the steps, in which the rates fall to zero
     ease_steps: int = 800
+    compiled: bool = True  # saves a sixth of the time
     seed: int = 1
 
 
@@ -142,8 +147,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrix step is made orthogonal by five Newton-Schulz rounds (Jordan et al. 2024), in float32:
     torch's own rounds run in bfloat16, which this recipe's home, a CPU without it, computes 9 times slower."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(self, parameters: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -173,22 +178,32 @@ def losses(model: Gemma, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
     x = x.index_copy(0, batch.frames_at, model.embed_audio(batch.frames))
     x = x.index_copy(0, batch.patches_at, model.embed_image(batch.patches, batch.places))
     span = whole_span(model.config, length, batch.blocks, model.dtype, model.device)
-    hidden = model(x.view(rows, length, -1), span)
-    at, where = batch.targets[:, 0].unique(return_inverse=True)
-    logits = model.logits(hidden.flatten(0, 1)[at])
-    logp = logits.log_softmax(-1)
-    token, kind = batch.targets[:, 1], batch.targets[:, 2]
-    loss = -logp[where, token] * batch.weights
-    right = (logits.argmax(-1)[where] == token).float() * batch.weights
+    x = x.view(rows, length, -1)
     out = {}
-    for each in SHARES:
-        here = kind == each
-        total = batch.weights[here].sum().clamp(min=1e-6)
-        out[each] = (loss[here].sum() / total, right[here].sum() / total)
+    for i, (layer, block) in enumerate(zip(model.config.layers, model.blocks, strict=True), start=1):
+        x = block(x, span.reaches[layer], None)
+        for taught, depth in DEPTHS.items():
+            if i == depth:
+                out[taught] = _loss(model, x, batch, taught)
     return out
 
 
-def train(course: Course, out: Path, device: torch.device, workers: int, stop_after: float, export: bool) -> None:
+def _loss(model: Gemma, x: Tensor, batch: Batch, taught: int) -> tuple[Tensor, Tensor]:
+    here = batch.targets[:, 2] == taught
+    token, weight = batch.targets[here, 1], batch.weights[here]
+    at, where = batch.targets[here, 0].unique(return_inverse=True)
+    logits = model.logits(model.norm(x.flatten(0, 1)[at]))
+    total = weight.sum().clamp(min=1e-6)
+    loss = (-logits.log_softmax(-1)[where, token] * weight).sum() / total
+    right = ((logits.argmax(-1)[where] == token) * weight).sum() / total
+    return loss, right
+
+
+def train(
+    course: Course, out: Path, device: torch.device, workers: int, stop_after: float, export: Path | None, until: int | None = None
+) -> int:
+    """Goes on from what `out` holds, up to step `until` or for `stop_after` seconds; returns the step reached. The finished
+    checkpoint is written to `export`."""
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.pt"
     if not (out / "config.json").exists():
@@ -218,11 +233,12 @@ def train(course: Course, out: Path, device: torch.device, workers: int, stop_af
 
     lessons = Lessons(out, course.batch, course.length, course.seed, step, course.ease_steps)
     loader = DataLoader(lessons, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
-    for block in model.blocks:
-        block.compile(dynamic=False)
+    if course.compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
     begun, window = time.monotonic(), []
     for batch in loader:
-        if step >= course.steps or time.monotonic() - begun > stop_after:
+        if step >= min(course.steps, until or course.steps) or time.monotonic() - begun > stop_after:
             break
         batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
         factor = min(1.0, (step + 1) / course.warmup, (course.steps - step) / (course.cooldown * course.steps))
@@ -245,10 +261,11 @@ def train(course: Course, out: Path, device: torch.device, workers: int, stop_af
         if step % 100 == 0:
             keep()
     keep()
-    if export or step >= course.steps:
-        weights.save(model, raw, HERE)
+    if export:
+        weights.save(model, raw, export)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
-            (HERE / name).write_bytes((out / name).read_bytes())
+            (export / name).write_bytes((out / name).read_bytes())
+    return step
 
 
 def main() -> None:
@@ -261,10 +278,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw and speak")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; the next call goes on")
-    parser.add_argument("--export", action="store_true", help="write the weights beside the recipe even if unfinished")
+    parser.add_argument("--export", action="store_true", help="write the weights beside this file at the end, finished or not")
     given = parser.parse_args()
     course = replace(course, steps=given.steps, batch=given.batch, seed=given.seed)
-    train(course, given.out, torch.device(given.device), given.workers, given.minutes * 60, given.export)
+    train(course, given.out, torch.device(given.device), given.workers, given.minutes * 60, HERE if given.export else None)
 
 
 if __name__ == "__main__":

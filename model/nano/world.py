@@ -6,8 +6,9 @@ Everything is drawn from a numpy Generator, so the same seed gives the same scen
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -42,6 +43,9 @@ WITH_PICTURE = {"describe": 3, "count": 4, "colour": 3, "exists": 4, "where": 5,
 WITHOUT_PICTURE = {"no_picture": 4, **dict.fromkeys(TALK, 1), "other": 4}
 
 
+Choice = TypeVar("Choice")
+
+
 @dataclass(frozen=True)
 class Thing:
     shape: str
@@ -69,7 +73,7 @@ class Ask:
     """What was said before the text; only a "transcribe" has it."""
 
 
-def _pick(rng: np.random.Generator, options):
+def _pick(rng: np.random.Generator, options: Sequence[Choice]) -> Choice:
     return options[int(rng.integers(len(options)))]
 
 
@@ -95,7 +99,8 @@ def _unit_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
     turn = rng.uniform(0, 2 * math.pi)
     points = points @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     points -= points.min(0)
-    return points / points.max()
+    unit: np.ndarray = points / points.max()
+    return unit
 
 
 def _place(rng: np.random.Generator, width: int, height: int, shapes: list[str], size: tuple[float, float]) -> list[np.ndarray] | None:
@@ -230,7 +235,7 @@ def _answer(kind: str, scene: Scene, colour: str | None, shape: str | None) -> s
 
 def _subject(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str | None, str | None]:
     """What the question is about: colour and shape, either None when it does not matter."""
-    if kind == "describe":
+    if kind == "describe" or (kind == "where" and rng.random() < 0.2):
         return None, None
     present = rng.random() < {"count": 0.72, "colour": 0.88, "exists": 0.5, "where": 0.87}[kind]
     detail = rng.random()

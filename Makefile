@@ -1,0 +1,77 @@
+# Everything runs from .venv, which is made here and holds exactly the versions of .lock.txt.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+BIN := .venv/bin
+DEMO := model/nano/demo
+
+.PHONY: help demo test nano exam compiler lock clean
+help:
+	@echo 'make demo    a spoken question about a picture, answered in this terminal'
+	@echo 'make test    lint, types and tests'
+	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
+	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
+	@echo 'make lock    resolve the versions of .lock.txt anew'
+	@echo 'make clean   remove what was made here, but not the progress of a training in build/nano'
+
+demo: .venv/demo
+	@mkdir -p build
+	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
+
+test: .venv/test compiler
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(ARGS)
+
+# glibc gives freed tensors back to the system, and a quarter of a training step then goes into page faults.
+nano: export MALLOC_MMAP_MAX_ := 0
+nano: export MALLOC_TRIM_THRESHOLD_ := 100000000000
+nano: export MALLOC_TOP_PAD_ := 536870912
+nano: .venv/demo compiler
+	$(BIN)/python -m model.nano.train $(ARGS)
+
+# What torch.compile needs.
+compiler: | $(BIN)/pip
+	@$(call need,c++ --version,g++)
+	@$(call need,$(BIN)/python -c '$(HEADERS)',python3-dev)
+
+exam: .venv/demo
+	$(BIN)/python -m model.nano.exam $(ARGS)
+
+lock: .venv/test
+	@mkdir -p build
+	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report build/lock.json '.[espeak,test]'
+	{ sed -n '/^#/p' .lock.txt; $(BIN)/python -c '$(PINS)' < build/lock.json; } > build/lock.txt
+	mv build/lock.txt .lock.txt
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png
+	find agent model streams tests -name __pycache__ -prune -exec rm -rf {} +
+
+# These stamps are as new as the last installation, so that the second run of a target installs nothing.
+.venv/demo: extras := espeak
+.venv/test: extras := espeak,test
+.venv/demo .venv/test: pyproject.toml .lock.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c .lock.txt -e '.[$(extras)]'
+	@touch .venv/demo $@
+
+$(BIN)/pip:
+	@$(call need,command -v python3,python3)
+	@$(FIND); test -n "$$python" || { \
+		echo "attend needs Python 3.11 to 3.14, and $(firstword $(PYTHON)) is $$($(firstword $(PYTHON)) --version); name another: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(FIND); $(call need,$$python -c "import ensurepip",python3-venv)
+	@$(FIND); echo "making .venv with $$($$python --version)"; $$python -m venv --clear .venv
+
+FIND = python=$$(for p in $(PYTHON); do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+HEADERS := import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+PINS := import json, sys; of = [p["metadata"] for p in json.load(sys.stdin)["install"]]; \
+	print(*sorted(m["name"].lower() + "==" + m["version"].split("+")[0] for m in of if m["name"] != "attend"), sep="\n")
+
+# $(call need,COMMAND,PACKAGE): where the command fails, root gets the system package and everybody else is told its name.
+need = { $(1); } >/dev/null 2>&1 || { if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	echo "installing the system package $(2)"; apt-get update -q; DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(2); \
+	else echo "the system package $(2) is missing; on Debian and Ubuntu: sudo apt-get install $(2)" >&2; exit 1; fi; }

@@ -1,0 +1,404 @@
+"""The model alone, measured on this machine: how fast rows are fed, how soon a first token comes, what rows cost. Where
+transformers is installed, its model stands beside it in the same run, over the same weights, neither of them compiled.
+
+Contenders take turns, round by round, and a ratio is the median over rounds, so that a busy machine slows all alike.
+Weights, sound and pictures are random: they do not change the time. transformers is called as a bare module, without
+generate() around it, and takes the likeliest token without suppressing any; both are in its favour.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import weights
+from model.cache import SLACK, Cache, Row
+from model.gemma import CheckpointError, Config, Gemma
+from model.sampling import Generation, draw
+from streams.frames import RATE
+
+SPEECH, PICTURE = (2, 10, 30), (14, 20)  # seconds; lines and columns of patches: 280 positions
+OPENING, CLOSING = 8, 10  # positions before the picture, and from the end of the sound to the start of the answer
+LENGTH, ROWS = 4096, len(SPEECH) + 1  # of the cache for one speaker; the last row is for forks
+CHUNKS, CROWD, DEPTH = (1, 4, 16), (1, 4, 16), 512  # frames at a time; rows of one step, positions in each of them
+GREEDY = Generation(stop=frozenset(), suppressed=(0,), greedy=True)
+
+Times = Mapping[str, list[float]]  # seconds of each contender, by rounds
+
+
+@dataclass(frozen=True)
+class Effort:
+    """A comparison runs for `seconds`, but at least `least` and at most `most` rounds."""
+
+    seconds: float = 3.0
+    least: int = 3
+    most: int = 50
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. `ratio` is how many times faster attend is than transformers."""
+
+    key: str
+    what: str
+    unit: str
+    attend: float
+    transformers: float | None = None
+    ratio: float | None = None
+    note: str = ""
+
+
+MEDIA = ("boi_token_id", "eoi_token_id", "image_token_id", "boa_token_id", "eoa_token_index", "audio_token_id", "video_token_id")
+_NANO, _REAL = tuple(range(10, 17)), (255_999, 258_882, 258_880, 256_000, 258_883, 258_881, 258_884)
+
+
+def _config(hidden: int, layers: str, vocabulary: int, heads: int, kv: int, size: int, media: tuple[int, ...]) -> dict[str, Any]:
+    """A config.json in the proportions of the 12B; `layers` is s for sliding and f for full, `size` a sliding head's."""
+    far = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}
+    near = {"rope_type": "default", "rope_theta": 10_000.0}
+    text = {
+        "model_type": "gemma4_unified_text", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden,
+        "num_hidden_layers": len(layers), "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": size,
+        "num_global_key_value_heads": 1, "global_head_dim": 2 * size, "attention_k_eq_v": True, "sliding_window": 1024,
+        "layer_types": [{"s": "sliding_attention", "f": "full_attention"}[letter] for letter in layers], "rms_norm_eps": 1e-6,
+        "rope_parameters": {"full_attention": far, "sliding_attention": near}, "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 262_144, "use_bidirectional_attention": "vision",
+    }  # fmt: skip
+    vision = {
+        "model_type": "gemma4_unified_vision", "patch_size": 16, "pooling_kernel_size": 3, "mm_embed_dim": hidden,
+        "mm_posemb_size": 1120, "output_proj_dims": hidden, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    audio = {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640, "rms_norm_eps": 1e-6}
+    parts = {"text_config": text, "vision_config": vision, "audio_config": audio}
+    return {"model_type": "gemma4_unified", **parts, **dict(zip(MEDIA, media, strict=True))}
+
+
+def _nano() -> dict[str, Any]:
+    file = weights.NANO / "config.json"
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return raw or _config(256, "ssfssf", 1024, 4, 2, 64, _NANO)
+
+
+SHAPES: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "nano": _nano,
+    "mid": lambda: _config(1024, "sssssf" * 4, 32_768, 8, 4, 128, _NANO),
+    "12b": lambda: _config(3840, "sssssf" * 8, 262_144, 16, 8, 256, _REAL),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Opening, picture, sound, closing; placeholder ids stand where the media go."""
+
+    ids: Tensor
+    patches: Tensor
+    places: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one shape is measured with; `prompts` and `rows` by seconds of speech. `beside` is None without transformers."""
+
+    model: Gemma
+    library: Any
+    beside: Any
+    cache: Cache
+    rows: Mapping[int, Row]
+    prompts: Mapping[int, Prompt]
+    effort: Effort
+
+
+def model(shapes: list[str] | None, device: str, say: Callable[[str], None], effort: Effort | None = None) -> dict[str, Any]:
+    """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures.
+
+    Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
+    place, library = _device(device), _library()
+    version, threads = library.__version__ if library else None, torch.get_num_threads()
+    say(f"on {place}, {threads} threads, torch {torch.__version__}; medians of contenders taking turns")
+    say(f"beside transformers {version}" if library else "transformers is not installed here: attend's column alone")
+    result = {}
+    for name in shapes or ["nano", "mid", *(["12b"] if place.type == "cuda" else [])]:
+        with torch.inference_mode():
+            result[name] = _measure(name, _prepare(name, place, library, effort or Effort()), say)
+    return {"device": str(place), "threads": threads, "torch": torch.__version__, "transformers": version, "shapes": result}
+
+
+def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any]:
+    config, size, dtype = s.model.config, sum(p.numel() for p in s.model.parameters()), str(s.model.dtype).removeprefix("torch.")
+    shape = f"hidden {config.hidden_size}, {len(config.layers)} layers, vocabulary {config.vocab_size:,}, {size / 1e6:,.1f} M parameters"
+    say(f"\n{name}: {shape}, {dtype}")
+    differ = None
+    if s.beside:
+        # Neither is told where the picture is: bare transformers 5.23 lets full layers see all of it at once, which the
+        # model was not trained with.
+        theirs = _theirs(s, SPEECH[0], seen=False).logits[0, -1].float()
+        differ = float((_whole(s, SPEECH[0], seen=False) - theirs).abs().max())
+        same = differ < (1e-2 if s.model.dtype == torch.float32 else 0.5)
+        say(f"both give the same logits to {differ:.0e}" if same else f"NOT COMPARABLE: their logits differ by {differ:.2g}")
+    elif s.library:
+        say("transformers' copy of the weights does not fit beside: attend's column alone")
+    say(f"{'':44}{'attend':>14}{'transformers':>14}{'ratio':>8}")
+    figures = {}
+    _whole(s, 10)  # sound is appended and steps are taken after that
+    for measure in (_append, _step, _first_token, _crowd, _rows):
+        for figure in measure(s):
+            say(line(figure))
+            figures[figure.key] = asdict(figure)
+    return {"parameters": size, "dtype": dtype, "logits_differ_by": differ, "figures": figures}
+
+
+def line(figure: Figure) -> str:
+    theirs = "" if figure.transformers is None else f"{_short(figure.transformers)} {figure.unit}"
+    ratio = "" if figure.ratio is None else f"{_short(figure.ratio)}×"
+    return f"{figure.what:<44}{_short(figure.attend) + ' ' + figure.unit:>14}{theirs:>14}{ratio:>8}  {figure.note}".rstrip()
+
+
+def _short(value: float) -> str:
+    """Three figures that count."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _device(name: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not there):
+        raise CheckpointError(f"there is no device {name} here; say --device cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def _library() -> Any:
+    """transformers, where a version is installed that knows Gemma 4 Unified; else None."""
+    try:
+        library: Any = import_module("transformers")
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+        return library if library.Gemma4UnifiedForConditionalGeneration else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def _prepare(name: str, device: torch.device, library: Any, effort: Effort) -> Setting:
+    raw, dtype = SHAPES[name](), torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = Config.from_json(raw)
+    with torch.device("meta"):
+        gemma = Gemma(config).to(dtype)
+    size, free = sum(p.nbytes for p in gemma.parameters()), weights.free_memory(device)
+    speaker, crowd = (Cache.bytes_per_row(config, *x, dtype) for x in ((LENGTH, SLACK), (2 * DEPTH, 0)))
+    needed = size + ROWS * speaker + CROWD[-1] * crowd
+    if free is not None and needed > free:
+        raise CheckpointError(f"measuring {name} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free on {device}")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    gemma.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for key, p in gemma.named_parameters():
+        if p.ndim > 1:
+            p.uniform_(-1, 1, generator=generator).mul_(math.sqrt(3 / p.shape[-1]))
+        else:  # attention has no scale of its own: unless q_norm gives one, random heads are all or nothing
+            p.fill_(0 if key.endswith("bias") else p.numel() ** -0.5 if key.endswith("q_norm.weight") else 1)
+    # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
+    room = min(weights.free_memory(torch.device("cpu")) or 0, (free or 0) - needed)
+    beside = _beside(gemma, raw, library) if library and (device.type == "cpu" or room > 1.1 * size) else None
+    cache = Cache(config, ROWS, LENGTH, device=device, dtype=dtype)
+    prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
+    return Setting(gemma, library, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
+
+
+def _beside(gemma: Gemma, raw: dict[str, Any], library: Any) -> Any:
+    own, config = dict(gemma.named_parameters()), library.Gemma4UnifiedConfig.from_dict(raw)
+    state = {key: own[place.parameter][place.start : place.stop] for key, place in weights.layout(gemma.config).items()}
+    kind = library.Gemma4UnifiedForConditionalGeneration
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=gemma.dtype).to(gemma.device).eval()
+
+
+def _prompt(config: Config, seconds: int, generator: torch.Generator) -> Prompt:
+    device, media, patches, count = generator.device, config.media, math.prod(PICTURE), seconds * RATE // config.frame
+    words = torch.randint(20, 1000, (OPENING + CLOSING - 1,), generator=generator, device=device).tolist()
+    sound = [media.boa, *[media.audio] * count, media.eoa]
+    ids = [*words[:OPENING], media.boi, *[media.image] * patches, media.eoi, *sound, *words[OPENING:]]
+    pixels = torch.rand(patches, 3 * config.patch**2, generator=generator, device=device)
+    places = torch.cartesian_prod(*map(torch.arange, PICTURE)).flip(-1).to(device)
+    frames = 0.1 * torch.randn(count, config.frame, generator=generator, device=device)
+    return Prompt(torch.tensor(ids, device=device), pixels, places, frames)
+
+
+def _turns(s: Setting, contenders: Mapping[str, Callable[[], object]], warm: bool = True) -> Times:
+    """With `warm`, after a round that does not count."""
+    settle: Callable[[], None] = torch.cuda.synchronize if s.model.device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds, begun = -int(warm), perf_counter()
+    while rounds < s.effort.least or (rounds < s.effort.most and perf_counter() - begun < s.effort.seconds):
+        for name, run in contenders.items():
+            settle()
+            start = perf_counter()
+            run()
+            settle()
+            if rounds >= 0:
+                times[name].append(perf_counter() - start)
+        rounds += 1
+    return times
+
+
+def _figure(key: str, what: str, times: Times, ours: str, theirs: str = "", note: str = "", *, of: int = 0) -> Figure:
+    """Milliseconds, or positions a second where a run appends `of`; one column where they did not run."""
+    a, b = median(times[ours]), median(times.get(theirs, [0.0]))
+    ratio = median(y / x for x, y in zip(times[ours], times[theirs], strict=True)) if b else None
+    unit = "/s" if of else "ms"
+    return Figure(key, what, unit, of / a if of else 1000 * a, (of / b if of else 1000 * b) if b else None, ratio, note)
+
+
+def _over(key: str, what: str, times: Times, a: str, b: str) -> Figure:
+    return Figure(key, what, "×", median(x / y for x, y in zip(times[a], times[b], strict=True)))
+
+
+def _extend(s: Setting, row: Row, x: Tensor, blocks: Tensor | None = None) -> Tensor:
+    """Appends x [T, H]; logits of the last position."""
+    hidden = s.model.extend(s.cache, [row], x[None], blocks=blocks)
+    assert hidden is not None
+    return s.model.logits(hidden[0, -1])
+
+
+def _whole(s: Setting, seconds: int, seen: bool = True) -> Tensor:
+    """Logits after the whole prompt, which goes into its emptied row in one chunk."""
+    prompt, media = s.prompts[seconds], s.model.config.media
+    s.cache.truncate(s.rows[seconds], 0)
+    looking = prompt.ids == media.image
+    x = s.model.embed_text(prompt.ids)
+    x[looking] = s.model.embed_image(prompt.patches, prompt.places)
+    x[prompt.ids == media.audio] = s.model.embed_audio(prompt.frames)
+    return _extend(s, s.rows[seconds], x, torch.where(looking, 0, -1)[None] if seen else None)
+
+
+def _theirs(s: Setting, seconds: int, seen: bool = True, past: Any = None) -> Any:
+    """The same by transformers: its output, with logits and a cache."""
+    prompt, media = s.prompts[seconds], s.model.config.media
+    kinds = ((prompt.ids == media.image) * 1 + (prompt.ids == media.audio) * 3)[None] if seen else None
+    pixels = {"pixel_values": prompt.patches[None], "image_position_ids": prompt.places[None], "mm_token_type_ids": kinds}
+    rest = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+    return s.beside(input_ids=prompt.ids[None], **pixels, **_sound(prompt.frames), **rest)
+
+
+def _sound(frames: Tensor) -> dict[str, Tensor]:
+    return {"input_features": frames[None], "input_features_mask": torch.ones_like(frames[None, :, 0], dtype=torch.bool)}
+
+
+def _append(s: Setting) -> Iterator[Figure]:
+    """Sound that nobody answers yet, after 10 s of it and a picture; neither side computes logits."""
+    row, frames, config = s.cache.fork(s.rows[10]), s.prompts[30].frames, s.model.config
+    past = _theirs(s, 10).past_key_values if s.beside else None
+
+    def append(count: int) -> None:
+        s.model.extend(s.cache, [row], s.model.embed_audio(frames[:count])[None], wanted=False)
+
+    def their_append(count: int) -> None:
+        ids = torch.full((1, count), config.media.audio, device=s.model.device)
+        s.beside.model(input_ids=ids, **_sound(frames[:count]), past_key_values=past, use_cache=True)
+
+    feeders = {"attend": append} | ({"theirs": their_append} if s.beside else {})
+    times = _turns(s, {f"{who} {count}": partial(feed, count) for count in CHUNKS for who, feed in feeders.items()})
+    s.cache.release(row)
+    for count in CHUNKS:
+        what = f"sound appended {count} at a time"
+        yield (figure := _figure(f"append_{count}", what, times, f"attend {count}", f"theirs {count}", of=count))
+        pace, their_pace = (x and x * config.frame / RATE for x in (figure.attend, figure.transformers))
+        assert pace
+        yield Figure(f"real_time_{count}", "  times real time", "×", pace, their_pace)
+
+
+def _step(s: Setting) -> Iterator[Figure]:
+    """One token in hand, the next one drawn, after 10 s of sound and a picture."""
+    row, token = s.cache.fork(s.rows[10]), torch.tensor([20], device=s.model.device)
+    needed = [p for name, p in s.model.named_parameters() if not name.startswith(("vision.", "audio."))]
+    pasts = {}
+    if s.beside:  # a static cache is read whole: no longer than it must be
+        static = s.library.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.most + s.effort.least + 1)
+        pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
+
+    def step() -> None:
+        draw(_extend(s, row, s.model.embed_text(token)), GREEDY)
+
+    def their_step(past: Any) -> None:
+        int(s.beside(input_ids=token[None], past_key_values=past, use_cache=True).logits[0, -1].argmax())
+
+    def read() -> list[Tensor]:
+        return [p.sum() for p in needed]
+
+    times = _turns(s, {"attend": step, "read": read, **{kind: partial(their_step, past) for kind, past in pasts.items()}})
+    s.cache.release(row)
+    best = min(pasts, key=lambda kind: median(times[kind]), default="")
+    yield _figure("step", "decode step", times, "attend", best, f"beside its {best} cache, the faster one" if best else "")
+    yield _figure("read", "reading the weights once", times, "read", note="sum() of every tensor that a step reads")
+    yield _over("step_over_read", "  a step over that", times, "attend", "read")
+
+
+def _first_token(s: Setting) -> Iterator[Figure]:
+    """Streamed, all but the last frame is in the row: timed are that frame, the closing and the draw."""
+
+    def streamed(seconds: int) -> None:
+        row, prompt = s.rows[seconds], s.prompts[seconds]
+        s.cache.truncate(row, len(prompt.ids) - CLOSING - 1)
+        s.model.extend(s.cache, [row], s.model.embed_audio(prompt.frames[-1:])[None], wanted=False)
+        draw(_extend(s, row, s.model.embed_text(prompt.ids[-CLOSING:])), GREEDY)
+
+    for seconds in SPEECH:
+        runs: dict[str, Callable[[], object]] = {"whole": partial(_whole, s, seconds), "streamed": partial(streamed, seconds)}
+        if s.beside:
+            runs["theirs"] = partial(_theirs, s, seconds)
+        times = _turns(s, runs, warm=False)
+        what, note = f"first token, picture + {seconds} s, streamed", "beside its whole prompt" if s.beside else ""
+        yield _figure(f"first_token_{seconds}", what, times, "streamed", "theirs", note)
+        yield _figure(f"whole_{seconds}", "  whole prompt at once", times, "whole", "theirs")
+    ends = _turns(s, {"short": partial(streamed, SPEECH[0]), "long": partial(streamed, SPEECH[-1])})
+    yield _over("flat", f"  streamed, {SPEECH[-1]} s over {SPEECH[0]} s", ends, "long", "short")
+
+
+def _crowd(s: Setting) -> Iterator[Figure]:
+    """A step of many rows; they hold no real keys, which changes nothing, but not untouched memory either."""
+    cache = Cache(s.model.config, CROWD[-1], 2 * DEPTH, slack=0, device=s.model.device, dtype=s.model.dtype)
+    rows = [cache.claim() for _ in range(CROWD[-1])]
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(0.01)
+    for row in rows:
+        row.length = row.high = DEPTH
+
+    def step(count: int) -> None:
+        hidden = s.model.extend(cache, rows[:count], s.model.embed_text(torch.full((count, 1), 20, device=s.model.device)))
+        assert hidden is not None
+        s.model.logits(hidden).argmax(-1).tolist()
+
+    times = _turns(s, {f"{count}": partial(step, count) for count in CROWD})
+    for count in CROWD:
+        yield _figure(f"rows_{count}", f"step of {count} row{'s' if count > 1 else ''} together", times, f"{count}")
+        if count > 1:
+            yield _over(f"rows_{count}_over_1", "  over one alone", times, f"{count}", "1")
+
+
+def _rows(s: Setting) -> Iterator[Figure]:
+    row = s.rows[SPEECH[-1]]
+    end = row.length
+
+    def truncate() -> None:
+        row.length = end
+        s.cache.truncate(row, end - CLOSING)
+
+    times = _turns(s, {"fork": lambda: s.cache.release(s.cache.fork(row)), "truncate": truncate})
+    yield _figure("fork", f"fork of {end:,} positions", times, "fork")
+    yield _figure("truncate", f"truncate by {CLOSING}", times, "truncate")
+    yield Figure("weights", "weights", "MiB", sum(p.nbytes for p in s.model.parameters()) / 2**20)
+    row_bytes = Cache.bytes_per_row(s.model.config, LENGTH, SLACK, s.model.dtype)
+    yield Figure("row", f"a row of {LENGTH:,} positions", "MiB", row_bytes / 2**20)
+    peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "by this process so far, whatever it ran"
+    if s.model.device.type == "cuda":
+        peak, where = torch.cuda.max_memory_allocated() / 2**20, "on the device"
+    yield Figure("peak", "most memory taken", "MiB", peak, note=where)

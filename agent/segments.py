@@ -1,0 +1,169 @@
+"""What a row can hold, as segments, and views made of them: counted, compared, continued.
+
+A segment is ids, sound or a picture. A picture goes into a row in one call; everything else in any chunks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from agent.prompt import Prompt
+from agent.tape import Sound
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One block of soft tokens; boi and eoi stand around it as ids."""
+
+    data: bytes
+    budget: int
+    positions: int
+
+
+Segment = tuple[int, ...] | Sound | Picture
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What a view lets go of: the words and all of a turn and its answer, a picture, or (`verbatim`) sound that became text."""
+
+    of: int
+    what: Literal["turn", "picture", "sound"]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a row should hold. Neighbouring segments of one kind are one, so equal views compare equal."""
+
+    segments: tuple[Segment, ...]
+    ahead: int  # positions before the sound of the live turn; all where there is none
+    upto: int
+    gone: tuple[Gone, ...] = ()
+    spent: tuple[int, ...] = ()  # payloads that no later view under this policy wants: for Dropped
+
+    @cached_property
+    def positions(self) -> int:
+        return sum(map(size, self.segments))
+
+    def then(self, *segments: Segment) -> View:
+        """This and what was appended since."""
+        return replace(self, segments=merged([*self.segments, *segments]))
+
+    def since(self, other: View) -> tuple[int, tuple[Segment, ...]]:
+        """How many positions of a row that holds `other` can stay, and what is to be appended to those."""
+        keep = 0
+        for mine, its in zip(self.segments, other.segments, strict=False):
+            keep += _shared(mine, its)
+            if mine != its:
+                break
+        return keep, self.rest(keep)
+
+    def after(self, other: View) -> tuple[Segment, ...] | None:
+        """What to append to a row that holds `other`; None if that is not enough."""
+        keep, rest = self.since(other)
+        return rest if keep == other.positions else None
+
+    def rest(self, at: int) -> tuple[Segment, ...]:
+        """The segments from position `at` on, which is not inside a picture."""
+        out: list[Segment] = []
+        for segment in self.segments:
+            if at >= size(segment):
+                at -= size(segment)
+                continue
+            out.append(_tail(segment, at))
+            at = 0
+        assert at == 0, "past the end of the view"
+        return tuple(out)
+
+
+def size(segment: Segment) -> int:
+    return len(segment) if isinstance(segment, tuple) else segment.positions
+
+
+def _tail(segment: Segment, at: int) -> Segment:
+    if at == 0:
+        return segment
+    assert not isinstance(segment, Picture), "a picture is one block"
+    return segment[at:] if isinstance(segment, tuple) else replace(segment, data=segment.data[2 * segment.frame * at :])
+
+
+def _shared(a: Segment, b: Segment) -> int:
+    """Positions that two segments have in common at their beginning."""
+    if a == b:
+        return size(a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if isinstance(a, Sound) and isinstance(b, Sound) and a.frame == b.frame:
+        count = min(a.positions, b.positions)
+        same = (a.samples[:count] == b.samples[:count]).all(axis=1)
+        return count if same.all() else int(same.argmin())
+    return 0
+
+
+def merged(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if size(segment) == 0:
+            continue
+        last = groups[-1][0] if groups else None
+        alike = type(last) is type(segment) and not isinstance(segment, Picture)
+        if alike and getattr(last, "frame", 0) == getattr(segment, "frame", 0):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return tuple(group[0] if len(group) == 1 else _joined(group) for group in groups)
+
+
+def _joined(group: list[Segment]) -> Segment:
+    if isinstance(group[0], Sound):
+        return Sound(b"".join(sound.data for sound in group if isinstance(sound, Sound)), group[0].frame)
+    return tuple(id for ids in group if isinstance(ids, tuple) for id in ids)
+
+
+class Run:
+    """An open run of sound: boa, frames, and where it is closed and opened again, which Gemma wants within 30 s.
+
+    The decision needs the frames so far and nothing else, so that live feeding and rebuilding come to the same. From 20 s on
+    the run may end after any frame; the level there is that of the loudest of the last four frames, since the closure of a
+    plosive is no pause. It ends where that level ranks among the run's lowest: lower than all at 20 s, among the lowest
+    quarter at 25 s, anywhere at 30 s.
+    """
+
+    PATIENT, LONGEST = 500, 750  # positions of 40 ms: 20 s, 30 s
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._due = [prompt.boa]
+        self._recent: deque[int] = deque(maxlen=4)
+        self._levels: list[int] = []
+
+    def feed(self, sound: Sound) -> list[Segment]:
+        """The sound, with the control tokens that are due before and within it."""
+        out: list[Segment] = []
+        pcm = np.frombuffer(sound.data, "<i2").reshape(-1, sound.frame)
+        start = 0
+        for index, energy in enumerate((pcm.astype(np.int64) ** 2).sum(axis=1).tolist()):  # integers: the same everywhere
+            if self._due:
+                out += [replace(sound, data=pcm[start:index].tobytes()), tuple(self._due)]
+                start, self._due = index, []
+                self._recent.clear()
+                self._levels.clear()
+            if self._ends(energy):
+                self._due = [self._prompt.eoa, self._prompt.boa]
+        out.append(replace(sound, data=pcm[start:].tobytes()))
+        return [segment for segment in out if size(segment)]
+
+    def _ends(self, energy: int) -> bool:
+        self._recent.append(energy)
+        level = max(self._recent)
+        lower = bisect_left(self._levels, level)
+        insort(self._levels, level)
+        count, over, span = len(self._levels), len(self._levels) - self.PATIENT, self.LONGEST - self.PATIENT
+        return count >= self.LONGEST or (over >= 0 and lower * span**2 <= count * over**2)

@@ -1,0 +1,350 @@
+"""Who has the floor: the probability of speech in each frame in, decisions out.
+
+Pure: no clock and no tasks. Time is the number of samples heard, so an hour of talk replays in a second.
+
+          talk for `speech`                silence for `pause`
+    QUIET ─▶ STARTING ─────────▶ SPEAKING ◀───────────────────▶ STOPPING ──▶ QUIET
+      ▲         │     Began                 Paused, WentOn         Ended, or Discarded if it was less than `least`
+      └─────────┘ silence for `gap`
+
+Talk over an answer stays in STARTING for longer, for it may be a cough or an "mm-hmm". The answer is Hushed at once, since
+silence is what the user waits for; then either the talk lasts for `interruption`, and the answer is Interrupted, or it
+stops, and the answer is TakenUp at the word that was cut. So a wrong guess costs a moment and never the answer.
+
+A turn is open from Began to Ended or Discarded, and never while an answer is being given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Literal
+
+from streams.frames import RATE
+
+Why = Literal["silence", "released", "committed", "meant", "long"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """Times are in milliseconds."""
+
+    threshold: float = 0.5  # of probability, where speech begins; it ends 0.15 lower (silero's own hysteresis)
+    pre_roll: int = 300  # kept from before the onset, or the first syllable is lost
+    speech: int = 80  # of talk: two frames open a turn or hush an answer; silero needs another 40 to 120 for the onset itself
+    least: int = 160  # of talk in a whole turn: the shortest "no" is 240, a click or a knock is less
+    gap: int = 200  # of silence that ends a sound too short to be talk
+    pause: int = 120  # of silence after which an answer may be guessed at
+    silence: int = 500  # that ends a turn; with a model that judges pauses itself, the longest wait
+    interruption: int = 640  # of talk over an answer: "mm-hmm" and "hm" last up to 600, so nothing shorter tells them from talk
+    interrupt: bool = True  # False: talk over an answer is not heard at all (a loudspeaker without echo cancellation)
+    hands_free: bool = True  # False: only `press` and `release` open and close turns
+    run: int = 30_000  # of audio in one piece, which is what the model was trained on
+    longest: int = 120_000  # of one turn: a television never stops talking
+    idle: int | None = None  # of silence after an answer
+
+    def __post_init__(self) -> None:
+        assert 0.15 < self.threshold < 1, self.threshold
+        assert 0 < self.speech <= self.least <= self.interruption, self
+        assert min(self.pre_roll, self.gap, self.pause, self.silence) > 0 and self.run <= self.longest, self
+        assert self.idle is None or self.idle > 0, self
+
+    @property
+    def keep(self) -> int:
+        """Samples of the past that Began may ask for; frames older than that can go."""
+        return _samples(self.pre_roll + self.interruption + 2 * self.gap)
+
+
+# ---- decisions; `at` is when they were made
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The user has the floor: what was heard from sample `start` on belongs to the turn."""
+
+    at: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The user has said nothing since `end`: a chance to guess at the answer. WentOn, Ended or Discarded follows."""
+
+    at: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class WentOn:
+    """The user speaks again, in the same turn: a guess is worth nothing."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The turn is complete; the last word was over at `end`."""
+
+    at: int
+    end: int
+    why: Why
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """What was heard since `start` was no turn: forget it."""
+
+    at: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """Close this run of audio and open the next: 30 s are near, and this is the quietest moment on the way there."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hushed:
+    """Someone talks over the answer: play nothing more until TakenUp or Interrupted."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakenUp:
+    """It was too short to be an interruption: go on with the answer from its sample `heard`.
+
+    The talk itself lies between `start` and `end`. Whoever can tell a "stop" from an "mm-hmm" by its words may say `meant`.
+    """
+
+    at: int
+    heard: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The answer is over, and everything after its sample `heard` was never said. Began follows.
+
+    If nothing was heard, the last turn was cut too early, and what begins is the rest of it.
+    """
+
+    at: int
+    heard: int
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nobody has said anything for `Manners.idle` since the answer. Said once for each answer."""
+
+    at: int
+
+
+Event = Began | Paused | WentOn | Ended | Discarded | Long | Hushed | TakenUp | Interrupted | Idle
+
+
+# ---- the machine
+
+
+class State(Enum):
+    QUIET = auto()
+    STARTING = auto()  # perhaps talk, perhaps a cough
+    SPEAKING = auto()
+    STOPPING = auto()  # a pause, or the end
+
+
+class Turns:
+    """One conversation's floor. `manners` may be replaced at any time and hold from the next frame on."""
+
+    def __init__(self, manners: Manners = Manners(), at: int = 0) -> None:
+        self.manners = manners
+        self.now = at
+        self.state = State.QUIET
+        self._talking = False  # the last frame, with hysteresis
+        self._onset = at  # of the talk
+        self._end = at  # of the talk so far
+        self._said = 0  # samples of talk since the onset
+        self._start = at  # of the turn
+        self._run = at  # since when audio has come in one piece
+        self._free = at  # nothing before belongs to the next turn, as it belongs to the last one
+        self._pressed: int | None = None
+        self._heard: int | None = None  # of the answer; None: there is none
+        self._hushed = False
+        self._answered: int | None = None  # since when Idle is due
+
+    @property
+    def floor(self) -> Literal["user", "agent"] | None:
+        """Talk over an answer does not take the floor before it is an interruption."""
+        if self.state in (State.SPEAKING, State.STOPPING):
+            return "user"
+        return None if self._heard is None else "agent"
+
+    # -- the microphone
+
+    def hear(self, samples: int, probability: float) -> list[Event]:
+        """The next frame: how long it is and how likely it holds speech."""
+        assert samples > 0 and 0 <= probability <= 1, (samples, probability)
+        before, threshold = self._talking, self.manners.threshold
+        self.now += samples
+        self._talking = probability >= (threshold - 0.15 if before else threshold)
+        if self._talking:
+            self._said += samples
+            self._end = self.now
+        if self.state is State.QUIET and self._talking and not before and self._listens:
+            self.state = State.STARTING
+            self._onset, self._said = self.now - samples, samples
+        match self.state:
+            case State.QUIET:
+                return self._quiet()
+            case State.STARTING:
+                return self._starting()
+            case State.SPEAKING | State.STOPPING:
+                return self._speaking(probability)
+
+    @property
+    def _listens(self) -> bool:
+        return self.manners.hands_free and (self.manners.interrupt or self._heard is None)
+
+    def _quiet(self) -> list[Event]:
+        idle = self.manners.idle
+        if idle is None or self._answered is None or self._heard is not None:
+            return []
+        if self.now - max(self._answered, self._end) < _samples(idle):
+            return []
+        self._answered = None
+        return [Idle(self.now)]
+
+    def _starting(self) -> list[Event]:
+        m = self.manners
+        if self.now - self._end >= _samples(m.gap):
+            return self._let_go()
+        if self._said < _samples(m.speech):
+            return []
+        if self._heard is None:
+            return self._open(self._onset)
+        events: list[Event] = [] if self._hushed else [Hushed(self.now)]
+        self._hushed = True
+        # Before the first word is heard nobody says "mm-hmm" to it: the user is still busy with the last sentence.
+        if self._end - self._onset >= _samples(m.interruption if self._heard else m.least):
+            events += self._interrupt() + self._open(self._onset)
+        return events
+
+    def _speaking(self, probability: float) -> list[Event]:
+        m, silence = self.manners, self.now - self._end
+        if self._pressed is None and silence >= _samples(m.silence):
+            return [self._close("silence")]
+        if self.now - self._start >= _samples(m.longest):
+            return [self._close("long")]
+        events: list[Event] = []
+        if self.state is State.SPEAKING and silence >= _samples(m.pause):
+            self.state = State.STOPPING
+            events.append(Paused(self.now, self._end))
+        elif self.state is State.STOPPING and self._talking:
+            self.state = State.SPEAKING
+            events.append(WentOn(self.now))
+        # In the last fifth of a run the bar rises from 0 to 1: a silent frame gets over it early, and at the end any frame does.
+        if probability <= 5 * (self.now - self._run) / _samples(m.run) - 4:
+            self._run = self.now
+            events.append(Long(self.now))
+        return events
+
+    # -- the user's other ways
+
+    def press(self) -> list[Event]:
+        """Push to talk: a turn is open from here to `release`, whatever is heard, and an answer is interrupted at once."""
+        if self._pressed is not None:
+            return []
+        self._pressed = self.now
+        if self.floor == "user":
+            return []
+        if self.state is not State.STARTING:
+            self._onset, self._said, self._end = self.now, 0, self.now
+        return self._interrupt() + self._open(self._onset)
+
+    def release(self) -> list[Event]:
+        """Ends the turn; a mere tap discards it."""
+        return [] if self._pressed is None else [self._close("released")]
+
+    def commit(self) -> list[Event]:
+        """The turn, if one is open, is complete: a client says so, or the model has judged a pause."""
+        return [self._close("committed")] if self.floor == "user" else []
+
+    def cancel(self) -> list[Event]:
+        """Whatever the user is saying is to be forgotten."""
+        if self.floor == "user":
+            return [self._discard()]
+        return self._let_go() if self.state is State.STARTING else []
+
+    def meant(self, talk: TakenUp) -> list[Event]:
+        """The short talk was meant for the agent after all ("stop"): it is a turn, of the frames from Began.start to Ended.end.
+
+        They may be older than `Manners.keep`: whoever wants to judge them keeps them. Nothing, if a turn came in between.
+        """
+        if self.floor == "user" or talk.start < self._free:
+            return []
+        state = self.state  # the user may be about to say more
+        events = [*self._interrupt(), *self._open(talk.start), Ended(self.now, talk.end, "meant")]
+        self.state, self._free, self._answered = state, talk.end, None
+        return events
+
+    # -- the answer
+
+    def answering(self) -> None:
+        """An answer is on its way; nothing of it has been heard yet."""
+        assert self.floor is None, f"an answer begins while the floor is the {self.floor}'s"
+        self._heard, self._answered = 0, None
+        if self.state is State.STARTING and not self.manners.interrupt:
+            self.state = State.QUIET
+
+    def heard(self, samples: int) -> None:
+        """So much of the answer has been played, counted to the end of a whole word. Late news of an ended answer is ignored."""
+        if self._heard is not None:
+            self._heard = max(self._heard, samples)
+
+    def answered(self) -> list[Event]:
+        """The answer is over, because all was heard or because it was stopped. Talk over its last word becomes a turn."""
+        if self._heard is None:
+            return []
+        self._heard, self._hushed, self._answered = None, False, self.now
+        return self._starting() if self.state is State.STARTING else []
+
+    # -- transitions
+
+    def _open(self, onset: int) -> list[Event]:
+        self._start = self._run = max(onset - _samples(self.manners.pre_roll), self._free)
+        self.state = State.SPEAKING
+        return [Began(self.now, self._start)]
+
+    def _close(self, why: Why) -> Event:
+        """After this, talk that just goes on opens no turn: only a new onset does."""
+        held = 0 if self._pressed is None else self.now - self._pressed
+        if why != "committed" and max(held, self._said) < _samples(self.manners.least):
+            return self._discard()
+        self.state, self._pressed, self._answered = State.QUIET, None, None
+        self._free = self.now
+        return Ended(self.now, self._end, why)
+
+    def _discard(self) -> Event:
+        self.state, self._pressed = State.QUIET, None
+        return Discarded(self.now, self._start)
+
+    def _interrupt(self) -> list[Event]:
+        if self._heard is None:
+            return []
+        event = Interrupted(self.now, self._heard)
+        self._heard, self._hushed, self._answered = None, False, self.now
+        return [event]
+
+    def _let_go(self) -> list[Event]:
+        self.state = State.QUIET
+        if not self._hushed or self._heard is None:
+            return []
+        self._hushed = False
+        return [TakenUp(self.now, self._heard, self._onset, self._end)]
+
+
+def _samples(ms: int) -> int:
+    return ms * RATE // 1000

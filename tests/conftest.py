@@ -1,0 +1,48 @@
+"""The rules of a run: what needs a GPU waits for one, and nothing else is skipped unnoticed."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+STRICT = os.environ.get("CI", "").lower() in ("1", "true")
+skipped: list[str] = []  # but for want of a GPU
+
+settings.register_profile("attend", deadline=None, derandomize=STRICT)  # a busy machine is no failure
+settings.load_profile("attend")
+
+
+def pytest_collection_modifyitems(items):
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if needing and not has_cuda():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, "wasxfail") and "gpu" not in report.keywords:
+        skipped.append(report.nodeid)
+
+
+def pytest_collectreport(report):
+    if report.skipped:
+        skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    """In CI a skip is an error: a test that never runs where it counts is no test."""
+    if STRICT and skipped and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if STRICT and skipped:
+        terminalreporter.section("skipped, which is an error here", red=True)
+        for name in skipped:
+            terminalreporter.line(name)

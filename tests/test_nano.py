@@ -1,0 +1,140 @@
+"""The embedded checkpoint: transformers reads it and agrees, and it passes its exam."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agent import engine
+from agent.engine import Loaded
+from model.nano import draw, exam, speech, world
+from model.nano.lessons import Teacher, collate
+from model.weights import NANO
+
+CARD = NANO / "CARD.md"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return engine.load("nano")
+
+
+def _conversation(loaded: Loaded, seed: int) -> tuple[list[int], torch.Tensor | None, torch.Tensor]:
+    """Prompt ids with placeholders, frames [n, 640] or None, patches [m, 6912]: a question about a picture, spoken or typed."""
+    rng, prompt = np.random.default_rng(seed), loaded.prompt
+    scene = world.sample_scene(rng, 432, 336)
+    ask = world.sample_ask(rng, scene, ("describe", "where", "count", "colour")[seed % 4])
+    pieces, _ = engine.cut(loaded, draw.draw(scene, rng), loaded.budget)
+    ids = [*prompt.begin(), *prompt.open_turn(), prompt.boi, *[prompt.media.image] * len(pieces), prompt.eoi]
+    if seed % 2:
+        return [*ids, *prompt.text(ask.text), *prompt.close_turn()], None, pieces
+    pcm = speech.utter(ask.text, rng, held_out=True).pcm
+    frames = torch.from_numpy(np.pad(pcm, (0, -len(pcm) % 640)).reshape(-1, 640))
+    return [*ids, prompt.boa, *[prompt.media.audio] * len(frames), prompt.eoa, *prompt.close_turn()], frames, pieces
+
+
+def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: Loaded) -> None:
+    from transformers import Gemma4UnifiedForConditionalGeneration
+
+    theirs = Gemma4UnifiedForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32).eval()
+    media = loaded.model.config.media
+    for seed in range(8):
+        ids, frames, pieces = _conversation(loaded, seed)
+        places = torch.tensor([[x, y] for y in range(7) for x in range(9)])
+        kinds = torch.tensor([[1 if i == media.image else 3 if i == media.audio else 0 for i in ids]])
+        sound = {}
+        if frames is not None:
+            sound = {"input_features": frames[None], "input_features_mask": torch.ones(1, len(frames), dtype=torch.bool)}
+        with torch.inference_mode():
+            out = theirs.generate(
+                input_ids=torch.tensor([ids]),
+                pixel_values=pieces[None],
+                image_position_ids=places[None],
+                mm_token_type_ids=kinds,
+                **sound,
+                cache_implementation="static",
+                disable_compile=True,
+                do_sample=False,
+                max_new_tokens=60,
+                suppress_tokens=list(loaded.generation.suppressed),
+            )[0, len(ids) :].tolist()
+        cache = engine.new_cache(loaded, 1, 512)
+        row, hidden = cache.claim(), None
+        at, number = 0, 0
+        while at < len(ids):
+            if ids[at] == media.image:
+                engine.append_picture(loaded, cache, row, pieces, places)
+                at += len(pieces)
+            elif ids[at] == media.audio:
+                assert frames is not None
+                engine.append_frame(loaded, cache, row, frames[number].numpy())
+                at, number = at + 1, number + 1
+            else:
+                hidden = engine.append_ids(loaded, cache, row, [ids[at]], wanted=True)
+                at += 1
+        assert hidden is not None
+        ours = [token for token, _ in engine.generate(loaded, cache, row, hidden, loaded.generation, 60)]
+        assert ours == out, f"conversation {seed}"
+
+
+def test_it_passes_its_exam(loaded: Loaded) -> None:
+    result = exam.examine(loaded, conversations=30, turns=3, seed=7)
+    print(result)
+    assert result.share("spoken") >= 0.65
+    assert result.share("typed") >= 0.75
+    assert result.word_error_rate <= 0.12
+    assert result.boxes >= 0.50
+
+
+def test_the_card_states_the_exam_of_these_weights() -> None:
+    card = CARD.read_text(encoding="utf-8")
+    assert "word error rate" in card and "python -m model.nano.exam --seed" in card
+    for variant in speech.HELD_OUT:
+        assert variant in card
+
+
+def test_it_is_small_enough_to_live_in_the_repository() -> None:
+    assert (NANO / "model.safetensors").stat().st_size <= 40e6
+    assert json.loads((NANO / "config.json").read_text())["model_type"] == "gemma4_unified"
+
+
+def test_a_lesson_teaches_every_token_of_its_answers_and_every_place_of_sight_and_hearing() -> None:
+    teacher = Teacher(NANO)
+    lesson = teacher.lesson(np.random.default_rng(5))
+    media = teacher.config.media
+    taught = {at for at, *_ in lesson.targets}
+    for at, token in enumerate(lesson.ids):
+        if token in (media.image, media.audio):
+            assert at in taught
+    answers = [at for at, token in enumerate(lesson.ids) if token == teacher.close and at - 1 in taught]
+    assert answers, "no turn of the model ends in this lesson"
+    assert len(lesson.patches_at) == sum(map(len, lesson.patches)) == lesson.ids.count(media.image)
+    assert len(lesson.frames_at) == sum(map(len, lesson.frames)) == lesson.ids.count(media.audio)
+
+
+def test_lessons_of_one_seed_are_the_same_and_fit_their_batch() -> None:
+    teacher = Teacher(NANO)
+
+    def batch() -> object:
+        rng = np.random.default_rng(3)
+        return collate([teacher.lesson(rng) for _ in range(2)], 200)
+
+    one, two = vars(batch()), vars(batch())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert one["ids"].shape == (2, 200)
+    assert len(one["frames"]) == len(one["frames_at"]) and len(one["patches"]) == len(one["patches_at"]) == len(one["places"])
+    assert one["targets"][:, 0].max() < 400
+
+
+def test_the_recipe_learns_and_resumes(tmp_path: Path) -> None:
+    from model.nano import train
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        (tmp_path / name).write_bytes((NANO / name).read_bytes())
+    course = train.Course(steps=6, batch=2, length=128, warmup=1, compiled=False)
+    first = train.train(course, tmp_path, torch.device("cpu"), workers=0, stop_after=float("inf"), export=None, until=3)
+    again = train.train(course, tmp_path, torch.device("cpu"), workers=0, stop_after=float("inf"), export=None)
+    assert (first, again) == (3, 6)
+    assert engine.load(str(tmp_path)).model.config == engine.load("nano").model.config
