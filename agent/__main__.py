@@ -72,8 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
     benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
     kinds = benching.add_subparsers(required=True, metavar="WHAT")
-    model = kinds.add_parser("model", help="the model alone, beside transformers where it is installed", description=bench.__doc__)
-    model.add_argument("--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)")
+    model = kinds.add_parser(
+        "model", help="the model alone, beside transformers where it is installed", description=bench.__doc__
+    )
+    model.add_argument(
+        "--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
+    )
     model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)

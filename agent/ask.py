@@ -158,12 +158,12 @@ def _check_room(loaded: Loaded, media: Sequence[Medium], cuts: list[list[tuple[T
         needed += -(-len(medium.samples) // loaded.model.config.frame) + 2 if medium.kind == "audio" else 0
         needed += sum(len(pieces) + 2 for pieces, _ in cut)
     if needed >= room:
-        raise RowFull(f"the prompt takes {needed} positions and a row holds {room}; give it less sound, fewer pictures or a smaller budget")
+        raise RowFull(
+            f"the prompt takes {needed} positions and a row holds {room}; give it less sound, fewer pictures or a smaller budget"
+        )
 
 
-def _read_answer(
-    loaded: Loaded, answer: Answer, tokens: Any, thinking: bool, say: Callable[[str], None], asked: float
-) -> None:
+def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, thinking: bool, say: Callable[[str], None], asked: float) -> None:
     reader, marks = AnswerReader(loaded.tokenizer), MarkReader()
     first = last = asked
 

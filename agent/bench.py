@@ -42,7 +42,7 @@ class Effort:
     """A comparison runs for `seconds`, but at least `least` and at most `most` rounds."""
 
     seconds: float = 3.0
-    least: int = 3
+    least: int = 2
     most: int = 50
 
 
@@ -137,8 +137,8 @@ def model(shapes: list[str] | None, device: str, say: Callable[[str], None], eff
 
 def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any]:
     config, size, dtype = s.model.config, sum(p.numel() for p in s.model.parameters()), str(s.model.dtype).removeprefix("torch.")
-    shape = f"hidden {config.hidden_size}, {len(config.layers)} layers, vocabulary {config.vocab_size:,}, {size / 1e6:,.1f} M parameters"
-    say(f"\n{name}: {shape}, {dtype}")
+    shape = f"hidden {config.hidden_size}, {len(config.layers)} layers, vocabulary {config.vocab_size:,}"
+    say(f"\n{name}: {shape}, {size / 1e6:,.1f} M parameters, {dtype}")
     differ = None
     if s.beside:
         # Neither is told where the picture is: bare transformers 5.23 lets full layers see all of it at once, which the
@@ -171,10 +171,10 @@ def _short(value: float) -> str:
 
 
 def _device(name: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not there):
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if name not in ("auto", *there):
         raise CheckpointError(f"there is no device {name} here; say --device cpu")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    return torch.device(there[-1] if name == "auto" else name)
 
 
 def _library() -> Any:

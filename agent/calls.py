@@ -1,7 +1,8 @@
 """Gemma's notation for tools: declarations out, results out, calls in. Pure.
 
-A value is written `{key:value,other:[1,true,null]}`: bare keys, sorted; strings between the control token <|"|>; no spaces. What is written
-comes as parts, text and control tokens apart, so that a string which contains `<|"|>` as characters cannot close itself.
+A value is written `{key:value,other:[1,true,null]}`: bare keys, sorted; strings between the control token <|"|>; no
+spaces. What is written comes as parts, text and control tokens apart, so that a string which contains `<|"|>` as
+characters cannot close itself.
 """
 
 from __future__ import annotations

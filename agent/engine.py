@@ -91,7 +91,9 @@ def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor
     config = loaded.model.config
     pieces, places = patches(picture, budget, config.patch)
     if int(places.max()) >= config.grid:
-        raise CheckpointError(f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} places")
+        raise CheckpointError(
+            f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} places"
+        )
     return pieces, places
 
 

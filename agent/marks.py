@@ -1,9 +1,10 @@
 """What the model points at: detection JSON in a stream of text ↔ marks on a picture.
 
-Gemma answers "where is …?" with `[{"box_2d": [y0, x0, y1, x1], "label": "…"}]`, often in a ```json fence, amid ordinary text. That JSON is for
-the picture and never for the voice. `MarkReader` takes the text as it comes and gives back what can be said, at once, and each mark as soon as
-its object is complete. Other brackets, braces and fences are text like any other, and what the model gets wrong about JSON is forgiven: where
-an object breaks off, it ends, and what follows is text again.
+Gemma answers "where is …?" with `[{"box_2d": [y0, x0, y1, x1], "label": "…"}]`, often in a ```json fence, amid ordinary
+text. That JSON is for the picture and never for the voice. `MarkReader` takes the text as it comes and gives back what
+can be said, at once, and each mark as soon as its object is complete. Other brackets, braces and fences are text like
+any other, and what the model gets wrong about JSON is forgiven: where an object breaks off, it ends, and what follows
+is text again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _label(text: str) -> str:
 class _Object:
     """Follows one object character by character, to see where it ends.
 
-    A quote ends a string only where one may end, so that 'the dog's bowl' is one string. Anything that no JSON has ends the object.
+    A quote ends a string only where one may end, so that 'the dog's bowl' is one string.
+    Anything that no JSON has ends the object.
     """
 
     def __init__(self, opening: str) -> None:
@@ -95,7 +97,11 @@ class _Object:
         before = len(self.text) - 1
         if self._quote and not self._in_string(c):
             too_long = before - self._start > _LONGEST_STRING
-            return self._cut(self._start if too_long else len(self.text)) if too_long or c == "\n" and not self._maybe_closed else None
+            return (
+                self._cut(self._start if too_long else len(self.text))
+                if too_long or (c == "\n" and not self._maybe_closed)
+                else None
+            )
         if before > _LONGEST:
             return before
         if c.isalpha() and not (c in "eE" and self.text[before - 1].isdigit()):
@@ -155,7 +161,7 @@ _LONGEST_OPENING = 100
 
 
 class MarkReader:
-    """Deltas of text in; text that can be said, and marks, out, in their order. However the text is cut up, the outcome is the same."""
+    """Deltas of text in; text that can be said, and marks, out, in order. However the text is cut up, the outcome is the same."""
 
     def __init__(self) -> None:
         self._held = ""  # undecided: may be the beginning of a detection
@@ -274,7 +280,7 @@ _COLOURS = ((255, 221, 51), (64, 224, 208), (255, 105, 180), (124, 252, 0), (255
 
 
 def draw(picture: NDArray[np.uint8], marks: Sequence[Mark]) -> NDArray[np.uint8]:
-    """A copy of an RGB picture with the marks on it. Light lines edged in black, and labels on their own ground, show on anything."""
+    """A copy of an RGB picture with the marks on it. Light lines edged in black, labels on their own ground."""
     out = np.array(picture, dtype=np.uint8, order="C")
     height, width = out.shape[:2]
     if not height or not width:

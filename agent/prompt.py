@@ -9,10 +9,12 @@ A conversation is fed piece by piece while it happens, so nothing here renders a
       … the model writes; AnswerReader reads it …
     after_answer()                        ⏎ once the model's own <turn|> is in the row, then the next open_turn()
 
-When the model calls a tool it stops at its own <|tool_response>; `tool_response(name, result)` goes on from there in the same model turn.
-History that is composed from text uses `end_turn` (a user turn nobody is asked to answer yet) and `answer`.
+When the model calls a tool it stops at its own <|tool_response>; `tool_response(name, result)` goes on from there in
+the same model turn. History that is composed from text uses `end_turn` (a user turn nobody is asked to answer yet) and
+`answer`.
 
-Text of users, tools and system prompts is encoded as text: it cannot open a turn or close a string (see Tokenizer.encode).
+Text of users, tools and system prompts is encoded as text: it cannot open a turn or close a string (see
+Tokenizer.encode).
 """
 
 from __future__ import annotations
@@ -106,7 +108,8 @@ class Prompt:
         return self._ids([Control("<|tool_call>"), f"call:{name}", *notation(arguments), Control("<tool_call|>")])
 
     def tool_response(self, name: str, result: Any, *, opened: bool = True, thinking: bool = False) -> list[int]:
-        """The result of a call. `opened`: the model has written <|tool_response> itself; say False for the second of several and in history."""
+        """The result of a call. `opened`: the model has written <|tool_response> itself; False for the second of several and in
+        history."""
         body = result if isinstance(result, Mapping) else {"value": result}
         parts: list[Part] = [] if opened else [Control("<|tool_response>")]
         parts += [f"response:{name}", *notation(body), Control("<tool_response|>")]

@@ -43,10 +43,10 @@ class View:
     """What a row should hold. Neighbouring segments of one kind are one, so equal views compare equal."""
 
     segments: tuple[Segment, ...]
-    ahead: int  # positions before the sound of the live turn; all where there is none
+    ahead: int  # positions before the sound of the live turn, or before the live turn, or all of them
     upto: int
     gone: tuple[Gone, ...] = ()
-    spent: tuple[int, ...] = ()  # payloads that no later view under this policy wants: for Dropped
+    spent: tuple[int, ...] = ()  # payloads that no later view wants, once a row holds this one: for Dropped
 
     @cached_property
     def positions(self) -> int:

@@ -7,20 +7,16 @@ will want again, said by `Dropped`, and all that was `Deleted`. What a row shoul
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from io import FileIO
 from pathlib import Path
 from typing import Any, get_args
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.journal import Journal, JournalError, records
 from streams.frames import FRAME
 
 # ---- entries
@@ -60,7 +56,9 @@ class Sound:
     @property
     def samples(self) -> NDArray[np.float32]:
         """[n, frame]"""
-        return np.frombuffer(self.data, "<i2").reshape(-1, self.frame) / np.float32(32768)
+        samples = np.frombuffer(self.data, "<i2").astype(np.float32)
+        samples /= 32768
+        return samples.reshape(-1, self.frame)
 
     @property
     def positions(self) -> int:
@@ -173,19 +171,22 @@ class Tape:
     def create(cls, path: Path, model: str = "", bound: int = BOUND) -> Tape:
         """A new tape with a journal of at most `bound` bytes: past it, the oldest payloads leave tape and file until half is
         free. Raises JournalError if the file exists or cannot be written."""
-        return cls(model, Journal(path, bound, {"model": model}))
+        return cls(model, Journal(path, bound, json.dumps({"model": model}).encode()))
 
     @classmethod
     def load(cls, path: Path, bound: int = BOUND) -> Tape:
         """The tape in a journal, to go on with. A torn last record (kill -9) is cut off. Raises JournalError."""
-        journal = Journal(path, bound)
-        tape = cls(str(journal.head.get("model", "")))
-        for number, body in enumerate(journal.read()):
+        bodies = records(path)
+        head, size = next(bodies, (b"", 0))
+        if not head:
+            raise JournalError(f"the journal {path} holds nothing")
+        tape = cls(json.loads(head)["model"])
+        for body, size in bodies:
             entry = _read(body)
             if entry is None or not tape.fits(entry):
-                raise JournalError(f"{path} is damaged: entry {number} does not belong to this conversation")
+                raise JournalError(f"the journal {path} is damaged: what ends at byte {size:,} does not belong there")
             tape._take(entry)
-        tape._journal = journal
+        tape._journal = Journal(path, bound, head, size)
         return tape
 
     @property
@@ -290,7 +291,7 @@ def _emptied(entry: Entry, words: bool) -> Entry:
     return entry
 
 
-# ---- the journal
+# ---- entries as bytes
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Entry)}
 
@@ -313,103 +314,3 @@ def _read(body: bytes) -> Entry | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return entry
-
-
-class JournalError(RuntimeError):
-    """A journal that cannot be written or read; the message names the file."""
-
-
-class Journal:
-    """An append-only file, for its owner's eyes: a line that says what it is and in which version, then records: length,
-    checksum of that, checksum of the body, body. The first body is the head. One write each, so that a process that is
-    killed leaves at most the last one torn; the disk is not waited for, except where the file is written anew."""
-
-    MAGIC = b"attend tape 1\n"
-    HEADER = struct.Struct("<III")
-
-    def __init__(self, path: Path, bound: int, head: dict[str, Any] | None = None) -> None:
-        """A new file with `head`, or without one the file that is there."""
-        self.path, self.bound, self.size = path, bound, 0
-        self._file = self._opened(path, new=head is not None)
-        self.head: dict[str, Any] = json.loads(next(self._records(), b"{}")) if head is None else head
-        if head is not None:
-            self._begin()
-
-    def _begin(self) -> None:
-        self._write(self.MAGIC + self._record(json.dumps(self.head).encode()))
-
-    @staticmethod
-    def _opened(path: Path, new: bool) -> FileIO:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0), 0o600)
-            os.fchmod(file, 0o600)
-        except OSError as error:
-            raise JournalError(f"the journal {path} cannot be opened: {error.strerror}") from error
-        return FileIO(file, "r+")
-
-    def room(self, body: bytes) -> bool:
-        return self.size + self.HEADER.size + len(body) <= self.bound
-
-    def append(self, body: bytes) -> None:
-        self._write(self._record(body))
-
-    def read(self) -> Iterator[bytes]:
-        """Every body after the head; at the end, what is torn is cut off."""
-        records = self._records()
-        next(records, None)
-        yield from records
-        self._file.truncate(self.size)
-
-    def rewrite(self, bodies: Iterable[bytes]) -> None:
-        """The file anew, with these bodies. Whatever happens, either the old or the new one is there."""
-        path, old = self.path.with_name(self.path.name + ".new"), (self._file, self.size)
-        path.unlink(missing_ok=True)
-        self._file, self.size = self._opened(path, new=True), 0
-        try:
-            self._begin()
-            for body in bodies:
-                self._write(self._record(body))
-            os.fsync(self._file.fileno())
-            path.replace(self.path)
-        except (OSError, JournalError) as error:
-            self._file.close()
-            self._file, self.size = old
-            raise JournalError(f"the journal {self.path} cannot be written anew: {error}") from error
-        old[0].close()
-
-    def close(self) -> None:
-        self._file.close()
-
-    @classmethod
-    def _record(cls, body: bytes) -> bytes:
-        length = struct.pack("<I", len(body))
-        return cls.HEADER.pack(len(body), crc32(length), crc32(body)) + body
-
-    def _write(self, data: bytes) -> None:
-        try:
-            if self._file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(self.size)
-            raise JournalError(f"the journal {self.path} cannot be written: {error.strerror}") from error
-        self.size += len(data)
-
-    def _records(self) -> Iterator[bytes]:
-        """Whole records; `size` is where the next one would begin. Ends where the rest is torn: a record that is not there to
-        its end, or a wrong one with nothing but zeros after it (blocks that were set aside when the power went)."""
-        with self.path.open("rb") as file:
-            if file.read(len(self.MAGIC)) != self.MAGIC:
-                raise JournalError(f"{self.path} is no journal of a conversation that this version reads")
-            self.size = len(self.MAGIC)
-            while len(header := file.read(self.HEADER.size)) == self.HEADER.size:
-                length, check, checksum = self.HEADER.unpack(header)
-                known = check == crc32(header[:4])
-                body = file.read(length) if known else b""
-                if len(body) < (length if known else 0):
-                    return
-                if not known or crc32(body) != checksum:
-                    if file.read().strip(b"\0"):
-                        raise JournalError(f"{self.path} is damaged at byte {self.size:,}")
-                    return
-                self.size += len(header) + length
-                yield body

@@ -33,10 +33,10 @@ class Manners:
     pre_roll: int = 300  # kept from before the onset, or the first syllable is lost
     speech: int = 80  # of talk: two frames open a turn or hush an answer; silero needs another 40 to 120 for the onset itself
     least: int = 160  # of talk in a whole turn: the shortest "no" is 240, a click or a knock is less
-    gap: int = 200  # of silence that ends a sound too short to be talk
+    gap: int = 320  # of silence that ends a sound too short to be talk; "no, wait … stop it" has 240 in the middle
     pause: int = 120  # of silence after which an answer may be guessed at
     silence: int = 500  # that ends a turn; with a model that judges pauses itself, the longest wait
-    interruption: int = 640  # of talk over an answer: "mm-hmm" and "hm" last up to 600, so nothing shorter tells them from talk
+    interruption: int = 800  # of talk over an answer: measured, "mm-hmm" takes 560 to 760 and "no, wait" 840 and more
     interrupt: bool = True  # False: talk over an answer is not heard at all (a loudspeaker without echo cancellation)
     hands_free: bool = True  # False: only `press` and `release` open and close turns
     run: int = 30_000  # of audio in one piece, which is what the model was trained on
@@ -52,7 +52,7 @@ class Manners:
     @property
     def keep(self) -> int:
         """Samples of the past that Began may ask for; frames older than that can go."""
-        return _samples(self.pre_roll + self.interruption + 2 * self.gap)
+        return _samples(self.pre_roll + self.interruption + self.gap)
 
 
 # ---- decisions; `at` is when they were made

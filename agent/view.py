@@ -74,7 +74,7 @@ class _Exchange:
         return not self.closed or self.asked or self.waits
 
     def pictures(self) -> list[int]:
-        return [index for index, part in self.parts if isinstance(part, Seen)]
+        return [index for index, part in self.parts if isinstance(part, Seen) and part.data]
 
 
 def _fold(entries: Sequence[Entry], upto: int) -> tuple[Setting, list[_Exchange]]:
@@ -157,6 +157,9 @@ class _Writer:
             return []
         turn = [] if x.role is None else self._turn(x.role, self._left(x, show), open=last and not x.closed)
         return [*turn, tuple(self._answers(x, last))] if show.words else [*turn]
+
+    def cost(self, x: _Exchange, show: _Show) -> int:
+        return _total(self.exchange(x, show))
 
     def _left(self, x: _Exchange, show: _Show) -> Iterator[str | Sound | Seen]:
         """What is left of a turn's parts."""
@@ -256,12 +259,15 @@ class _Writer:
                     hidden = True
                 case "<channel|>" | "<tool_call|>" | "<|tool_response>" | "<turn|>" | "<eos>":
                     hidden = False
-        solid = [n for n, id in enumerate(words) if not tokenizer.decode([id]).isspace()]
-        return words[solid[0] : solid[-1] + 1] if solid else []
+        for end in (0, -1):
+            while words and tokenizer.decode([words[end]]).isspace():
+                words.pop(end)
+        return words
 
 
 # ---- what is let go
 
+Cost = Callable[[_Exchange, _Show], int]
 Policy = Literal["transcripts", "verbatim"]
 
 
@@ -300,15 +306,15 @@ def view(
 
     setting, exchanges = _fold(entries, upto)
     segments: list[Segment] = [_begin(prompt, setting)]
-    ahead = None
+    ahead = 0
     for x in exchanges:
-        show = plan.get(x.of, fresh)
-        written = writer.exchange(x, replace(show, words=show.words or x.live), last=x is exchanges[-1])
-        if x.live and x is exchanges[-1] and any(isinstance(segment, Sound) for segment in written):
+        show, last = plan.get(x.of, fresh), x is exchanges[-1]
+        written = writer.exchange(x, replace(show, words=show.words or (last and x.live)), last)
+        if last and x.live:
             ahead = _total(segments) + _before_sound(written)
         segments += written
     gone, spent = _report(past, plan, policy)
-    return View(merged(segments), _total(segments) if ahead is None else ahead, upto, gone, spent)
+    return View(merged(segments), ahead or _total(segments), upto, gone, spent)
 
 
 def _begin(prompt: Prompt, setting: Setting) -> tuple[int, ...]:
@@ -319,14 +325,10 @@ def _total(segments: Iterable[Segment]) -> int:
     return sum(map(size, segments))
 
 
-def _before_sound(segments: Iterable[Segment]) -> int:
-    """0 where there is no sound."""
-    count = 0
-    for segment in segments:
-        if isinstance(segment, Sound):
-            return count
-        count += size(segment)
-    return 0
+def _before_sound(segments: list[Segment]) -> int:
+    """0 where there is none."""
+    first = next((n for n, segment in enumerate(segments) if isinstance(segment, Sound)), 0)
+    return _total(segments[:first])
 
 
 def _plan(past: list[_Exchange], writer: _Writer, fresh: _Show, system: int, budget: Budget, policy: Policy) -> dict[int, _Show]:
@@ -336,16 +338,9 @@ def _plan(past: list[_Exchange], writer: _Writer, fresh: _Show, system: int, bud
     if room < 0:
         raise RowFull(f"the system prompt and this turn take {budget.row - room} positions and a row has room for {budget.row}")
     opening = len(writer.prompt.open_turn()) + 1  # so that a turn that opens moves nothing
-
-    def cost(x: _Exchange, show: _Show) -> int:
-        return _total(writer.exchange(x, show))
-
     if policy == "verbatim":
-        return _verbatim(past, room, cost)
-    return _transcripts(past, min(room, budget.ahead - system - max(opening, _before_sound(live))), cost)
-
-
-Cost = Callable[[_Exchange, _Show], int]
+        return _verbatim(past, room, writer.cost)
+    return _transcripts(past, min(room, budget.ahead - system - max(opening, _before_sound(live))), writer.cost)
 
 
 def _transcripts(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Show]:
@@ -353,11 +348,11 @@ def _transcripts(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Sho
     newest_first = past[::-1]
     words: list[tuple[_Exchange, int | None]] = [(x, None) for x in newest_first]
     pictures: list[tuple[_Exchange, int | None]] = [(x, index) for x in newest_first for index in reversed(x.pictures())]
+    current = pictures[0][1] if pictures else None
     refused = set()
-    for wish in [*words[:1], *pictures[:1], *words[1:], *pictures[1:]]:
-        x, index = wish
+    for x, index in [*words[:1], *pictures[:1], *words[1:], *pictures[1:]]:
         show = plan[x.of]
-        if (index is None) in refused or (index is not None and wish != pictures[0] and not show.words):
+        if (index is None) in refused or (index not in (None, current) and not show.words):
             continue
         more = replace(show, words=True) if index is None else replace(show, pictures=(show.pictures or frozenset()) | {index})
         if (price := cost(x, more) - cost(x, show)) <= room:
@@ -368,16 +363,22 @@ def _transcripts(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Sho
 
 
 def _verbatim(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Show]:
-    plan = {x.of: _Show() for x in past}
-    whole = {x.of: cost(x, _Show()) for x in past}
-    if sum(whole.values()) <= room:
-        return plan
-    newer, share = True, room // 4  # of which older turns are words
+    plan = {x.of: _NOTHING for x in past}
+    prices: list[int] = []  # newest first, and no more of them than matter: a tape may be hours long
     for x in reversed(past):
-        newer = newer and room - whole[x.of] >= share
-        price = whole[x.of] if newer else cost(x, _WORDS)
-        plan[x.of] = _Show() if newer else _WORDS if price <= room else _NOTHING
-        room = room - price if price <= room else -1
+        prices.append(cost(x, _Show()))
+        if sum(prices) > room:
+            break
+    else:
+        return {x.of: _Show() for x in past}
+    share = room // 4  # of which older turns are words
+    newer = next(n for n in range(len(prices)) if sum(prices[: n + 1]) > room - share)
+    room -= sum(prices[:newer])
+    for n, x in enumerate(reversed(past)):
+        price = 0 if n < newer else cost(x, _WORDS)
+        if price > room:
+            break
+        plan[x.of], room = _Show() if n < newer else _WORDS, room - price
     return plan
 
 
@@ -387,7 +388,7 @@ def _report(past: list[_Exchange], plan: dict[int, _Show], policy: Policy) -> tu
     for x in past:
         show = plan[x.of]
         sounds = [part for _, part in x.parts if isinstance(part, Sound)]
-        silent = not show.words or (not show.sound and x.transcript is not None)
+        silent = not (show.words and show.sound) and x.transcript is not None  # without words the sound is all there is
         if not show.words:
             gone.append(Gone(x.of, "turn"))
         elif policy == "verbatim" and silent and sounds:

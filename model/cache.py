@@ -99,7 +99,13 @@ def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.d
 
 
 def _reach(
-    config: Config, layer: Layer, query: Tensor, key: Tensor, query_block: Tensor | None, key_block: Tensor | None, dtype: torch.dtype
+    config: Config,
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    query_block: Tensor | None,
+    key_block: Tensor | None,
+    dtype: torch.dtype,
 ) -> Reach:
     """Positions query [B, T] looking at positions key [B, n]; a negative key position holds nothing.
 

@@ -90,7 +90,9 @@ class Config:
             raise CheckpointError(f"config.json holds a value of the wrong type: {wrong}") from wrong
 
     @classmethod
-    def _read(cls, raw: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[str, Any]) -> Config:
+    def _read(
+        cls, raw: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[str, Any]
+    ) -> Config:
         unsupported = {
             "hidden_activation": text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
             "attention_bias": bool(text.get("attention_bias")),
@@ -103,7 +105,9 @@ class Config:
         }
         for key, bad in unsupported.items():
             if bad:
-                raise CheckpointError(f"config.json sets {key}={text.get(key, raw.get(key))!r}, which Gemma 4 Unified does not have")
+                raise CheckpointError(
+                    f"config.json sets {key}={text.get(key, raw.get(key))!r}, which Gemma 4 Unified does not have"
+                )
         return cls(
             vocab_size=text["vocab_size"],
             hidden_size=text["hidden_size"],

@@ -2,9 +2,11 @@
 
 Three promises that the rest of attend rests on:
 
-* What a user typed is text. `encode` never yields a control token, whatever the string says, so nobody can open a turn by typing `<|turn>`.
+* What a user typed is text. `encode` never yields a control token, whatever the string says, so nobody can open a turn by
+  typing `<|turn>`.
 * Control tokens are had by name and by name only: `special("<|turn>")`.
-* A stream of ids becomes a stream of whole characters. A smiley that comes in four byte pieces appears once, when it is complete.
+* A stream of ids becomes a stream of whole characters. A smiley that comes in four byte pieces appears once, when it is
+  complete.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class TokenizerError(ValueError):
 
 class Tokenizer:
     def __init__(self, backend: Backend, source: str = "tokenizer") -> None:
-        # encode_special_tokens looks only at tokens flagged special; a file may carry `<|tool>` without the flag, so flag them here.
+        # encode_special_tokens looks only at tokens flagged special; a file may carry `<|tool>` without the flag.
         vocab = backend.get_vocab(with_added_tokens=True)
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL if name in vocab])
         backend.encode_special_tokens = True

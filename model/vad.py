@@ -2,7 +2,8 @@
 
 numpy and not torch, because a conversation asks this on the event loop, 25 times a second: one chunk is seven small
 products, no tensor, no thread pool. The package is looked up and never imported, since importing it sets torch to one
-thread for the whole process.
+thread for the whole process. Its safetensors file is another training of the network in its TorchScript file, which torch
+no longer wants to load; on speech, noise and music the two decided alike.
 """
 
 from __future__ import annotations

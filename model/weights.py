@@ -23,7 +23,14 @@ from model.gemma import CheckpointError, Config, Gemma, Layer
 from model.sampling import Generation
 
 NANO = Path(__file__).parent / "nano"
-FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "processor_config.json", "tokenizer*.json")
+FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _EVENT_END, _EVENT_WORD, _EVENT_CLAUSE = 0, 1, 5
 _PARAMETERS = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
 _TOKEN = re.compile(r"[^\W_]+(?:['’.,:][^\W_]+)*|\S")
 _CONTROL = {code: " " for code in range(32) if chr(code) not in "\n\t"}  # espeak takes control characters for commands
-_CONTROL |= {0x7F: " "} | {code: "?" for code in range(0xD800, 0xE000)}
+_CONTROL |= {0x7F: " "} | dict.fromkeys(range(55296, 57344), "?")
 
 
 class VoiceMissing(RuntimeError):
@@ -255,7 +255,7 @@ class _Engine:
             self._lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     def _after_fork(self) -> None:
-        """A child has neither the library's own threads, for which espeak_Terminate would wait for ever, nor whoever held the lock."""
+        """A child has neither the library's threads, on which espeak_Terminate waits for ever, nor whoever held the lock."""
         self._lock = threading.Lock()
         _ctypes.dlclose(self._lib._handle)
         self._load()
@@ -309,7 +309,8 @@ class _Words:
         first = self._next
         while self._next < len(self._tokens) and self._tokens[self._next][1] <= place:
             self._next += 1
-        skipped = [span for span, spoken in zip(self._tokens[first : self._next], self._spoken[first : self._next]) if spoken]
+        between = slice(first, self._next)
+        skipped = [span for span, spoken in zip(self._tokens[between], self._spoken[between], strict=True) if spoken]
         if not skipped:
             return ()
         begin = self._tokens[first - 1][0] if first else 0
@@ -332,7 +333,9 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
     start = 0
     while len(text) - start > PART:
         window = text[start : start + PART]
-        ends = [match.end() for match in re.finditer(r"[.!?…\n]\s", window)] or [match.end() for match in re.finditer(r"\s", window)]
+        ends = [match.end() for match in re.finditer(r"[.!?…\n]\s", window)] or [
+            match.end() for match in re.finditer(r"\s", window)
+        ]
         end = start + (ends[-1] if ends else PART)
         yield start, text[start:end]
         start = end

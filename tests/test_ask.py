@@ -37,7 +37,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     marked = tmp_path / "marked.png"
     answer = ask(capsys, "--audio", QUESTION, "--image", PICTURE, "--mark-image", marked)
     assert answer["text"] == "The red circle is on the left."
@@ -142,7 +144,9 @@ def test_other_sound_formats_are_converted_not_refused(
 def _bomb(path: Path) -> None:
     header = struct.pack(">IIBBBBB", 16_000, 16_000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    body = b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
@@ -187,7 +191,9 @@ def test_other_refusals_are_one_sentence_too(capsys: pytest.CaptureFixture[str],
     assert "needs a picture" in refused(capsys, "--text", "x", "--mark-image", tmp_path / "x.png")
     assert "temperature" in refused(capsys, "--text", "x", "--temperature", 0)
     assert "cannot be written" in refused_late(capsys, "--image", PICTURE, "--mark-image", tmp_path / "none" / "x.png")
-    assert "has no config.json" in refused(capsys, "--text", "x", "--model", tmp_path) or "tokenizer.json" in capsys.readouterr().err
+    assert (
+        "has no config.json" in refused(capsys, "--text", "x", "--model", tmp_path) or "tokenizer.json" in capsys.readouterr().err
+    )
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.json").write_bytes((NANO / "tokenizer.json").read_bytes())
@@ -203,6 +209,9 @@ def refused_late(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_the_command_shows_no_traceback() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "agent", "ask", "--image", "nowhere.png"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-m", "agent", "ask", "--image", "nowhere.png"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr and "nowhere.png" in result.stderr

@@ -119,7 +119,7 @@ def test_rows_together_equal_rows_alone_wherever_they_stand(model):
 def test_chunks_with_pictures_in_some_rows_together_equal_rows_alone(model):
     cache = cache_of(model)
     rows, lengths = [cache.claim() for _ in range(3)], (0, 9, 31)
-    tapes = [tape(n + 12, seed, [(n + 1, 4), (n + 6, 6)] if seed != 1 else []) for seed, n in enumerate(lengths)]
+    tapes = [tape(n + 12, seed, [(n, 4), (n + 6, 6)] if seed != 1 else []) for seed, n in enumerate(lengths)]
     for row, n, (x, blocks) in zip(rows, lengths, tapes, strict=True):
         if n:
             feed(model, cache, row, x[:n], blocks[:n], SLACK + 1)
@@ -221,6 +221,17 @@ def test_cuts_after_cuts_and_after_growing_again_equal_never_appended(model, cut
     assert position == row.length - SLACK - 1
     cache.truncate(row, position)
     close(feed(model, cache, row, more, torch.full((9,), -1), 3), at_once(model, torch.cat((held[:position], more)))[position:])
+
+
+def test_the_limit_stays_where_it_was_until_the_row_is_longer_than_ever(model):
+    """What a cut leaves behind in the rings stands where older positions stood."""
+    cache = cache_of(model)
+    row = cache.claim()
+    feed(model, cache, row, *tape(30), SLACK + 1)
+    cache.truncate(row, 24)
+    for length, limit in ((25, 24), (29, 24), (30, 24), (31, 25)):
+        feed(model, cache, row, *tape(length - row.length))
+        assert (row.length, cache.earliest(row)) == (length, limit)
 
 
 @pytest.mark.parametrize(("high", "limit"), [(12, 6), (13, 7), (30, 24), (60, 54)])
@@ -337,14 +348,20 @@ def test_a_whole_span_equals_a_live_one_and_never_changes_shape(model):
         close(torch.cat(seen, 1)[i], at_once(model, x)[-25:])
 
 
-def test_a_whole_span_takes_a_picture(model):
+@pytest.mark.parametrize("start", [0, 2, 12])
+def test_a_whole_span_takes_a_picture(model, start):
+    """Near the start of a row, slots that hold nothing yet (here: another's past) must not pass for the picture's own."""
     cache = cache_of(model)
     row = cache.claim()
-    x, blocks = tape(17, pictures=[(12, 5)])
-    feed(model, cache, row, x[:11], blocks[:11])
+    feed(model, cache, row, *tape(30, 5))
+    cache.release(row)
+    row = cache.claim()
+    x, blocks = tape(start + 5, pictures=[(start, 5)])
+    if start:
+        feed(model, cache, row, x[:start], blocks[:start])
     with torch.inference_mode():
-        hidden = model(x[None, 11:], cache.span([row], 6, blocks[None, 11:], whole=True), cache)
-    close(hidden[0], at_once(model, x, blocks)[11:])
+        hidden = model(x[None, start:], cache.span([row], 5, blocks[None, start:], whole=True), cache)
+    close(hidden[0], at_once(model, x, blocks)[start:])
 
 
 @pytest.fixture(scope="session")
@@ -488,7 +505,7 @@ class Rows:
         elif move == "fork" and self.cache.free:
             self.held.append(Conversation(self.cache.fork(chosen.row), list(chosen.x), list(chosen.blocks)))
         elif move == "cut":
-            self.cut(chosen, size % (len(chosen.x) + 1))
+            self.cut(chosen, max(0, len(chosen.x) - size % (self.slack + 3)))
         elif move == "release":
             self.held.remove(chosen)
             self.cache.release(chosen.row)
@@ -531,9 +548,9 @@ class Rows:
                 self.extend([c], 1, False)
 
 
-MOVES = ("append", "append", "append", "step", "step", "picture", "cut", "fork", "claim", "release")
+MOVES = ("append", "append", "append", "step", "step", "picture", "cut", "cut", "fork", "claim", "release")
 moves = st.lists(st.tuples(st.sampled_from(MOVES), st.integers(0, 3), st.integers(0, 31)), min_size=15, max_size=45)
-TURN = [("step", 0, 31), ("cut", 0, 17), ("fork", 0, 0), ("step", 0, 9)]
+TURN = [("step", 0, 31), ("cut", 0, 3), ("fork", 0, 0), ("step", 0, 9)]
 LONG = [("claim", 0, 0)] * 3 + [("append", i % 3, 3) for i in range(15)] + TURN * 3
 
 
@@ -555,7 +572,7 @@ def test_any_history_of_four_rows_equals_reading_each_at_once(small, history):
 
 def test_the_long_history_reaches_what_matters(small):
     rows = Rows(small)
-    for move in [*LONG, ("cut", 0, 2), *[("append", 0, 3)] * 5]:
+    for move in [*LONG, ("cut", 0, 5), *[("append", 0, 3)] * 5]:
         rows.play(*move)
     assert all(rows.happened[thing] for thing in ("rows together", "round the ring", "cut", "cut refused", "full")), rows.happened
 

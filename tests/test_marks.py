@@ -42,8 +42,10 @@ def test_detections_are_marks(text, plain, marks):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[see above]", "{braces}", "a[0] = {1: 2}", "[]", "{}", "[[[", "`code`", "```py\nprint([1, 2])\n```", '{"name": "x"}', '[{"name": "x"}, [1]]',
-        'say "box_2d"', '{"box_2d"', '{"point": "left"}', "[1, 2, 3, 4]", "f({'a': 'b'})", "```json\n", "[{", '```json\n{"a": [1]}\n```',
+        "", "[see above]", "{braces}", "a[0] = {1: 2}", "[]", "{}", "[[[", "`code`", "```py\nprint([1, 2])\n```",
+        '{"name": "x"}', '[{"name": "x"}, [1]]',
+        'say "box_2d"', '{"box_2d"', '{"point": "left"}', "[1, 2, 3, 4]", "f({'a': 'b'})", "```json\n", "[{",
+        '```json\n{"a": [1]}\n```',
     ],
 )  # fmt: skip
 def test_other_brackets_are_text(text):
@@ -133,7 +135,9 @@ def detections(draw):
     if draw(st.booleans()):
         objects = [dict(reversed(entry.items())) for entry in objects]
     alone = len(objects) == 1 and draw(st.booleans())
-    text = json.dumps(objects[0] if alone else objects, indent=draw(st.sampled_from([None, 1, 2])), ensure_ascii=draw(st.booleans()))
+    text = json.dumps(
+        objects[0] if alone else objects, indent=draw(st.sampled_from([None, 1, 2])), ensure_ascii=draw(st.booleans())
+    )
     if draw(st.booleans()):
         text = (
             text.replace("]}", "],}").replace("}]", "},\n]")
@@ -220,7 +224,20 @@ def test_any_text_in_any_chunks(chunks):
 
 
 def test_hostile_text_is_read_in_good_time():
-    for piece in ("[", "{", '{"a":', '{"a":"', '[{"a":1,', "`", "```json ", '{"box_2d":[', '{"box_2d":"', "[" + " " * 50, RED_JSON, '{"label": "x'):
+    for piece in (
+        "[",
+        "{",
+        '{"a":',
+        '{"a":"',
+        '[{"a":1,',
+        "`",
+        "```json ",
+        '{"box_2d":[',
+        '{"box_2d":"',
+        "[" + " " * 50,
+        RED_JSON,
+        '{"label": "x',
+    ):
         text = piece * (4_000 // len(piece))
         plain, _ = parse(text)
         if "box_2d" not in piece:
@@ -259,7 +276,9 @@ def test_a_label_is_written_in_any_script():
 
 
 @given(
-    st.integers(1, 80), st.integers(1, 80), st.lists(st.builds(Mark, st.tuples(numbers, numbers, numbers, numbers), st.text(max_size=20)), max_size=3)
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.lists(st.builds(Mark, st.tuples(numbers, numbers, numbers, numbers), st.text(max_size=20)), max_size=3),
 )
 def test_anything_can_be_drawn_on_anything(height, width, found):
     assert draw(picture(height, width), found).shape == (height, width, 3)

@@ -67,7 +67,7 @@ def test_words_are_in_order_within_the_sound_and_silence_is_around_them(seed):
     starts, ends = [word[1] for word in utterance.words], [word[2] for word in utterance.words]
 
     assert [word[0] for word in utterance.words] == WORDS
-    assert all(a < b for a, b in zip(starts, ends)) and all(a <= b for a, b in zip(ends, starts[1:]))
+    assert all(a < b for a, b in zip(starts, ends, strict=True)) and all(a <= b for a, b in zip(ends, starts[1:], strict=False))
     assert 0.05 * RATE - 1 <= starts[0] <= 0.6 * RATE
     assert 0.2 * RATE - 1 <= len(utterance.pcm) - ends[-1] <= 0.7 * RATE + 1
     assert not utterance.pcm[: starts[0]].any() and not utterance.pcm[ends[-1] :].any()

@@ -40,7 +40,7 @@ def is_recipe(path):
 
 
 def imports(path):
-    """Full names of what a file imports, also inside functions: "model.nano.world", "torch"."""
+    """Full names of what a file imports or finds, also inside functions: "model.nano.world", "torch"."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,6 +48,10 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             base = ".".join((*package[: len(package) + 1 - node.level], node.module or "")) if node.level else node.module
             yield from (f"{base.strip('.')}.{alias.name}" for alias in node.names)
+        elif (
+            isinstance(node, ast.Call) and ast.unparse(node.func).endswith("find_spec") and isinstance(node.args[0], ast.Constant)
+        ):
+            yield str(node.args[0].value)  # found and read, never imported
 
 
 def tops(path):
@@ -222,6 +226,16 @@ def test_readme_links_lead_somewhere():
     assert names
     for path in (*paths, *names):
         assert (ROOT / path).exists(), path
+
+
+def test_readme_maps_files_that_there_are():
+    folder, mapped = ROOT, []
+    for line in re.search(r"^## Map\n+```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1].splitlines():
+        name = re.match(r" *(\S+)", line)[1]
+        folder = folder if line.startswith(" ") else ROOT / name
+        mapped.append(folder / name if line.startswith(" ") else folder)
+    assert len(mapped) > 15
+    assert [path for path in mapped if not path.exists()] == []
 
 
 def test_readme_places_every_class_that_transformers_exports():

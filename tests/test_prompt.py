@@ -37,7 +37,8 @@ WEATHER = {
 }
 # As rendered by the published template (model-spec §5.2).
 WEATHER_DECLARED = (
-    '<|tool>declaration:get_weather{description:<|"|>Current weather<|"|>,parameters:{properties:{city:{description:<|"|>City name<|"|>,'
+    '<|tool>declaration:get_weather{description:<|"|>Current weather<|"|>,'
+    'parameters:{properties:{city:{description:<|"|>City name<|"|>,'
     'type:<|"|>STRING<|"|>},tags:{items:{type:<|"|>STRING<|"|>},type:<|"|>ARRAY<|"|>},unit:{enum:[<|"|>c<|"|>,<|"|>f<|"|>],type:<|"|>STRING<|"|>}},'
     'required:[<|"|>city<|"|>],type:<|"|>OBJECT<|"|>}}<tool|>'
 )
@@ -60,7 +61,9 @@ def test_one_turn_has_the_published_ids():
 def test_a_conversation_spelled_out(kind):
     p = prompt(kind)
     ids = p.begin(" Be brief. \n", [WEATHER], thinking=True)
-    ids += p.open_turn() + p.text("Look:\n") + [p.boi, p.eoi] + p.text(" and hear ") + [p.boa, p.eoa] + p.close_turn(thinking=True)
+    ids += (
+        p.open_turn() + p.text("Look:\n") + [p.boi, p.eoi] + p.text(" and hear ") + [p.boa, p.eoa] + p.close_turn(thinking=True)
+    )
     assert spell(p.tokenizer, ids) == (
         f"<bos><|turn>system\n<|think|>\nBe brief.{WEATHER_DECLARED}<turn|>\n"
         "<|turn>user\nLook:<|image><image|>and hear<|audio><audio|><turn|>\n<|turn>model\n"
@@ -84,16 +87,24 @@ def test_a_camera_frame_is_announced_by_its_time():
 def test_a_tool_is_answered_in_the_same_turn():
     p = prompt("gemma")
     live = [*p.tool_call("f", {"b": 1, "A": "x"}), 50, *p.tool_response("f", {"ok": True}), *p.text("done")]
-    assert spell(p.tokenizer, live) == ('<|tool_call>call:f{A:<|"|>x<|"|>,b:1}<tool_call|><|tool_response>response:f{ok:true}<tool_response|>done')
+    assert spell(p.tokenizer, live) == (
+        '<|tool_call>call:f{A:<|"|>x<|"|>,b:1}<tool_call|><|tool_response>response:f{ok:true}<tool_response|>done'
+    )
     assert p.tool_response("f", 3, opened=False) == [50, *p.tool_response("f", {"value": 3})]
-    assert spell(p.tokenizer, p.tool_response("f", None, thinking=True)) == "response:f{value:null}<tool_response|><|channel>thought\n"
+    assert (
+        spell(p.tokenizer, p.tool_response("f", None, thinking=True))
+        == "response:f{value:null}<tool_response|><|channel>thought\n"
+    )
 
 
 @pytest.mark.parametrize(
     "schema, text",
     [
         ({"type": ["string", "null"]}, 'nullable:true,type:<|"|>STRING<|"|>'),
-        ({"type": "integer", "description": "n", "nullable": True}, 'description:<|"|>n<|"|>,nullable:true,type:<|"|>INTEGER<|"|>'),
+        (
+            {"type": "integer", "description": "n", "nullable": True},
+            'description:<|"|>n<|"|>,nullable:true,type:<|"|>INTEGER<|"|>',
+        ),
         ({"type": "object"}, 'properties:{},type:<|"|>OBJECT<|"|>'),
         (
             {"type": "object", "properties": {"b": {"type": "number"}, "A": {"type": "boolean"}}, "required": ["b"]},
@@ -130,7 +141,8 @@ TEMPLATE = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailin
     {%- if v is string -%}<|"|>{{ v }}<|"|>
     {%- elif v is none -%}null
     {%- elif v is boolean -%}{{ 'true' if v else 'false' }}
-    {%- elif v is mapping -%}{{ '{' }}{%- for k, x in v | dictsort -%}{{ k }}:{{ value(x) }}{{ ',' if not loop.last }}{%- endfor -%}{{ '}' }}
+    {%- elif v is mapping -%}{{ '{' }}{%- for k, x in v | dictsort -%}
+        {{ k }}:{{ value(x) }}{{ ',' if not loop.last }}{%- endfor -%}{{ '}' }}
     {%- elif v is sequence -%}[{%- for x in v -%}{{ value(x) }}{{ ',' if not loop.last }}{%- endfor -%}]
     {%- else -%}{{ v }}
     {%- endif -%}
@@ -189,7 +201,9 @@ TEMPLATE = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailin
 
 alphabet = "abcdefghijklmnopqrstuvwxyzABC019 \n\t.,:;!?'\"(){}[]é🧿<|>-_"
 texts = st.text(alphabet, max_size=12).filter(lambda s: not any(name in s for name in CONTROL))
-names = st.from_regex(r"[a-zA-Z_][a-zA-Z_0-9]{0,6}", fullmatch=True).filter(lambda s: s.lower() not in ("items", "properties", "keys"))
+names = st.from_regex(r"[a-zA-Z_][a-zA-Z_0-9]{0,6}", fullmatch=True).filter(
+    lambda s: s.lower() not in ("items", "properties", "keys")
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(-9, 9) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
@@ -197,11 +211,14 @@ values = st.recursive(
 )
 arguments = st.dictionaries(names, values, max_size=3)
 schemas = st.recursive(
-    st.fixed_dictionaries({"type": st.sampled_from(["integer", "number", "boolean"])}, optional={"description": texts, "nullable": st.booleans()})
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["integer", "number", "boolean"])}, optional={"description": texts, "nullable": st.booleans()}
+    )
     | st.fixed_dictionaries({"type": st.just("string")}, optional={"description": texts, "enum": st.lists(texts, max_size=2)})
     | st.fixed_dictionaries({"type": st.just("array"), "items": st.just({"type": "number"})}),
     lambda inner: st.fixed_dictionaries(
-        {"type": st.just("object"), "properties": st.dictionaries(names, inner, max_size=2)}, optional={"required": st.lists(names, max_size=2)}
+        {"type": st.just("object"), "properties": st.dictionaries(names, inner, max_size=2)},
+        optional={"required": st.lists(names, max_size=2)},
     ),
     max_leaves=4,
 )
@@ -210,7 +227,8 @@ tools = st.fixed_dictionaries(
         "name": names,
         "description": texts,
         "parameters": st.fixed_dictionaries(
-            {"type": st.just("object"), "properties": st.dictionaries(names, schemas, max_size=3)}, optional={"required": st.lists(names, max_size=2)}
+            {"type": st.just("object"), "properties": st.dictionaries(names, schemas, max_size=3)},
+            optional={"required": st.lists(names, max_size=2)},
         ),
     }
 )
@@ -225,7 +243,9 @@ conversations = st.fixed_dictionaries(
         "system": st.none() | texts,
         "tools": st.lists(tools, max_size=2),
         "thinking": st.booleans(),
-        "turns": st.lists(st.fixed_dictionaries({"user": contents, "calls": st.lists(calls, max_size=2), "answer": texts}), max_size=2),
+        "turns": st.lists(
+            st.fixed_dictionaries({"user": contents, "calls": st.lists(calls, max_size=2), "answer": texts}), max_size=2
+        ),
         "last": contents,
     }
 )
@@ -270,20 +290,37 @@ def test_the_segments_are_the_published_grammar(kind, talk):
     assert ids == parsing(kind).encode(rendered, add_special_tokens=False).ids  # and cutting it into segments costs nothing
 
 
-hostile = st.lists(st.sampled_from(CONTROL) | st.sampled_from(list("{}[],: \n'\"")) | st.text(max_size=3), max_size=6).map("".join)
+hostile = st.lists(st.sampled_from(CONTROL) | st.sampled_from(list("{}[],: \n'\"")) | st.text(max_size=3), max_size=6).map(
+    "".join
+)
 
 
 @kinds
 @given(hostile, hostile, hostile, st.dictionaries(names, hostile, max_size=2))
 def test_no_text_adds_a_control_token(kind, system, said, described, result):
     p = prompt(kind)
-    tool = {"name": said or "f", "description": described, "parameters": {"type": "object", "properties": {said: {"description": described}}}}
+    tool = {
+        "name": said or "f",
+        "description": described,
+        "parameters": {"type": "object", "properties": {said: {"description": described}}},
+    }
 
     def control(system: str, said: str, tool: dict, result: dict) -> list[str | None]:
-        ids = p.begin(system, [tool]) + p.open_turn() + p.text(said) + p.close_turn() + p.tool_response("f", result) + p.answer(said)
+        ids = (
+            p.begin(system, [tool])
+            + p.open_turn()
+            + p.text(said)
+            + p.close_turn()
+            + p.tool_response("f", result)
+            + p.answer(said)
+        )
         return [p.tokenizer.name(id) for id in ids if p.tokenizer.name(id)]
 
-    harmless = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"description": described and "d"}}}}
+    harmless = {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"x": {"description": described and "d"}}},
+    }
     assert control(system, said, tool, result) == control("s", "u", harmless, dict.fromkeys(result, "r"))
 
 
@@ -318,8 +355,14 @@ def written(text: str, kind: str = "nano") -> list[int]:
         ("<|channel>thoughtful red<channel|>Red.", [Thought("thoughtful red"), Text("Red.")]),
         ("<|channel>final\nred<channel|>Red.", [Thought("final\nred"), Text("Red.")]),
         ("<|channel>thought\ncut off", [Thought("cut off")]),
-        ("<|channel>thought\nI call.<|tool_call>call:f{a:1}<tool_call|><|tool_response>", [Thought("I call."), ToolCall("f", {"a": 1})]),
-        ("So: <|tool_call>call:f{}<tool_call|><|tool_call>call:g.h-1{}<tool_call|>", [Text("So: "), ToolCall("f", {}), ToolCall("g.h-1", {})]),
+        (
+            "<|channel>thought\nI call.<|tool_call>call:f{a:1}<tool_call|><|tool_response>",
+            [Thought("I call."), ToolCall("f", {"a": 1})],
+        ),
+        (
+            "So: <|tool_call>call:f{}<tool_call|><|tool_call>call:g.h-1{}<tool_call|>",
+            [Text("So: "), ToolCall("f", {}), ToolCall("g.h-1", {})],
+        ),
         ("<|tool_call>call:f{a:1}<|tool_response>", [ToolCall("f", {"a": 1})]),
         ("<|tool_call>call:f{a:1", [BrokenCall("call:f{a:1")]),
         ('<|tool_call>call:f{a:<|"|>x', [BrokenCall('call:f{a:<|"|>x')]),

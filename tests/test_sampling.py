@@ -29,7 +29,9 @@ def test_what_can_be_drawn_and_how_often_is_as_transformers_cuts_it(temperature:
     assert (drawn - wanted).abs().max() < 0.04
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_settings_that_draw_nothing_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         Generation(frozenset({1}), (), **wrong)  # type: ignore[arg-type]

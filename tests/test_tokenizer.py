@@ -15,7 +15,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 SPACES = (" ", "\n", "\t", "\u00a0", "\u200b", "\u3000", "\r\n", "\ufeff", "\u2028")
 fragments = st.lists(
-    st.sampled_from([*CONTROL, *SPACES, "<", "|", ">", "<|", "|>", "turn", "<|tu", "rn>", "<0x41>", "user", "é", "🧿"]) | st.text(max_size=3)
+    st.sampled_from([*CONTROL, *SPACES, "<", "|", ">", "<|", "|>", "turn", "<|tu", "rn>", "<0x41>", "user", "é", "🧿"])
+    | st.text(max_size=3)
 ).map("".join)
 
 
@@ -31,7 +32,16 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_tokens_in_text_are_text(kind, name):
     t = tokenizer(kind)
-    ways = [name, name + name, f"a{name}b", f" {name} ", name[:-1] + name + name[-1], name[:2] + name + name[2:], name.upper(), f"\\{name}"]
+    ways = [
+        name,
+        name + name,
+        f"a{name}b",
+        f" {name} ",
+        name[:-1] + name + name[-1],
+        name[:2] + name + name[2:],
+        name.upper(),
+        f"\\{name}",
+    ]
     ways += [space + name + space for space in SPACES]
     for text in ways:
         ids = t.encode(text)

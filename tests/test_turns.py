@@ -65,12 +65,15 @@ def heard(samples):
     return ("heard", samples)
 
 
+HANDS_FREE = Manners()
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
     steps: tuple
     expected: str  # the decisions in order, as probabilities give them
-    manners: Manners = Manners()
+    manners: Manners = HANDS_FREE
 
 
 BUTTON = Manners(hands_free=False)
@@ -90,9 +93,9 @@ CASES = [
         (
             quiet(600),
             talk("Show me the large", 900),
-            quiet(600),
+            quiet(720),
             "answering",
-            quiet(160),
+            quiet(80),
             talk("blue circle on the left", 1400),
             TAIL,
         ),
@@ -100,7 +103,7 @@ CASES = [
     ),
     Case(
         "two quick turns",
-        (quiet(600), talk("Hello there", 600), quiet(680), talk("What do you see?", 800), TAIL),
+        (quiet(600), talk("Hello there", 600), quiet(760), talk("What do you see?", 800), TAIL),
         "Began Paused Ended:silence Began Paused Ended:silence",
     ),
     Case("a cough", (quiet(600), COUGH, TAIL), "Began Paused Discarded"),
@@ -114,7 +117,7 @@ CASES = [
     Case("a cough over an answer", ("answering", heard(8000), quiet(600), COUGH, TAIL, "answered"), "Hushed TakenUp"),
     Case(
         "coughs one after the other over an answer",
-        ("answering", heard(8000), quiet(600), COUGH, quiet(320), COUGH, quiet(400), COUGH, TAIL, "answered"),
+        ("answering", heard(8000), quiet(600), COUGH, quiet(400), COUGH, quiet(600), COUGH, TAIL, "answered"),
         "Hushed TakenUp Hushed TakenUp Hushed TakenUp",
     ),
     Case(
@@ -134,7 +137,7 @@ CASES = [
     ),
     Case(
         "talk straight after the answer starts",
-        (quiet(600), QUESTION, quiet(560), "answering", quiet(40), talk("and what shape has it got?", 1300), TAIL),
+        (quiet(600), QUESTION, quiet(720), "answering", quiet(40), talk("and what shape has it got?", 1300), TAIL),
         "Began Paused Ended:silence Hushed Interrupted Began Paused Ended:silence",
     ),
     Case(
@@ -232,31 +235,36 @@ def test_the_table(case):
 # ---- the same table as sound
 
 
-class Sounds:
-    """Sound for the steps: espeak's speech, and a cough, noise and music made of numbers."""
+class Room:
+    """The steps as sound, and what the VAD says to it: espeak's speech, and a cough, noise and music made of numbers."""
 
-    def __init__(self, voice, snr, seed=0):
+    def __init__(self, vad, voice, snr):
+        self.vad, self.ear = vad, vad.start()
         self.espeak, self.voice, self.snr = Espeak(), voice, snr
-        self.random = np.random.default_rng(seed)
+        self.random = np.random.default_rng(0)
+        self.spoken = 0  # samples of the last speech
 
     def __call__(self, step):
+        sound = self.sound(step)
+        sound = np.concatenate([sound, np.zeros(-len(sound) % FRAME)])
+        sound += self.pink(len(sound), 0.1 / 10 ** (self.snr / 20))  # espeak's speech has an RMS of about 0.1
+        return [self.vad.hear(frame, self.ear) for frame in sound.clip(-1, 1).astype(np.float32).reshape(-1, FRAME)]
+
+    def sound(self, step):
         match step.kind:
             case "talk":
                 said = self.espeak.say(step.text, voice=self.voice, fresh=True)
                 pcm = soxr.resample(said.pcm, said.rate, 16000)
                 loud = np.flatnonzero(np.abs(pcm) > 0.01)
-                pcm = pcm[loud[0] : loud[-1] + 1]  # so that the silence between two texts is what the case says
+                self.spoken = loud[-1] + 1 - loud[0]  # the silence between two texts is what the case says
+                return pcm[loud[0] : loud[-1] + 1]
             case "cough":
-                pcm = self.cough()
+                return self.cough()
             case "noise":
-                pcm = self.pink(step.ms * MS, 0.1)
+                return self.pink(step.ms * MS, 0.1)
             case "music":
-                pcm = self.music(step.ms * MS)
-            case "quiet":
-                pcm = np.zeros(step.ms * MS)
-        pcm = np.concatenate([pcm, np.zeros(-len(pcm) % FRAME)])
-        background = self.pink(len(pcm), 0.1 / 10 ** (self.snr / 20))  # speech of espeak has an RMS of about 0.1
-        return (pcm + background).clip(-1, 1).astype(np.float32)
+                return self.music(step.ms * MS)
+        return np.zeros(step.ms * MS)
 
     def pink(self, count, rms):
         spectrum = np.fft.rfft(self.random.standard_normal(count))
@@ -287,10 +295,6 @@ class Sounds:
         return 0.5 * sound / np.abs(sound).max()
 
 
-def decisive(events):
-    return [name(event) for event in events if isinstance(event, Ended | Interrupted | Idle)]
-
-
 ROOMS = [("en-us", 60), ("en-gb+f3", 60), ("en-gb-scotland+m3", 60), ("en-us+f2", 15)]  # voice, dB of speech over the noise
 
 
@@ -301,42 +305,41 @@ def vad():
 
 def test_the_table_as_sound(vad, capsys):
     """What a user would notice: turns cut in the wrong place, answers that stop for nothing, and talk that is not heard."""
-    count, wrong = Counter(), []
+    rate, wrong = Counter(), []
     for case in CASES:
+        due = [word for word in case.expected.split() if word.startswith(("Ended", "Interrupted", "Idle"))]
         for voice, snr in ROOMS:
-            sounds, ear = Sounds(voice, snr), vad.start()
-            frames = lambda step, sounds=sounds, ear=ear: [vad.hear(frame, ear) for frame in sounds(step).reshape(-1, FRAME)]
-            got = decisive(play(Turns(case.manners), case.steps, frames))
-            expected = [word for word in case.expected.split() if word.startswith(("Ended", "Interrupted", "Idle"))]
-            turns, answers = (
-                [sum(word.startswith("Ended") for word in words) for words in (got, expected)],
-                "answering" in case.steps,
-            )
-            cut, interrupted = turns[0] > turns[1], got.count("Interrupted") > expected.count("Interrupted")
-            missed = turns[0] < turns[1] or got.count("Interrupted") < expected.count("Interrupted")
-            count.update(turns=max(1, turns[1]), answers=answers, cut=cut, interrupted=interrupted, missed=missed)
-            if got != expected:
-                wrong.append((case.name, voice, snr, got, expected))
+            events = play(Turns(case.manners), case.steps, Room(vad, voice, snr))
+            got = [name(event) for event in events if isinstance(event, Ended | Interrupted | Idle)]
+            more, less = Counter(got) - Counter(due), Counter(due) - Counter(got)
+            rate["interrupted"] += more.pop("Interrupted", 0)
+            rate["cut"] += more.total()
+            rate["missed"] += less.total()
+            if got != due:
+                wrong.append((case.name, voice, snr, got, due))
+    turns, answers = (sum(len(ROOMS) * case.expected.count(word) for case in CASES) for word in ("Ended", "TakenUp"))
     with capsys.disabled():
         print(
-            f"\nturns as sound: {len(CASES)} cases × {len(ROOMS)} rooms: wrong cuts {count['cut']}/{count['turns']}, "
-            f"wrong interruptions {count['interrupted']}/{count['answers']}, missed {count['missed']}/{count['turns']}"
+            f"\n{len(CASES)} cases × {len(ROOMS)} rooms as sound: {rate['cut']} wrong cuts in {turns} turns, "
+            f"{rate['interrupted']} wrong interruptions by {answers} coughs and backchannels, {rate['missed']} decisions missed"
         )
     assert not wrong, wrong
 
 
-def test_an_answer_is_hushed_within_200_ms_of_the_onset(vad, capsys):
-    delays = []
+def test_an_answer_is_hushed_within_200_ms_and_a_turn_ends_soon_after_the_timer(vad, capsys):
+    onsets, ends = [], []
     for voice, snr in ROOMS:
-        for text in ("No, wait.", "Stop!", "What about the other one?", "Show me the triangle.", "Hold on a second."):
-            sounds, ear, turns = Sounds(voice, snr), vad.start(), Turns()
-            frames = lambda step, sounds=sounds, ear=ear: [vad.hear(frame, ear) for frame in sounds(step).reshape(-1, FRAME)]
-            events = play(turns, ("answering", heard(8000), quiet(1000), talk(text, 0), TAIL), frames)
-            assert isinstance(events[0], Hushed), (text, voice, events)
-            delays.append((events[0].at - 1000 * MS) // MS)
+        for text in ("No, wait, stop it!", "What about the other one?", "Show me the triangle.", "Hold on a second."):
+            room = Room(vad, voice, snr)
+            hushed, *_, ended = play(Turns(), ("answering", heard(8000), quiet(1000), talk(text, 0), TAIL), room)
+            assert isinstance(hushed, Hushed) and isinstance(ended, Ended), (text, voice)
+            onsets.append(hushed.at / MS - 1000)
+            ends.append(ended.at / MS - 1000 - room.spoken / MS)
     with capsys.disabled():
-        print(f"\nonset → hushed: median {int(np.median(delays))} ms, longest {max(delays)} ms over {len(delays)}")
-    assert max(delays) <= 200
+        for what, delays in (("onset → hushed", onsets), ("end of speech → turn ended", ends)):
+            print(f"\n{what}: {min(delays):.0f} to {max(delays):.0f} ms, median {np.median(delays):.0f} of {len(delays)}", end="")
+    assert max(onsets) <= 200
+    assert max(ends) <= Manners().silence + 200
 
 
 # ---- what a decision says
@@ -379,7 +382,7 @@ def test_an_answer_is_taken_up_at_the_word_that_was_cut():
 
     assert events == [
         Hushed(1080 * MS),
-        TakenUp(1400 * MS, heard=25000, start=1000 * MS, end=1200 * MS),
+        TakenUp(1520 * MS, heard=25000, start=1000 * MS, end=1200 * MS),
     ]
     assert turns.floor == "agent"
 
@@ -392,8 +395,8 @@ def test_an_interruption_says_what_was_heard_and_keeps_all_that_was_said():
 
     assert events == [
         Hushed(1080 * MS),
-        Interrupted(1640 * MS, heard=24000),
-        Began(1640 * MS, start=700 * MS),
+        Interrupted(1800 * MS, heard=24000),
+        Began(1800 * MS, start=700 * MS),
     ]
     assert turns.floor == "user"
 
@@ -459,7 +462,7 @@ def test_idle_is_said_once_and_counts_from_the_last_sound():
     assert run(turns, (5000, 0)) == []
     turns.answered()
     assert names(run(turns, (1000, 0), (120, 0.9), (600, 0))) == "Began Paused Discarded"
-    assert run(turns, (1400, 0)) == [] and run(turns, (9000, 0)) == [Idle(13_160 * MS)]
+    assert run(turns, (1360, 0)) == [] and run(turns, (9000, 0)) == [Idle(13_120 * MS)]
 
 
 def test_an_answer_cannot_begin_while_the_user_has_the_floor():
@@ -507,7 +510,7 @@ class Watch:
     def check(self, event):
         match event:
             case Began():
-                assert not self.open and (not self.answering or not self.turns.floor == "agent")
+                assert not self.open and (not self.answering or self.turns.floor != "agent")
                 assert self.taken <= event.start <= event.at and event.at - event.start <= self.manners.keep
                 self.open, self.paused, self.answering, self.start, self.run = True, False, False, event.start, event.start
             case Paused():
@@ -529,7 +532,7 @@ class Watch:
                 assert self.answering and not self.hushed and not self.open
                 self.hushed = True
             case TakenUp():
-                assert self.answering and self.hushed and event.heard == self.heard and event.start < event.end < event.at
+                assert self.answering and self.hushed and event.heard == self.heard and event.start < event.end <= event.at
                 self.hushed = False
             case Interrupted():
                 assert self.answering and not self.open and event.heard == self.heard
@@ -542,7 +545,7 @@ SMALL = [  # short times, so that everything is reached
     Manners(run=2000, longest=5000, idle=1000),
     Manners(run=2000, longest=5000, interrupt=False),
     Manners(run=2000, longest=5000, hands_free=False),
-    Manners(run=1000, longest=1000, silence=80, pre_roll=800, threshold=0.3),
+    Manners(run=1200, longest=1200, silence=80, pre_roll=100, threshold=0.3),
 ]
 STEPS = st.one_of(
     st.tuples(st.just("hear"), st.integers(1, 25), st.floats(0, 1)),
@@ -552,8 +555,8 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=150)
-@given(st.sampled_from(SMALL), st.lists(STEPS, max_size=40))
+@settings(max_examples=100)
+@given(st.sampled_from(SMALL), st.lists(STEPS, min_size=15, max_size=40))
 def test_whatever_happens_the_floor_is_somebodys_or_nobodys(manners, steps):
     watch = Watch(manners)
     for what, *arguments in steps:

@@ -71,7 +71,7 @@ def test_every_word_is_told_once_in_order_and_within_the_sound(espeak):
 
     assert spoken(TEXT, speech.words) == TEXT.replace(",", "").replace(".", "").replace("!", "").split()
     assert all(a < b for a, b in pairwise(samples))
-    assert 0 <= samples[0] and samples[-1] < len(speech.pcm)
+    assert samples[0] >= 0 and samples[-1] < len(speech.pcm)
 
 
 def test_word_places_count_characters_not_bytes(espeak):

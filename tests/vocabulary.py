@@ -20,8 +20,10 @@ TEXTS = (
 )
 
 REAL_IDS = {
-    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48, "<tool_call|>": 49,
-    "<|tool_response>": 50, "<tool_response|>": 51, '<|"|>': 52, "<|think|>": 98, "<|channel>": 100, "<channel|>": 101, "<|turn>": 105,
+    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4,
+    "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48, "<tool_call|>": 49,
+    "<|tool_response>": 50, "<tool_response|>": 51, '<|"|>': 52, "<|think|>": 98,
+    "<|channel>": 100, "<channel|>": 101, "<|turn>": 105,
     "<turn|>": 106, "<|image>": 255999, "<|audio>": 256000, "<|image|>": 258880, "<|audio|>": 258881, "<image|>": 258882,
     "<audio|>": 258883, "<|video|>": 258884,
 }  # fmt: skip
@@ -36,11 +38,20 @@ def nano_json() -> str:
 
 @cache
 def gemma_json(flagged: bool = True) -> str:
-    """Merges, no pre-tokenizer, real ids, and a template that puts <bos> in front. `flagged`: control tokens are marked special."""
+    """Merges, no pre-tokenizer, real ids, a template that puts <bos> in front. `flagged`: control tokens are marked special."""
     vocab = dict(REAL_IDS)
     vocab |= {f"<0x{n:02X}>": 200 + n for n in range(256)}
     merges = []
-    for id, word in {2364: "user", 4368: "model", 45518: "thought", 9000: "\n\n", 9001: "<|", 9002: "|>", 9003: "<|turn", 9004: "▁the"}.items():
+    for id, word in {
+        2364: "user",
+        4368: "model",
+        45518: "thought",
+        9000: "\n\n",
+        9001: "<|",
+        9002: "|>",
+        9003: "<|turn",
+        9004: "▁the",
+    }.items():
         for n in range(1, len(word)):
             vocab.setdefault(word[:n], 10000 + len(vocab))
             vocab.setdefault(word[n], 10000 + len(vocab))
@@ -52,7 +63,15 @@ def gemma_json(flagged: bool = True) -> str:
         vocab.setdefault(c, 10000 + len(vocab))
     vocab.setdefault("▁", 10000 + len(vocab))
     added = [
-        {"id": REAL_IDS[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": flagged}
+        {
+            "id": REAL_IDS[name],
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": flagged,
+        }
         for name in sorted(CONTROL, key=REAL_IDS.__getitem__)
     ]
     bos = {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}
@@ -71,7 +90,11 @@ def gemma_json(flagged: bool = True) -> str:
             },
             "decoder": {
                 "type": "Sequence",
-                "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
             },
             "model": {
                 "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,

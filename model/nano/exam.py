@@ -53,9 +53,14 @@ class Result:
     def __str__(self) -> str:
         lines = [self.title]
         for group in GROUPS:
-            kinds = "  ".join(f"{kind} {self.right[g, kind] / n:.0%}" for (g, kind), n in sorted(self.asked.items()) if g == group)
+            kinds = "  ".join(
+                f"{kind} {self.right[g, kind] / n:.0%}" for (g, kind), n in sorted(self.asked.items()) if g == group
+            )
             lines.append(f"{group + ' answers, fully right':<28}{self.share(group):6.1%} of {_sum(self.asked, group)}   {kinds}")
-        lines.append(f"{'word error rate':<28}{self.word_error_rate:6.1%} of {self.words} words, voices held out: {', '.join(speech.HELD_OUT)}")
+        lines.append(
+            f"{'word error rate':<28}{self.word_error_rate:6.1%} of {self.words} words, voices held out: "
+            f"{', '.join(speech.HELD_OUT)}"
+        )
         lines.append(f"{'boxes with IoU >= 0.5':<28}{self.boxes:6.1%} of {self.boxes_wanted}")
         return "\n".join(lines)
 

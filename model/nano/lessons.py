@@ -28,7 +28,19 @@ SIZES = ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432))  # what bud
 SYSTEMS = ("You are attend, a helpful assistant that listens and watches.", "You are a helpful assistant.", "Answer briefly.")
 ANSWER, SIGHT, HEARING = range(3)
 # More of what is hard to learn, less of what is learnt in minutes, than people ask.
-ASKS = {"describe": 4, "where": 7, "count": 4, "colour": 4, "exists": 3, "other": 2, "hello": 0.2, "name": 0.2, "ability": 0.2, "thanks": 0.2, "goodbye": 0.2}
+ASKS = {
+    "describe": 4,
+    "where": 7,
+    "count": 4,
+    "colour": 4,
+    "exists": 3,
+    "other": 2,
+    "hello": 0.2,
+    "name": 0.2,
+    "ability": 0.2,
+    "thanks": 0.2,
+    "goodbye": 0.2,
+}
 ASKS_BLIND = {"no_picture": 4, "other": 4, "hello": 1, "name": 1, "ability": 1, "thanks": 1, "goodbye": 1}
 
 
@@ -41,6 +53,7 @@ class Lesson:
     patches: list[Tensor] = field(default_factory=list)
     places: list[Tensor] = field(default_factory=list)
     patches_at: list[int] = field(default_factory=list)
+    outlines: list[np.ndarray] = field(default_factory=list)  # of each patch what is painted, bool [n, points]
     targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # position, token, weight, what it teaches
 
     def write(self, ids: list[int]) -> None:
@@ -57,12 +70,14 @@ class Batch:
     patches: Tensor  # [k, 3 * patch^2]
     places: Tensor  # [k, 2]
     patches_at: Tensor  # [k]
+    outlines: Tensor  # [k, points] 1 where a thing covers the point
     targets: Tensor  # [t, 3]: place in B * T, token, what it teaches
     weights: Tensor  # [t]
 
 
 class Teacher:
-    """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it."""
+    """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it. Two in five are galleries:
+    one picture after the other with typed questions, since sight needs more examples than hearing."""
 
     def __init__(self, folder: Path, length: int = 320) -> None:
         self.config = read_config(folder)
@@ -86,20 +101,21 @@ class Teacher:
         lesson, prompt = Lesson(), self.prompt
         system = str(rng.choice(SYSTEMS)) if rng.random() < 0.1 else None
         lesson.write(prompt.begin(system))
-        blind = rng.random() < 0.08
+        blind, gallery = rng.random() < 0.08, rng.random() < 0.4
         scene = None
         while len(lesson.ids) < self.length - 40:
-            fresh = not blind and (scene is None or (rng.random() < 0.25 and len(lesson.ids) < self.length - 150))
+            another = rng.random() < (0.95 if gallery else 0.25) and len(lesson.ids) < self.length - (100 if gallery else 150)
+            fresh = not blind and (scene is None or another)
             if fresh:
                 width, height = SIZES[rng.integers(len(SIZES))]
                 most, least = 4 - round(3 * ease), 1 / 6 + ease / 8
                 scene = world.sample_scene(rng, width, height, count=(1, most), size=(least, 1 / 2))
-            self._turn(lesson, rng, scene, fresh)
+            self._turn(lesson, rng, scene, fresh, aloud=not gallery and rng.random() < 0.65)
         return lesson
 
-    def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool) -> None:
+    def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool, aloud: bool) -> None:
         """One question and its answer: the picture, the sound and the words in any order that life gives them."""
-        prompt, aloud = self.prompt, rng.random() < 0.5
+        prompt = self.prompt
         ask = world.sample_ask(rng, scene, "transcribe" if aloud and rng.random() < 0.35 else self._kind(rng, scene))
         parts: list[tuple[str, str]] = []
         if ask.kind == "transcribe":
@@ -145,6 +161,7 @@ class Teacher:
         lesson.patches_at += range(start, start + len(patches))
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
+        lesson.outlines.append(world.patch_cover(scene, self.config.patch).any(0))
         for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))
@@ -183,10 +200,19 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
 
     def media(name: str, size: int, places: str) -> Tensor:
         """What stands at the kept places, in order."""
-        parts = [torch.as_tensor(np.concatenate(getattr(x, name)))[: sum(at < length for at in getattr(x, places))] for x in lessons if getattr(x, name)]
+        parts = [
+            torch.as_tensor(np.concatenate(getattr(x, name)))[: sum(at < length for at in getattr(x, places))]
+            for x in lessons
+            if getattr(x, name)
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, size)
 
-    targets = [(i * length + at, token, kind, weight) for i, x in enumerate(lessons) for at, token, weight, kind in x.targets if at < length]
+    targets = [
+        (i * length + at, token, kind, weight)
+        for i, x in enumerate(lessons)
+        for at, token, weight, kind in x.targets
+        if at < length
+    ]
     return Batch(
         ids,
         blocks,
@@ -195,6 +221,7 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         media("patches", 6912, "patches_at"),
         media("places", 2, "patches_at").long(),
         flat("patches_at").long(),
+        media("outlines", world.FINE**2, "patches_at").float(),
         torch.tensor([t[:3] for t in targets]),
         torch.tensor([t[3] for t in targets]),
     )

@@ -20,7 +20,9 @@ from model.tokenizer import CONTROL
 LIMIT = 1024
 SPACE = "\u2581"
 
-JSON = ('▁[{"box_2d":▁[', '[{"box_2d":▁[', '{"box_2d":▁[', ',▁', '],▁"label":▁"', '"},▁', '"}]', '"}', "```json", "```")  # fmt: skip
+JSON = (
+    '▁[{"box_2d":▁[', '[{"box_2d":▁[', '{"box_2d":▁[', ',▁', '],▁"label":▁"', '"},▁', '"}]', '"}', "```json", "```",
+)  # fmt: skip
 NUMBERS = tuple(str(n) for n in range(0, 1001, 10))
 ALPHABET = tuple(chr(n) for n in range(33, 127)) + (SPACE, "\n", *"’–—…°")
 

@@ -60,7 +60,7 @@ def clean(text: str, rng: np.random.Generator, held_out: bool = False) -> Uttera
     scale = RATE / (ESPEAK_RATE * speed)
     starts = [max(first, round(word.sample * scale)) for word in speech.words] + [last]
     words = []
-    for word, start, limit in zip(speech.words, starts, starts[1:]):
+    for word, start, limit in zip(speech.words, starts, starts[1:], strict=False):
         at = np.searchsorted(loud, limit // BLOCK)  # a word before a pause ends where its sound does
         end = min(limit, (int(loud[at - 1]) + 1) * BLOCK) if at else limit
         name = text[word.start : word.end].lower().replace("’", "'")

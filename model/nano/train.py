@@ -1,7 +1,7 @@
 """Trains nano: `python -m model.nano.train`. Stops and resumes at any time; needs espeak-ng.
 
-Two thirds of what it learns is made up by worker processes while the model computes. Progress and checkpoints go to
-`--out`, `--export` writes the weights beside this file: the embedded checkpoint.
+Pictures and speech are made up by worker processes while the model computes. Progress and checkpoints go to `--out`;
+`--export` writes the weights beside this file: the embedded checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,10 +28,12 @@ from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch, Lessons
 from model.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
-SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5}
+SKETCH = HEARING + 1
+SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5, SKETCH: 2.0}
 # The layer after which each is read off. What is seen and heard must stand there before the last layers, or the answer
 # has nothing to look at: with all three after the last, answers about pictures stayed at chance for 900 steps.
-DEPTHS = {SIGHT: 3, HEARING: 4, ANSWER: 6}
+DEPTHS = {SIGHT: 4, HEARING: 4, ANSWER: 6}
+OUTLINE = 2  # after this layer a head that is thrown away afterwards draws what each patch shows; shapes are guessed without
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,19 @@ def prepare(folder: Path) -> dict[str, Any]:
     """Writes tokenizer.json, generation_config.json, processor_config.json and config.json; returns the last."""
     pieces.train(world.corpus(np.random.default_rng(0), 60_000), folder)
     tokenizer = Tokenizer.load(folder)
-    names = ("<pad>", "<eos>", "<bos>", "<turn|>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>")
+    names = (
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<turn|>",
+        "<|image>",
+        "<image|>",
+        "<|image|>",
+        "<|video|>",
+        "<|audio>",
+        "<audio|>",
+        "<|audio|>",
+    )
     ids = {name: tokenizer.special(name) for name in (*names, "<|tool_response>")}
     config = config_json(tokenizer.vocab_size, ids)
     generation = {
@@ -171,8 +186,8 @@ def orthogonal(x: Tensor) -> Tensor:
     return x.T if wide else x
 
 
-def losses(model: Gemma, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each thing taught: its mean loss and the share of its targets that come out first."""
+def losses(model: Gemma, sketch: nn.Linear, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+    """For each thing taught: its mean loss and the share of its targets that come out first. `sketch` draws outlines."""
     rows, length = batch.ids.shape
     x = model.embed_text(batch.ids).flatten(0, 1)
     x = x.index_copy(0, batch.frames_at, model.embed_audio(batch.frames))
@@ -182,6 +197,10 @@ def losses(model: Gemma, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
     out = {}
     for i, (layer, block) in enumerate(zip(model.config.layers, model.blocks, strict=True), start=1):
         x = block(x, span.reaches[layer], None)
+        if i == OUTLINE:
+            drawn = sketch(model.norm(x.flatten(0, 1)[batch.patches_at]))
+            error = F.binary_cross_entropy_with_logits(drawn, batch.outlines) if len(drawn) else drawn.sum()
+            out[SKETCH] = error, ((drawn > 0) == (batch.outlines > 0)).float().mean()
         for taught, depth in DEPTHS.items():
             if i == depth:
                 out[taught] = _loss(model, x, batch, taught)
@@ -200,7 +219,13 @@ def _loss(model: Gemma, x: Tensor, batch: Batch, taught: int) -> tuple[Tensor, T
 
 
 def train(
-    course: Course, out: Path, device: torch.device, workers: int, stop_after: float, export: Path | None, until: int | None = None
+    course: Course,
+    out: Path,
+    device: torch.device,
+    workers: int,
+    stop_after: float,
+    export: Path | None,
+    until: int | None = None,
 ) -> int:
     """Goes on from what `out` holds, up to step `until` or for `stop_after` seconds; returns the step reached. The finished
     checkpoint is written to `export`."""
@@ -211,22 +236,27 @@ def train(
     raw = json.loads((out / "config.json").read_text())
     model = Gemma(Config.from_json(raw)).to(device)
     initialise(model)
+    sketch = nn.Linear(model.config.hidden_size, world.FINE**2).to(device)
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices, course.matrix_rate)
-    adam = torch.optim.AdamW(others, course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW(
+        [{"params": others}, {"params": list(sketch.parameters())}], course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
     step = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
+        sketch.load_state_dict(state["sketch"])
         muon.load_state_dict(state["muon"])
         adam.load_state_dict(state["adam"])
         step = state["step"]
         print(f"resuming at step {step}", flush=True)
 
     def keep() -> None:
-        state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step, "course": asdict(course)}
+        state = {"model": model.state_dict(), "sketch": sketch.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
+        state |= {"step": step, "course": asdict(course)}
         torch.save(state, state_file.with_suffix(".part"))
         state_file.with_suffix(".part").replace(state_file)
         weights.save(model, raw, out)
@@ -242,20 +272,23 @@ def train(
             break
         batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
         factor = min(1.0, (step + 1) / course.warmup, (course.steps - step) / (course.cooldown * course.steps))
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = course.matrix_rate * factor, course.rate * factor
-        results = losses(model, batch)
+        for optimiser, rate in ((muon, course.matrix_rate), (adam, course.rate)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+        results = losses(model, sketch, batch)
         loss = torch.stack([share * results[kind][0] for kind, share in SHARES.items()]).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)
         muon.step()
         adam.step()
         model.zero_grad(set_to_none=True)
+        sketch.zero_grad(set_to_none=True)
         step += 1
         window.append([value.item() for kind in SHARES for value in results[kind]])
         if step % 25 == 0:
             mean = np.mean(window, 0)
             window.clear()
-            names = ("answers", "sight", "hearing")
+            names = ("answers", "sight", "hearing", "outlines")
             figures = "  ".join(f"{name} {mean[2 * i]:.3f} ({mean[2 * i + 1]:.1%})" for i, name in enumerate(names))
             print(f"step {step}/{course.steps}  {figures}  {time.monotonic() - begun:.0f} s", flush=True)
         if step % 100 == 0:

@@ -38,7 +38,7 @@ PLACES = (
     ("on the left", "in the middle", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-# How often each kind comes when none is asked for. "transcribe" is a typed order about earlier speech and comes only when asked for.
+# How often each kind comes when none is asked for. "transcribe" is an order about speech and comes only when asked for.
 WITH_PICTURE = {"describe": 3, "count": 4, "colour": 3, "exists": 4, "where": 5, **dict.fromkeys(TALK, 0.5), "other": 3}
 WITHOUT_PICTURE = {"no_picture": 4, **dict.fromkeys(TALK, 1), "other": 4}
 
@@ -103,7 +103,9 @@ def _unit_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
     return unit
 
 
-def _place(rng: np.random.Generator, width: int, height: int, shapes: list[str], size: tuple[float, float]) -> list[np.ndarray] | None:
+def _place(
+    rng: np.random.Generator, width: int, height: int, shapes: list[str], size: tuple[float, float]
+) -> list[np.ndarray] | None:
     """Outlines in pixels that keep apart, or None if this throw of the dice left no room."""
     short = min(width, height)
     margin, gap = 0.01 * short, 0.04 * short
@@ -122,7 +124,12 @@ def _place(rng: np.random.Generator, width: int, height: int, shapes: list[str],
 
 
 def sample_scene(
-    rng: np.random.Generator, width: int, height: int, *, count: tuple[int, int] = (1, 4), size: tuple[float, float] = (1 / 6, 1 / 2)
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    *,
+    count: tuple[int, int] = (1, 4),
+    size: tuple[float, float] = (1 / 6, 1 / 2),
 ) -> Scene:
     """Between count[0] and count[1] things, each box's larger side between the two parts of the picture's short side."""
     names: list[tuple[str, str]] = []
@@ -153,27 +160,32 @@ def sample_scene(
     return Scene(width, height, tuple(sorted(things, key=lambda thing: (thing.box[1] + thing.box[3], thing.box[0]))))
 
 
-def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
-    """For each cell, row by row: 0, or 1 + colour · len(SHAPES) + shape of the thing that covers most of it and at least a quarter.
+FINE = 8  # sample points along a side of a patch
+
+
+def patch_cover(scene: Scene, patch: int = 48) -> np.ndarray:
+    """bool [things, patches, FINE * FINE]: which sample points of each patch, row by row, lie inside which thing.
 
     A picture whose sides are no multiples of the patch counts as stretched to the next smaller ones.
     """
     rows, columns = max(1, scene.height // patch), max(1, scene.width // patch)
-    fine = 8
-    ys = (np.arange(rows * fine) + 0.5) * scene.height / (rows * fine)
-    xs = (np.arange(columns * fine) + 0.5) * scene.width / (columns * fine)
-    best = np.full(rows * columns, 0.25)
-    labels = np.zeros(rows * columns, np.int64)
-    for thing in scene.things:
-        inside = np.zeros((len(ys), len(xs)), bool)
+    ys = (np.arange(rows * FINE) + 0.5) * scene.height / (rows * FINE)
+    xs = (np.arange(columns * FINE) + 0.5) * scene.width / (columns * FINE)
+    cover = np.zeros((len(scene.things), len(ys), len(xs)), bool)
+    for inside, thing in zip(cover, scene.things, strict=True):
         for (x0, y0), (x1, y1) in zip(thing.outline, (*thing.outline[1:], thing.outline[0]), strict=True):
             crossed = np.flatnonzero((ys > y0) != (ys > y1))
             inside[crossed] ^= xs > (x0 + (ys[crossed] - y0) * (x1 - x0) / (y1 - y0))[:, None]
-        cover = inside.reshape(rows, fine, columns, fine).mean((1, 3)).ravel()
-        more = cover >= best
-        labels[more] = 1 + COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
-        best = np.where(more, cover, best)
-    return labels
+    return (
+        cover.reshape(-1, rows, FINE, columns, FINE).transpose(0, 1, 3, 2, 4).reshape(len(scene.things), rows * columns, FINE**2)
+    )
+
+
+def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
+    """For each patch: 0, or 1 + colour * len(SHAPES) + shape of the thing that covers most of it and at least a quarter."""
+    share = patch_cover(scene, patch).mean(-1)
+    codes = np.array([1 + COLOURS.index(x.colour) * len(SHAPES) + SHAPES.index(x.shape) for x in scene.things])
+    return np.where(share.max(0) >= 0.25, codes[share.argmax(0)], 0)
 
 
 # Answers
