@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
-    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
     return parser

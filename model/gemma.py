@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -159,6 +160,11 @@ def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
         yield Layer(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
 
 
+@lru_cache
+def _scale(hidden_size: int, dtype: torch.dtype) -> float:
+    return torch.tensor(math.sqrt(hidden_size)).to(dtype).item()
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * weight, in float32 inside; the weight multiplies as it is, not as 1 + weight."""
 
@@ -286,8 +292,7 @@ class Gemma(nn.Module):
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., H], scaled by sqrt(H) rounded to the model's dtype (62.0 for the 12B in bf16)."""
-        scale = torch.tensor(math.sqrt(self.config.hidden_size)).to(self.dtype).item()
-        return F.embedding(ids, self.embedding) * scale
+        return F.embedding(ids, self.embedding) * _scale(self.config.hidden_size, self.dtype)
 
     def embed_audio(self, frames: Tensor) -> Tensor:
         """frames [..., samples of one frame] in [-1, 1] -> [..., H]. The norm's eps keeps silence near zero."""

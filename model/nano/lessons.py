@@ -161,7 +161,7 @@ class Teacher:
         lesson.patches_at += range(start, start + len(patches))
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
-        lesson.outlines.append(world.patch_cover(scene, self.config.patch).any(0))
+        lesson.outlines.append(np.any(world.patch_cover(scene, self.config.patch), 0))
         for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))

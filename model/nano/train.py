@@ -28,6 +28,7 @@ from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch, Lessons
 from model.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
+SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 SKETCH = HEARING + 1
 SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5, SKETCH: 2.0}
 # The layer after which each is read off. What is seen and heard must stand there before the last layers, or the answer
@@ -223,16 +224,21 @@ def train(
     out: Path,
     device: torch.device,
     workers: int,
-    stop_after: float,
-    export: Path | None,
+    stop_after: float = float("inf"),
+    begin: Path | None = None,
+    export: Path | None = None,
     until: int | None = None,
 ) -> int:
-    """Goes on from what `out` holds, up to step `until` or for `stop_after` seconds; returns the step reached. The finished
-    checkpoint is written to `export`."""
+    """Goes on from what `out` holds, else from the weights in `begin`, up to step `until` or for `stop_after` seconds; returns
+    the step reached. The checkpoint is then written to `export`."""
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.pt"
     if not (out / "config.json").exists():
-        prepare(out)
+        if begin and (begin / "model.safetensors").exists():
+            for name in SIDE_FILES:
+                (out / name).write_bytes((begin / name).read_bytes())
+        else:
+            prepare(out)
     raw = json.loads((out / "config.json").read_text())
     model = Gemma(Config.from_json(raw)).to(device)
     initialise(model)
@@ -253,9 +259,18 @@ def train(
         adam.load_state_dict(state["adam"])
         step = state["step"]
         print(f"resuming at step {step}", flush=True)
+    elif begin and (begin / "model.safetensors").exists():
+        model.load_state_dict(weights.load(begin, device, torch.float32).state_dict())
+        step = course.ease_steps
+        print(f"going on from the weights in {begin}, counted as step {step}", flush=True)
 
     def keep() -> None:
-        state = {"model": model.state_dict(), "sketch": sketch.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
+        state: dict[str, Any] = {
+            "model": model.state_dict(),
+            "sketch": sketch.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+        }
         state |= {"step": step, "course": asdict(course)}
         torch.save(state, state_file.with_suffix(".part"))
         state_file.with_suffix(".part").replace(state_file)
@@ -296,7 +311,7 @@ def train(
     keep()
     if export:
         weights.save(model, raw, export)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        for name in SIDE_FILES:
             (export / name).write_bytes((out / name).read_bytes())
     return step
 
@@ -311,10 +326,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw and speak")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; the next call goes on")
+    parser.add_argument("--fresh", action="store_true", help="begin with random weights, not with the embedded ones")
     parser.add_argument("--export", action="store_true", help="write the weights beside this file at the end, finished or not")
     given = parser.parse_args()
     course = replace(course, steps=given.steps, batch=given.batch, seed=given.seed)
-    train(course, given.out, torch.device(given.device), given.workers, given.minutes * 60, HERE if given.export else None)
+    device, seconds = torch.device(given.device), given.minutes * 60
+    begin, export = None if given.fresh else HERE, HERE if given.export else None
+    train(course, given.out, device, given.workers, seconds, begin, export)
 
 
 if __name__ == "__main__":
