@@ -124,7 +124,7 @@ def model(shapes: list[str] | None, device: str, say: Callable[[str], None], eff
     """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures.
 
     Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
-    place, library = _device(device), _library()
+    place, library = _device(device), _library(say)
     version, threads = library.__version__ if library else None, torch.get_num_threads()
     say(f"on {place}, {threads} threads, torch {torch.__version__}; medians of contenders taking turns")
     say(f"beside transformers {version}" if library else "transformers is not installed here: attend's column alone")
@@ -177,14 +177,18 @@ def _device(name: str) -> torch.device:
     return torch.device(there[-1] if name == "auto" else name)
 
 
-def _library() -> Any:
+def _library(say: Callable[[str], None]) -> Any:
     """transformers, where a version is installed that knows Gemma 4 Unified; else None."""
     try:
         library: Any = import_module("transformers")
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
         return library if library.Gemma4UnifiedForConditionalGeneration else None
-    except (ImportError, AttributeError):
+    except AttributeError:
+        return None
+    except (ImportError, RuntimeError) as broken:  # RuntimeError: beside a torchvision that was built for another torch
+        if not isinstance(broken, ModuleNotFoundError) or broken.name != "transformers":
+            say(f"transformers cannot be imported: {str(broken).strip().splitlines()[-1]}")
         return None
 
 

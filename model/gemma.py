@@ -156,6 +156,8 @@ def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
             if shared:
                 kv_heads = text.get("num_global_key_value_heads") or kv_heads
         turn = rope[kind]
+        if turn["rope_type"] not in ("default", "proportional"):
+            raise CheckpointError(f'config.json asks for RoPE of the unknown type "{turn["rope_type"]}"')
         share = turn.get("partial_rotary_factor", 1.0) if turn["rope_type"] == "proportional" else 1.0
         yield Layer(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
 

@@ -36,7 +36,7 @@ def test_nano_is_measured_beside_transformers_which_computes_the_same() -> None:
 
 
 def test_without_transformers_there_is_one_column_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_library", lambda: None)
+    monkeypatch.setattr(bench, "_library", lambda say: None)
     said: list[str] = []
     result = bench.model(["nano"], "cpu", said.append, ONCE)
     figures = result["shapes"]["nano"]["figures"]

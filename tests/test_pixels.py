@@ -92,10 +92,6 @@ def test_misuse_is_loud():
 def reference(budget, patch_size):
     pytest.importorskip("PIL", reason="transformers' image processor needs Pillow")
     pytest.importorskip("transformers")
-    operators = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # torchvision built for CUDA cannot load its own beside a CPU torch, and then fails to import
-        if not hasattr(torch.ops.torchvision, name):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     pytest.importorskip("torchvision", reason="transformers' image processor needs torchvision")
     from transformers.models.gemma4_unified.image_processing_gemma4_unified import Gemma4UnifiedImageProcessor
 
