@@ -355,6 +355,11 @@ def test_a_missing_key_of_config_json_is_named(folder, path):
     refused(folder, "config.json has no", key)
 
 
+def test_rope_of_an_unknown_type_is_named(folder):
+    change_config(folder, lambda raw: raw["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"))
+    refused(folder, "RoPE", "yarn")
+
+
 @pytest.mark.parametrize("value", [None, 3, [], "text"])
 def test_a_section_of_the_wrong_type_is_refused(folder, value):
     change_config(folder, lambda raw: raw.update(text_config=value))
