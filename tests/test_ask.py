@@ -42,11 +42,11 @@ def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(
 ) -> None:
     marked = tmp_path / "marked.png"
     answer = ask(capsys, "--audio", QUESTION, "--image", PICTURE, "--mark-image", marked)
-    assert answer["text"] == "The red circle is on the left."
-    assert answer["heard"] == "where is the red circle"
+    assert answer["text"] == "The orange square is at the top."
+    assert answer["heard"] == "where is the orange square"
     (mark,) = answer["marks"]
-    assert mark["label"] == "red circle"
-    assert np.abs(np.array(mark["box_2d"]) - [327, 161, 669, 414]).max() <= 60
+    assert mark["label"] == "orange square"
+    assert np.abs(np.array(mark["box_2d"]) - [73, 324, 431, 592]).max() <= 60
     drawn, plain = files.read_picture(marked), files.read_picture(PICTURE)
     assert drawn.shape == plain.shape and (drawn != plain).any()
 
@@ -138,7 +138,7 @@ def test_other_sound_formats_are_converted_not_refused(
     answer = ask(capsys, "--audio", path, "--image", PICTURE)
     assert answer["audio_seconds"] == pytest.approx(soundfile.info(QUESTION).duration, abs=0.01)
     if rate > 16_000:
-        assert answer["heard"] == "where is the red circle"
+        assert answer["heard"] == "where is the orange square"
 
 
 def _bomb(path: Path) -> None:
