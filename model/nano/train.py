@@ -219,6 +219,51 @@ def _loss(model: Gemma, x: Tensor, batch: Batch, taught: int) -> tuple[Tensor, T
     return loss, right
 
 
+class Learner:
+    """The model, what learns with it, and how far it has come."""
+
+    PARTS = ("model", "sketch", "muon", "adam")
+
+    def __init__(self, config: Config, course: Course, device: torch.device) -> None:
+        self.course, self.step = course, 0
+        self.model = Gemma(config).to(device)
+        initialise(self.model)
+        self.sketch = nn.Linear(config.hidden_size, world.FINE**2).to(device)
+        matrices = {name: p for name, p in self.model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+        self.others = [p for name, p in self.model.named_parameters() if name not in matrices]
+        self.muon = Muon(list(matrices.values()), course.matrix_rate)
+        groups = [{"params": self.others}, {"params": list(self.sketch.parameters())}]
+        self.adam = torch.optim.AdamW(groups, course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+    def learn(self, batch: Batch) -> list[float]:
+        """One step; the loss and the share right of each thing taught."""
+        course = self.course
+        fading = (course.steps - self.step) / (course.cooldown * course.steps)
+        factor = min(1.0, (self.step + 1) / course.warmup, fading)
+        for optimiser, rate in ((self.muon, course.matrix_rate), (self.adam, course.rate)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+        results = losses(self.model, self.sketch, batch)
+        torch.stack([share * results[kind][0] for kind, share in SHARES.items()]).sum().backward()
+        nn.utils.clip_grad_norm_(self.others, 1.0)
+        for optimiser in (self.muon, self.adam):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        return [value.item() for kind in SHARES for value in results[kind]]
+
+    def save(self, file: Path) -> None:
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        torch.save({**parts, "step": self.step, "course": asdict(self.course)}, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+
+    def load(self, file: Path) -> None:
+        state = torch.load(file, map_location=self.model.device, weights_only=True)
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+
+
 def train(
     course: Course,
     out: Path,
@@ -231,89 +276,55 @@ def train(
 ) -> int:
     """Goes on from what `out` holds, else from the weights in `begin`, up to step `until` or for `stop_after` seconds; returns
     the step reached. The checkpoint is then written to `export`."""
+    begin = begin if begin and (begin / "model.safetensors").exists() else None
     out.mkdir(parents=True, exist_ok=True)
-    state_file = out / "state.pt"
     if not (out / "config.json").exists():
-        if begin and (begin / "model.safetensors").exists():
-            for name in SIDE_FILES:
-                (out / name).write_bytes((begin / name).read_bytes())
+        if begin:
+            _copy_side_files(begin, out)
         else:
             prepare(out)
     raw = json.loads((out / "config.json").read_text())
-    model = Gemma(Config.from_json(raw)).to(device)
-    initialise(model)
-    sketch = nn.Linear(model.config.hidden_size, world.FINE**2).to(device)
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(matrices, course.matrix_rate)
-    adam = torch.optim.AdamW(
-        [{"params": others}, {"params": list(sketch.parameters())}], course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-    )
-    step = 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        sketch.load_state_dict(state["sketch"])
-        muon.load_state_dict(state["muon"])
-        adam.load_state_dict(state["adam"])
-        step = state["step"]
-        print(f"resuming at step {step}", flush=True)
-    elif begin and (begin / "model.safetensors").exists():
-        model.load_state_dict(weights.load(begin, device, torch.float32).state_dict())
-        step = course.ease_steps
-        print(f"going on from the weights in {begin}, counted as step {step}", flush=True)
+    learner = Learner(Config.from_json(raw), course, device)
+    if (out / "state.pt").exists():
+        learner.load(out / "state.pt")
+        print(f"resuming at step {learner.step}", flush=True)
+    elif begin:
+        learner.model.load_state_dict(weights.load(begin, device, torch.float32).state_dict())
+        learner.step = course.ease_steps
+        print(f"going on from the weights in {begin}, counted as step {learner.step}", flush=True)
 
     def keep() -> None:
-        state: dict[str, Any] = {
-            "model": model.state_dict(),
-            "sketch": sketch.state_dict(),
-            "muon": muon.state_dict(),
-            "adam": adam.state_dict(),
-        }
-        state |= {"step": step, "course": asdict(course)}
-        torch.save(state, state_file.with_suffix(".part"))
-        state_file.with_suffix(".part").replace(state_file)
-        weights.save(model, raw, out)
+        learner.save(out / "state.pt")
+        weights.save(learner.model, raw, out)
 
-    lessons = Lessons(out, course.batch, course.length, course.seed, step, course.ease_steps)
+    lessons = Lessons(out, course.batch, course.length, course.seed, learner.step, course.ease_steps)
     loader = DataLoader(lessons, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     if course.compiled:
-        for block in model.blocks:
+        for block in learner.model.blocks:
             block.compile(dynamic=False)
     begun, window = time.monotonic(), []
     for batch in loader:
-        if step >= min(course.steps, until or course.steps) or time.monotonic() - begun > stop_after:
+        if learner.step >= min(course.steps, until or course.steps) or time.monotonic() - begun > stop_after:
             break
-        batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
-        factor = min(1.0, (step + 1) / course.warmup, (course.steps - step) / (course.cooldown * course.steps))
-        for optimiser, rate in ((muon, course.matrix_rate), (adam, course.rate)):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * factor
-        results = losses(model, sketch, batch)
-        loss = torch.stack([share * results[kind][0] for kind, share in SHARES.items()]).sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(others, 1.0)
-        muon.step()
-        adam.step()
-        model.zero_grad(set_to_none=True)
-        sketch.zero_grad(set_to_none=True)
-        step += 1
-        window.append([value.item() for kind in SHARES for value in results[kind]])
-        if step % 25 == 0:
+        window.append(learner.learn(Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})))
+        if learner.step % 25 == 0:
             mean = np.mean(window, 0)
             window.clear()
             names = ("answers", "sight", "hearing", "outlines")
             figures = "  ".join(f"{name} {mean[2 * i]:.3f} ({mean[2 * i + 1]:.1%})" for i, name in enumerate(names))
-            print(f"step {step}/{course.steps}  {figures}  {time.monotonic() - begun:.0f} s", flush=True)
-        if step % 100 == 0:
+            print(f"step {learner.step}/{course.steps}  {figures}  {time.monotonic() - begun:.0f} s", flush=True)
+        if learner.step % 100 == 0:
             keep()
     keep()
     if export:
-        weights.save(model, raw, export)
-        for name in SIDE_FILES:
-            (export / name).write_bytes((out / name).read_bytes())
-    return step
+        weights.save(learner.model, raw, export)
+        _copy_side_files(out, export)
+    return learner.step
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    for name in SIDE_FILES:
+        (target / name).write_bytes((source / name).read_bytes())
 
 
 def main() -> None:
