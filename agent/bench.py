@@ -210,7 +210,7 @@ def _prepare(name: str, device: torch.device, library: Any, effort: Effort) -> S
         if p.ndim > 1:
             p.uniform_(-1, 1, generator=generator).mul_(math.sqrt(3 / p.shape[-1]))
         else:  # attention has no scale of its own: unless q_norm gives one, random heads are all or nothing
-            p.fill_(0 if key.endswith("bias") else p.numel() ** -0.5 if key.endswith("q_norm.weight") else 1)
+            p.fill_(0 if key.endswith("bias") else p.numel() ** -0.5 if key.endswith("q_norm") else 1)
     # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
     room = min(weights.free_memory(torch.device("cpu")) or 0, (free or 0) - needed)
     beside = _beside(gemma, raw, library) if library and (device.type == "cpu" or room > 1.1 * size) else None

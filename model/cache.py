@@ -47,9 +47,9 @@ class Row:
 class Reach:
     """What layers of one kind need to know of a pass."""
 
-    cos: Tensor  # [B, T, 1, D/2]
-    sin: Tensor
-    mask: Tensor  # [B, 1, heads per key head * T, n], added to the scores
+    cos: Tensor  # [B, T, 1, D], halves alike
+    sin: Tensor  # the first half negated
+    mask: Tensor | None  # None: all is seen; [B, 1, heads per key head * T, n], added to the scores
     slots: Tensor | None = None  # [B, T] where the new positions are written
     live: int = 0  # slots that are read
 
@@ -84,9 +84,13 @@ class Memory:
 
     def exchange(self, key: Tensor, value: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values [B, T, heads, D]; returns all that can be seen [B, heads, n, D]."""
-        every = torch.arange(key.shape[0], device=key.device)[:, None]
-        self.keys[every, :, reach.slots] = key
-        self.values[every, :, reach.slots] = value
+        if key.shape[0] == 1:  # half the time of the general way
+            self.keys.index_copy_(2, reach.slots[0], key.transpose(1, 2))
+            self.values.index_copy_(2, reach.slots[0], value.transpose(1, 2))
+        else:
+            every = torch.arange(key.shape[0], device=key.device)[:, None]
+            self.keys[every, :, reach.slots] = key
+            self.values[every, :, reach.slots] = value
         return self.keys[:, :, : reach.live], self.values[:, :, : reach.live]
 
 
@@ -121,8 +125,13 @@ def _reach(
     mask = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill_(~allowed, float("-inf"))
     group = config.heads // layer.kv_heads
     mask = mask[:, None].expand(-1, group, -1, -1).reshape(mask.shape[0], 1, -1, mask.shape[2])
+    return Reach(*_turn(layer, query, dtype), mask)
+
+
+def _turn(layer: Layer, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angle = query[:, :, None, None].float() * _frequencies(layer, query.device)
-    return Reach(angle.cos().to(dtype), angle.sin().to(dtype), mask)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 @lru_cache
@@ -234,6 +243,8 @@ class Cache:
         size = self._slots(layer)
         live = size if whole else min(end, size)
         query = start + torch.arange(count, device=self.device)  # [B, T]
+        if start.shape[0] == 1 and count == 1 and not whole and (not layer.sliding or end <= self.config.window):
+            return Reach(*_turn(layer, query, self.dtype), None, query, live)  # one position that sees all there is
         slot = torch.arange(live, device=self.device)[None]  # [1, n]
         last = start + count - 1
         # The newest position not after `last` that stands at this slot; negative: none yet.

@@ -49,7 +49,7 @@ def layout(config: Config) -> dict[str, Place]:
     text, patch = "model.language_model.", 3 * config.patch**2
     places = {
         f"{text}embed_tokens.weight": Place("embedding", (config.vocab_size, h)),
-        f"{text}norm.weight": Place("norm.weight", (h,)),
+        f"{text}norm.weight": Place("norm", (h,)),
         "model.vision_embedder.patch_ln1.weight": Place("vision.norm1.weight", (patch,)),
         "model.vision_embedder.patch_ln1.bias": Place("vision.norm1.bias", (patch,)),
         "model.vision_embedder.patch_dense.weight": Place("vision.dense.weight", (v, patch)),
@@ -60,7 +60,7 @@ def layout(config: Config) -> dict[str, Place]:
         "model.vision_embedder.pos_norm.weight": Place("vision.norm3.weight", (v,)),
         "model.vision_embedder.pos_norm.bias": Place("vision.norm3.bias", (v,)),
         "model.embed_vision.embedding_projection.weight": Place("vision.project.weight", (h, v)),
-        "model.embed_audio.embedding_projection.weight": Place("audio.weight", (h, config.frame)),
+        "model.embed_audio.embedding_projection.weight": Place("audio", (h, config.frame)),
     }
     for i, layer in enumerate(config.layers):
         for name, place in _block(config, layer).items():
@@ -73,22 +73,22 @@ def _block(config: Config, layer: Layer) -> dict[str, Place]:
     h, m, d = config.hidden_size, config.intermediate_size, layer.head_dim
     q, kv = config.heads * d, layer.kv_heads * d
     places = {
-        "input_layernorm.weight": Place("input_norm.weight", (h,)),
-        "post_attention_layernorm.weight": Place("post_attention_norm.weight", (h,)),
-        "pre_feedforward_layernorm.weight": Place("pre_mlp_norm.weight", (h,)),
-        "post_feedforward_layernorm.weight": Place("post_mlp_norm.weight", (h,)),
+        "input_layernorm.weight": Place("input_norm", (h,)),
+        "post_attention_layernorm.weight": Place("post_attention_norm", (h,)),
+        "pre_feedforward_layernorm.weight": Place("pre_mlp_norm", (h,)),
+        "post_feedforward_layernorm.weight": Place("post_mlp_norm", (h,)),
         "layer_scalar": Place("scale", (1,)),
-        "mlp.gate_proj.weight": Place("mlp.gate_up.weight", (m, h), 0, m),
-        "mlp.up_proj.weight": Place("mlp.gate_up.weight", (m, h), m, 2 * m),
-        "mlp.down_proj.weight": Place("mlp.down.weight", (h, m)),
-        "self_attn.q_norm.weight": Place("attention.q_norm.weight", (d,)),
-        "self_attn.k_norm.weight": Place("attention.k_norm.weight", (d,)),
-        "self_attn.q_proj.weight": Place("attention.qkv.weight", (q, h), 0, q),
-        "self_attn.k_proj.weight": Place("attention.qkv.weight", (kv, h), q, q + kv),
-        "self_attn.o_proj.weight": Place("attention.out.weight", (h, q)),
+        "mlp.gate_proj.weight": Place("mlp.gate_up", (m, h), 0, m),
+        "mlp.up_proj.weight": Place("mlp.gate_up", (m, h), m, 2 * m),
+        "mlp.down_proj.weight": Place("mlp.down", (h, m)),
+        "self_attn.q_norm.weight": Place("attention.q_norm", (d,)),
+        "self_attn.k_norm.weight": Place("attention.k_norm", (d,)),
+        "self_attn.q_proj.weight": Place("attention.qkv", (q, h), 0, q),
+        "self_attn.k_proj.weight": Place("attention.qkv", (kv, h), q, q + kv),
+        "self_attn.o_proj.weight": Place("attention.out", (h, q)),
     }
     if not layer.shared_kv:
-        places["self_attn.v_proj.weight"] = Place("attention.qkv.weight", (kv, h), q + kv, q + 2 * kv)
+        places["self_attn.v_proj.weight"] = Place("attention.qkv", (kv, h), q + kv, q + 2 * kv)
     return places
 
 

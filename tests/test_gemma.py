@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.cache import Cache, whole_span
-from model.gemma import CheckpointError, Config, Gemma, RMSNorm
+from model.gemma import CheckpointError, Config, Gemma, rms_norm
 from tests import tiny
 from tests.tiny import AUDIO, BOA, BOI, EOA, EOI, IMAGE, REAL, Prompt
 
@@ -132,11 +132,12 @@ def test_text_embeddings_of_the_12b_are_scaled_by(dtype, scale):
 
 def test_norms_work_in_float32_inside_bfloat16():
     torch.manual_seed(0)
-    norm, x = RMSNorm(64, 1e-6).bfloat16(), torch.randn(50, 64).bfloat16()
-    torch.nn.init.normal_(norm.weight, 1, 0.3)
+    x, weight = torch.randn(50, 4, 64).bfloat16(), (1 + 0.3 * torch.randn(4, 64)).bfloat16()
     wide = x.float()
-    expected = (wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.float()).bfloat16()
-    assert torch.equal(norm(x), expected)
+    unit = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    assert torch.equal(rms_norm(x, 1e-6, weight), (unit * weight.float()).bfloat16())
+    assert torch.equal(rms_norm(x, 1e-6, weight[0]), (unit * weight[0].float()).bfloat16())
+    assert torch.allclose(rms_norm(wide, 1e-6, weight.float()), unit * weight.float(), atol=1e-6)
 
 
 def test_bfloat16_logits_are_capped_in_float32(golden):

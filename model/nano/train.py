@@ -149,7 +149,7 @@ def initialise(model: Gemma) -> None:
     """Every stream of about unit size: embeddings after their scale, each sublayer's share, and attention scores, which
     have no 1/sqrt(D) in this model, so q and k are kept small by their norms instead."""
     for name, p in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
+        if name.endswith(("q_norm", "k_norm")):
             nn.init.constant_(p, p.numel() ** -0.25)
         elif "post_" in name:
             nn.init.constant_(p, (2 * len(model.blocks)) ** -0.5)
@@ -199,7 +199,7 @@ def losses(model: Gemma, sketch: nn.Linear, batch: Batch) -> dict[int, tuple[Ten
     for i, (layer, block) in enumerate(zip(model.config.layers, model.blocks, strict=True), start=1):
         x = block(x, span.reaches[layer], None)
         if i == OUTLINE:
-            drawn = sketch(model.norm(x.flatten(0, 1)[batch.patches_at]))
+            drawn = sketch(model.normed(x.flatten(0, 1)[batch.patches_at]))
             error = F.binary_cross_entropy_with_logits(drawn, batch.outlines) if len(drawn) else drawn.sum()
             out[SKETCH] = error, ((drawn > 0) == (batch.outlines > 0)).float().mean()
         for taught, depth in DEPTHS.items():
@@ -212,7 +212,7 @@ def _loss(model: Gemma, x: Tensor, batch: Batch, taught: int) -> tuple[Tensor, T
     here = batch.targets[:, 2] == taught
     token, weight = batch.targets[here, 1], batch.weights[here]
     at, where = batch.targets[here, 0].unique(return_inverse=True)
-    logits = model.logits(model.norm(x.flatten(0, 1)[at]))
+    logits = model.logits(model.normed(x.flatten(0, 1)[at]))
     total = weight.sum().clamp(min=1e-6)
     loss = (-logits.log_softmax(-1)[where, token] * weight).sum() / total
     right = ((logits.argmax(-1)[where] == token) * weight).sum() / total
