@@ -84,6 +84,7 @@ class Memory:
 
     def exchange(self, key: Tensor, value: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values [B, T, heads, D]; returns all that can be seen [B, heads, n, D]."""
+        assert reach.slots is not None, "the span was made for no cache"
         if key.shape[0] == 1:  # half the time of the general way
             self.keys.index_copy_(2, reach.slots[0], key.transpose(1, 2))
             self.values.index_copy_(2, reach.slots[0], value.transpose(1, 2))
