@@ -638,8 +638,9 @@ def tiny() -> Gemma:
     torch.manual_seed(0)
     model = Gemma(config)
     with torch.no_grad():
-        model.embedding.normal_(std=0.25)
-        model.vision.places.normal_()
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(std=1 if name == "vision.places" else p.shape[-1] ** -0.5)
     return model.eval()
 
 

@@ -54,6 +54,7 @@ class Lesson:
     places: list[Tensor] = field(default_factory=list)
     patches_at: list[int] = field(default_factory=list)
     outlines: list[np.ndarray] = field(default_factory=list)  # of each patch what is painted, bool [n, points]
+    extents: list[np.ndarray] = field(default_factory=list)  # of each patch the box of its thing, int [n, 4]
     targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # position, token, weight, what it teaches
 
     def write(self, ids: list[int]) -> None:
@@ -71,6 +72,7 @@ class Batch:
     places: Tensor  # [k, 2]
     patches_at: Tensor  # [k]
     outlines: Tensor  # [k, points] 1 where a thing covers the point
+    extents: Tensor  # [k, 4] the covering thing's box in tens of thousandths, -1 where there is none
     targets: Tensor  # [t, 3]: place in B * T, token, what it teaches
     weights: Tensor  # [t]
 
@@ -162,6 +164,7 @@ class Teacher:
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
         lesson.outlines.append(np.any(world.patch_cover(scene, self.config.patch), 0))
+        lesson.extents.append(world.patch_boxes(scene, self.config.patch))
         for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))
@@ -222,6 +225,7 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         media("places", 2, "patches_at").long(),
         flat("patches_at").long(),
         media("outlines", world.FINE**2, "patches_at").float(),
+        media("extents", 4, "patches_at").long(),
         torch.tensor([t[:3] for t in targets]),
         torch.tensor([t[3] for t in targets]),
     )

@@ -181,11 +181,27 @@ def patch_cover(scene: Scene, patch: int = 48) -> np.ndarray:
     )
 
 
-def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
-    """For each patch: 0, or 1 + colour * len(SHAPES) + shape of the thing that covers most of it and at least a quarter."""
+def _covering(scene: Scene, patch: int) -> np.ndarray:
+    """For each patch the place in `scene.things` of the one that covers most of it and at least a quarter, else -1."""
     share = patch_cover(scene, patch).mean(-1)
-    codes = np.array([1 + COLOURS.index(x.colour) * len(SHAPES) + SHAPES.index(x.shape) for x in scene.things])
-    return np.where(share.max(0) >= 0.25, codes[share.argmax(0)], 0)
+    return np.where(share.max(0) >= 0.25, share.argmax(0), -1)
+
+
+def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
+    """For each patch: 0, or 1 + colour * len(SHAPES) + shape of the thing that covers it."""
+    codes = [1 + COLOURS.index(x.colour) * len(SHAPES) + SHAPES.index(x.shape) for x in scene.things]
+    return np.array([*codes, 0])[_covering(scene, patch)]
+
+
+def patch_boxes(scene: Scene, patch: int = 48) -> np.ndarray:
+    """For each patch the box of the thing that covers it, int [patches, 4] in tens of thousandths; -1 where nothing does."""
+    boxes = [[tens(v) // 10 for v in x.box] for x in scene.things]
+    return np.array([*boxes, [-1] * 4])[_covering(scene, patch)]
+
+
+def tens(coordinate: int) -> int:
+    """As an answer writes a coordinate."""
+    return (coordinate + 5) // 10 * 10
 
 
 # Answers
@@ -219,7 +235,7 @@ def _place_words(box: tuple[int, int, int, int]) -> str:
 
 
 def _marks(things: list[Thing]) -> str:
-    return json.dumps([{"box_2d": [(v + 5) // 10 * 10 for v in t.box], "label": _name(t.colour, t.shape)} for t in things])
+    return json.dumps([{"box_2d": [tens(v) for v in t.box], "label": _name(t.colour, t.shape)} for t in things])
 
 
 def _answer(kind: str, scene: Scene, colour: str | None, shape: str | None) -> str:
