@@ -190,13 +190,15 @@ def _covering(scene: Scene, patch: int) -> np.ndarray:
 def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
     """For each patch: 0, or 1 + colour * len(SHAPES) + shape of the thing that covers it."""
     codes = [1 + COLOURS.index(x.colour) * len(SHAPES) + SHAPES.index(x.shape) for x in scene.things]
-    return np.array([*codes, 0])[_covering(scene, patch)]
+    labels: np.ndarray = np.array([*codes, 0])[_covering(scene, patch)]
+    return labels
 
 
 def patch_boxes(scene: Scene, patch: int = 48) -> np.ndarray:
     """For each patch the box of the thing that covers it, int [patches, 4] in tens of thousandths; -1 where nothing does."""
     boxes = [[tens(v) // 10 for v in x.box] for x in scene.things]
-    return np.array([*boxes, [-1] * 4])[_covering(scene, patch)]
+    extents: np.ndarray = np.array([*boxes, [-1] * 4])[_covering(scene, patch)]
+    return extents
 
 
 def tens(coordinate: int) -> int:
