@@ -13,7 +13,7 @@ from time import perf_counter
 
 import cv2
 
-from agent import ask, bench, engine, marks
+from agent import ask, bench, checkpoint, marks
 from agent.ask import Answer, Part
 from model.cache import RowFull
 from model.gemma import CheckpointError
@@ -105,7 +105,7 @@ def _ask(given: argparse.Namespace) -> int:
         raise MediaError("--mark-image needs a picture: give an --image or a --video")
     media = ask.read(given.parts)
     begun = perf_counter()
-    loaded = engine.load(given.model, given.device, given.dtype, _progress)
+    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
     load_ms = (perf_counter() - begun) * 1000
     said = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     said = {name: value for name, value in said.items() if value is not None}

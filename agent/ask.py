@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agent import engine
+from agent import checkpoint
 from agent.calls import BrokenCall, ToolCall
-from agent.engine import Loaded
+from agent.checkpoint import Loaded
 from agent.marks import Mark, MarkReader
 from agent.prompt import AnswerReader, Event, Text, Thought
 from model.cache import RowFull
@@ -99,13 +99,13 @@ async def ask(
 ) -> Answer:
     """Feeds the question and generates. `say` is told the answer's text as it comes. Raises RowFull if it does not fit."""
     prompt, answer = loaded.prompt, Answer()
-    cache = engine.new_cache(loaded, 2, LENGTH)  # the second row is for the transcript
+    cache = checkpoint.new_cache(loaded, 2, LENGTH)  # the second row is for the transcript
     row = cache.claim()
     begun = perf_counter()
 
     def write(ids: list[int], wanted: bool = False) -> Tensor | None:
         answer.prompt_ids += ids
-        return engine.append_ids(loaded, cache, row, ids, wanted=wanted)
+        return checkpoint.append_ids(loaded, cache, row, ids, wanted=wanted)
 
     cuts = [_cut(loaded, medium, budget or loaded.budget) for medium in media]
     opening = prompt.begin(system, thinking=thinking) + prompt.open_turn()
@@ -121,7 +121,7 @@ async def ask(
                 framer = Framer(loaded.model.config.frame)
                 async for sound in files.play(medium.samples, real_time=real_time):
                     for frame in framer.push(sound.samples):
-                        engine.append_frame(loaded, cache, row, frame)
+                        checkpoint.append_frame(loaded, cache, row, frame)
                         answer.prompt_ids.append(prompt.media.audio)
                 assert not framer.flush(), "a frame of the checkpoint divides 640 samples"
                 answer.audio_seconds += len(medium.samples) / RATE
@@ -131,23 +131,23 @@ async def ask(
                     if medium.kind == "video":
                         write(prompt.timestamp(seconds, first=number == 0))
                     write([prompt.boi])
-                    engine.append_picture(loaded, cache, row, pieces, places)
+                    checkpoint.append_picture(loaded, cache, row, pieces, places)
                     answer.prompt_ids += [prompt.media.video if medium.kind == "video" else prompt.media.image] * len(pieces)
                     write([prompt.eoi])
     asked = perf_counter()
     listened = row.length
     hidden = write(closing, wanted=True)
     assert hidden is not None
-    _read_answer(loaded, answer, engine.generate(loaded, cache, row, hidden, how, most, seed), thinking, say, asked)
+    _read_answer(loaded, answer, checkpoint.generate(loaded, cache, row, hidden, how, most, seed), thinking, say, asked)
     answer.timings_ms["append"] = (asked - begun) * 1000
     if answer.audio_seconds and listened >= cache.earliest(row):
         cache.truncate(row, listened)
-        answer.heard = engine.transcribe(loaded, cache, row)
+        answer.heard = checkpoint.transcribe(loaded, cache, row)
     return answer
 
 
 def _cut(loaded: Loaded, medium: Medium, budget: int) -> list[tuple[Tensor, Tensor]]:
-    return [engine.cut(loaded, picture, VIDEO_BUDGET if medium.kind == "video" else budget) for _, picture in medium.pictures]
+    return [checkpoint.cut(loaded, picture, VIDEO_BUDGET if medium.kind == "video" else budget) for _, picture in medium.pictures]
 
 
 def _check_room(loaded: Loaded, media: Sequence[Medium], cuts: list[list[tuple[Tensor, Tensor]]], around: int, room: int) -> None:

@@ -1,135 +1,431 @@
-"""A checkpoint that is loaded, and the verbs on its rows: append (ids, frames, a picture), generate, transcribe.
+"""The one thread that owns the model: rows of many conversations, one pass at a time.
 
-Everything here runs on the thread that calls it.
+A conversation holds a `Feed`. Its verbs return at once; the row does them in order. Each tick of the thread is a step, one
+position of every row that has one due (a microphone frame, the token just drawn), and then one chunk: what has piled up for
+a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for one chunk, and the
+busier the engine is, the more rows share a step. What someone waits for goes before what is done in the background.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from agent.prompt import AnswerReader, Prompt, Text
-from model import weights
-from model.cache import SLACK, Cache, Row
-from model.gemma import CheckpointError, Gemma
-from model.pixels import patches
+from agent.checkpoint import Loaded, cut, new_cache
+from agent.segments import Picture, Segment, View, size
+from agent.tape import Sound
+from model.cache import NoRow, Row, RowFull
 from model.sampling import Generation, draw
-from model.tokenizer import Tokenizer
+from streams.files import decode_picture
+from streams.frames import MediaError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-TRANSCRIBE = "Transcribe the speech."
+CHUNK = 128  # positions; a picture may be longer, since it goes in at once
+FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own
+FAULTS = (RuntimeError, ValueError, MemoryError)  # of one pass: out of memory, a full row, a picture that does not decode
 
 
-@dataclass(frozen=True)
-class Loaded:
-    model: Gemma
-    tokenizer: Tokenizer
-    prompt: Prompt
-    generation: Generation
-    budget: int  # soft tokens of a picture, unless the user asks for another
+class EngineStopped(RuntimeError):
+    """The thread is gone; no conversation can go on."""
 
 
-def load(
-    name: str, device: str = "auto", dtype: str = "auto", progress: Callable[[int, int], None] = lambda done, total: None
-) -> Loaded:
-    """A checkpoint by folder, hub id or "nano". Raises CheckpointError or TokenizerError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError("there is no CUDA device here; say --device cpu")
-    folder: Path = weights.locate(name)
-    tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
-    config = weights.read_config(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
-        )
-    generation = weights.read_generation(folder, config)
-    model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
+class RowLost(RuntimeError):
+    """A pass failed on one conversation, and its row is gone."""
 
 
-def new_cache(loaded: Loaded, rows: int, length: int) -> Cache:
-    model = loaded.model
-    return Cache(model.config, rows, min(length, model.config.max_positions), slack=SLACK, device=model.device, dtype=model.dtype)
+# ---- what a row is to do
 
 
-def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:
-    """Text and control tokens. Returns the hidden state [H] of the last one if it is wanted."""
-    hidden = None
-    for start in range(0, len(ids), cache.slack + 1):
-        part = torch.tensor(ids[start : start + cache.slack + 1], device=loaded.model.device)
-        hidden = loaded.model.extend(cache, [row], loaded.model.embed_text(part)[None], wanted=wanted)
-    return None if hidden is None else hidden[0, -1]
+@dataclass(eq=False)
+class _Take:
+    segment: Segment
+    cut: Future[tuple[Tensor, Tensor]] | None  # of a picture, which another thread decodes
+    since: float = field(default_factory=perf_counter)
+    done: int = 0  # positions that are in the row
+
+    @property
+    def left(self) -> int:
+        return size(self.segment) - self.done
 
 
-def append_frame(loaded: Loaded, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
-    """One frame of sound, as many samples as the checkpoint's config says."""
-    samples = torch.as_tensor(frame, device=loaded.model.device)
-    loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=False)
+@dataclass(eq=False)
+class _Rewrite:
+    keep: int
+    view: View
 
 
-def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
-    """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
-    device = loaded.model.device
-    x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
-    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=False)
+@dataclass(eq=False)
+class _Fork:
+    child: _Seat
 
 
-def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
-    """A picture uint8 [H, W, 3] as patches and places. Raises CheckpointError where the position table is too short."""
-    config = loaded.model.config
-    pieces, places = patches(picture, budget, config.patch)
-    if int(places.max()) >= config.grid:
-        raise CheckpointError(
-            f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} places"
-        )
-    return pieces, places
+@dataclass(eq=False)
+class _Generate:
+    how: Generation
+    most: int
+    generator: torch.Generator | None
+    tell: Callable[[tuple[int, float] | Exception | None], None]
+    cancelled: bool = False
+    count: int = 0
 
 
-def generate(
-    loaded: Loaded, cache: Cache, row: Row, hidden: Tensor, how: Generation, most: int, seed: int | None = None
-) -> Iterator[tuple[int, float]]:
-    """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
+_Op = _Take | _Rewrite | _Fork | _Generate
 
-    Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(loaded.model.device).manual_seed(seed)
-    for number in range(most):
-        with torch.inference_mode():
-            token, logp = draw(loaded.model.logits(hidden), how, generator)
-        yield token, logp
-        if token in how.stop or number + 1 == most or row.length == cache.length:
+
+@dataclass(eq=False)
+class _Seat:
+    """A row and what it is to do. The thread's own, but for `asked`, which the conversation counts."""
+
+    tell: Callable[[Exception], None]
+    parent: _Seat | None = None  # of a fork: it works in the background
+    row: Row | None = None
+    at: int = 0  # of a fork: the position of its parent where it begins
+    todo: deque[_Op] = field(default_factory=deque)
+    asked: int = 0  # positions
+    taken: int = 0
+    gone: bool = False
+
+    def due(self, most: int) -> list[tuple[_Take, int, int]]:
+        """What can go into the row in one pass: takes with first and last position. A picture goes whole."""
+        parts, count = [], 0
+        for op in self.todo if self.row else ():
+            if not isinstance(op, _Take) or count >= most or (op.cut and not op.cut.done()):
+                break
+            if op.cut and count and count + op.left > most:
+                break
+            stop = op.done + (op.left if op.cut else min(op.left, most - count))
+            parts.append((op, op.done, stop))
+            count += stop - op.done
+        return parts
+
+    def wanted(self, parts: list[tuple[_Take, int, int]]) -> _Generate | None:
+        """Who waits for the last of these positions."""
+        last, _, stop = parts[-1]
+        following = self.todo[len(parts)] if len(self.todo) > len(parts) and stop == size(last.segment) else None
+        return following if isinstance(following, _Generate) else None
+
+
+# ---- the conversation's side
+
+
+class Feed:
+    """A row as its conversation sees it. Use it on the event loop; a failure ends it and is told once."""
+
+    def __init__(self, engine: Engine, seat: _Seat) -> None:
+        self._engine, self._seat, self._released = engine, seat, False
+
+    @property
+    def waiting(self) -> int:
+        """Positions that are not in the row yet."""
+        return self._seat.asked - self._seat.taken
+
+    def append(self, *segments: Segment) -> None:
+        self._engine._order(self._seat, *self._takes(segments))
+
+    def rewrite(self, keep: int, view: View) -> None:
+        """Makes the row hold `view`, of which it holds the first `keep` positions already. Where the rings do not reach back
+        that far it begins anew."""
+        self._engine._order(self._seat, _Rewrite(keep, view))
+
+    def fork(self) -> Feed:
+        """A second row that goes on from here, in the background. It waits while no spare row is free."""
+        child = _Seat(self._seat.tell, self._seat)
+        self._engine._order(self._seat, _Fork(child))
+        return Feed(self._engine, child)
+
+    async def generate(
+        self, *closing: Segment, how: Generation, most: int, seed: int | None = None
+    ) -> AsyncGenerator[tuple[int, float]]:
+        """Appends and generates: tokens and their log-probabilities, the stop token included. Ends also where the row is full;
+        closing the iterator stops it before its next step. Every token but the last is in the row."""
+        assert closing, "an answer needs something to follow"
+        loop, drawn = asyncio.get_running_loop(), asyncio.Queue[tuple[int, float] | Exception | None]()
+        generator = None if seed is None else torch.Generator(self._engine.loaded.model.device).manual_seed(seed)
+
+        def tell(item: tuple[int, float] | Exception | None) -> None:
+            loop.call_soon_threadsafe(drawn.put_nowait, item)
+
+        run = _Generate(how, most, generator, tell)
+        self._engine._order(self._seat, *self._takes(closing), run)
+        try:
+            while (item := await drawn.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            run.cancelled = True
+            self._engine._order(self._seat)
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            self._engine._release(self._seat)
+
+    def _takes(self, segments: tuple[Segment, ...]) -> list[_Take]:
+        takes = [_Take(segment, self._engine._cut(segment)) for segment in segments if size(segment)]
+        self._seat.asked += sum(size(take.segment) for take in takes)
+        return takes
+
+
+class Engine:
+    """`rows` conversations at once, and `spares` more rows for their forks. Starts its thread; `close` ends it."""
+
+    def __init__(self, loaded: Loaded, rows: int = 1, length: int = 8192, spares: int | None = None) -> None:
+        self.loaded, self.rows = loaded, rows
+        self.spares = max(1, rows // 4) if spares is None else spares
+        self.lags: deque[float] = deque(maxlen=1 << 16)  # seconds from a frame's arrival until it was in its row
+        self._cache = new_cache(loaded, rows + self.spares, length)
+        self.length = self._cache.length
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.waiting
+        self._seats: list[_Seat] = []
+        self._left = rows
+        self._dead: EngineStopped | None = None
+        self._pictures = ThreadPoolExecutor(1, "pictures")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def free(self) -> int:
+        """Conversations that can begin."""
+        return 0 if self._dead else self._left
+
+    def claim(self, failed: Callable[[Exception], None]) -> Feed:
+        """A row. `failed` is told on the event loop if it is lost. Raises NoRow at once if all are taken, or EngineStopped."""
+        if self._dead:
+            raise self._dead
+        if not self._left:
+            raise NoRow(f"all {self.rows} places are taken; try again when a conversation has ended")
+        self._left -= 1
+        loop = asyncio.get_running_loop()
+        seat = _Seat(lambda error: _tell(loop, failed, error))
+        self._order(seat)
+        return Feed(self, seat)
+
+    def close(self) -> None:
+        self._orders.put(None)
+        self._thread.join()
+        self._pictures.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _order(self, seat: _Seat, *ops: _Op) -> None:
+        def take() -> None:
+            if seat.gone or (seat.parent and seat.parent.gone):
+                for op in ops:
+                    _cancel(op, RowLost("the conversation has no row any more"))
+            else:
+                if seat not in self._seats:
+                    self._seats.append(seat)
+                seat.todo.extend(ops)
+
+        self._orders.put(take)
+        if self._dead:  # nobody takes it
+            for op in ops:
+                _cancel(op, self._dead)
+
+    def _release(self, seat: _Seat) -> None:
+        if seat.parent is None:
+            self._left += 1
+        self._orders.put(lambda: self._leave(seat, None))
+
+    def _cut(self, segment: Segment) -> Future[tuple[Tensor, Tensor]] | None:
+        if not isinstance(segment, Picture):
+            return None
+        work = self._pictures.submit(lambda: cut(self.loaded, decode_picture(segment.data, "the picture"), segment.budget))
+        work.add_done_callback(lambda _: self._orders.put(lambda: None))
+        return work
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            moved = True
+            while True:
+                while not moved or not self._orders.empty():
+                    order = self._orders.get()
+                    if order is None:
+                        return
+                    order()
+                    moved = True
+                moved = self._tick()
+        except Exception as error:
+            self._dead = EngineStopped(f"the model has stopped: {error}")
+            raise
+        finally:
+            self._dead = self._dead or EngineStopped("the model has stopped: it was closed")
+            for seat in list(self._seats):
+                self._leave(seat, self._dead)
+
+    @torch.inference_mode()
+    def _tick(self) -> bool:
+        moved = sum(self._settle(seat) for seat in list(self._seats)) > 0
+        due = {seat: parts for seat in self._seats if (parts := seat.due(CHUNK))}
+        alone = len(due) == 1
+        steps, chunks = [], []
+        for seat, parts in due.items():
+            count = sum(stop - start for _, start, stop in parts)
+            if parts[0][0].cut:
+                chunks.append((seat, parts))
+            elif count == 1:
+                steps.append((seat, parts))
+            elif not alone and count <= FEW and not seat.wanted(parts):
+                steps.append((seat, seat.due(1)))
+            else:
+                chunks.append((seat, parts))
+        if steps:
+            self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
+        if chunks:
+            self._pass([min(chunks, key=lambda chunk: (chunk[0].parent is not None, chunk[1][0][0].since))])
+        return moved or bool(due)
+
+    def _settle(self, seat: _Seat) -> bool:
+        """Does what costs no pass."""
+        moved = False
+        if seat.row is None and not self._sit(seat):
+            return False
+        while seat.todo and not isinstance(op := seat.todo[0], _Take):
+            assert seat.row
+            match op:
+                case _Rewrite():
+                    at = min(op.keep, seat.row.length)
+                    at = at if at >= self._cache.earliest(seat.row) else 0
+                    self._cache.truncate(seat.row, at)
+                    seat.todo.popleft()
+                    takes = [_Take(segment, self._cut(segment)) for segment in op.view.rest(at)]
+                    seat.taken -= sum(size(take.segment) for take in takes)
+                    seat.todo.extendleft(reversed(takes))
+                case _Fork():
+                    op.child.at = seat.row.length
+                    seat.todo.popleft()
+                    self._seats += [] if op.child in self._seats or op.child.gone else [op.child]
+                case _Generate() if op.cancelled:
+                    seat.todo.popleft()
+                case _:
+                    raise AssertionError("what is generated follows something")
+            moved = True
+        return moved
+
+    def _sit(self, seat: _Seat) -> bool:
+        """Gives a seat its row: a conversation at once, a fork when a spare one is free and its parent has come so far."""
+        if seat.parent is None:
+            seat.row = self._cache.claim()
+            return True
+        parent = seat.parent.row
+        if parent is None or not seat.at or seat.at > parent.length or not self._cache.free:
+            return False
+        if sum(other.parent is not None and other.row is not None for other in self._seats) >= self.spares:
+            return False
+        if seat.at < self._cache.earliest(parent):
+            self._leave(seat, RowFull("the row went on too far before a fork of it could be made"))
+            return False
+        seat.row = self._cache.fork(parent)
+        self._cache.truncate(seat.row, seat.at)
+        return True
+
+    def _pass(self, group: list[tuple[_Seat, list[tuple[_Take, int, int]]]]) -> None:
+        try:
+            hidden = self._extend(group)
+        except FAULTS as error:
+            if len(group) > 1:  # whose fault it was shows alone
+                for one in group:
+                    self._pass([one])
+            else:
+                self._leave(group[0][0], error if isinstance(error, RowFull | MediaError) else _lost(error))
             return
-        step = append_ids(loaded, cache, row, [token], wanted=True)
-        assert step is not None
-        hidden = step
+        for index, (seat, parts) in enumerate(group):
+            generate = seat.wanted(parts)
+            self._took(seat, parts)
+            if generate:
+                assert hidden is not None
+                self._draw(seat, generate, hidden[index, -1])
+
+    def _extend(self, group: list[tuple[_Seat, list[tuple[_Take, int, int]]]]) -> Tensor | None:
+        rows, embedded, blocks = [], [], None
+        for seat, parts in group:
+            assert seat.row
+            rows.append(seat.row)
+            embedded.append(torch.cat([self._embed(*part) for part in parts]))
+            if any(take.cut for take, _, _ in parts):
+                numbers = [torch.full((stop - start,), n if take.cut else -1) for n, (take, start, stop) in enumerate(parts)]
+                blocks = torch.cat(numbers)[None].to(self.loaded.model.device)
+        wanted = any(seat.wanted(parts) for seat, parts in group)
+        return self.loaded.model.extend(self._cache, rows, torch.stack(embedded), blocks=blocks, wanted=wanted)
+
+    def _embed(self, take: _Take, start: int, stop: int) -> Tensor:
+        model = self.loaded.model
+        if take.cut:
+            pieces, places = take.cut.result()
+            return model.embed_image(pieces.to(model.device), places.to(model.device))
+        if isinstance(take.segment, Sound):
+            return model.embed_audio(torch.from_numpy(take.segment.samples[start:stop]).to(model.device))
+        assert isinstance(take.segment, tuple)
+        return model.embed_text(torch.tensor(take.segment[start:stop], device=model.device))
+
+    def _took(self, seat: _Seat, parts: list[tuple[_Take, int, int]]) -> None:
+        now = perf_counter()
+        for take, start, stop in parts:
+            take.done = stop
+            seat.taken += stop - start
+            if isinstance(take.segment, Sound):
+                self.lags.append(now - take.since)
+            if take.left == 0:
+                seat.todo.popleft()
+
+    def _draw(self, seat: _Seat, run: _Generate, hidden: Tensor) -> None:
+        assert seat.row and seat.todo[0] is run
+        if run.cancelled:
+            return
+        token, logp = draw(self.loaded.model.logits(hidden), run.how, run.generator)
+        run.count += 1
+        run.tell((token, logp))
+        if token in run.how.stop or run.count == run.most or seat.row.length == self._cache.length:
+            seat.todo.popleft()
+            run.tell(None)
+        else:
+            seat.todo.appendleft(_Take((token,), None))
+            seat.taken -= 1
+
+    def _leave(self, seat: _Seat, error: Exception | None) -> None:
+        """The row is free again, whatever happened."""
+        if seat.gone:
+            return
+        seat.gone = True
+        if seat in self._seats:
+            self._seats.remove(seat)
+        if seat.row:
+            self._cache.release(seat.row)
+        for op in seat.todo:
+            _cancel(op, error or RowLost("the conversation has given its row back"))
+        seat.todo.clear()
+        for child in [other for other in self._seats if other.parent is seat]:
+            self._leave(child, error)
+        if error and seat.parent is None:
+            seat.tell(error)
 
 
-def transcribe(loaded: Loaded, cache: Cache, row: Row, most: int = 200) -> str:
-    """The words of the speech in an open turn. The row is forked; itself it stays as it is."""
-    fork = cache.fork(row)
-    try:
-        closing = loaded.prompt.text(TRANSCRIBE) + loaded.prompt.close_turn()
-        if fork.length + len(closing) > cache.length:
-            return ""
-        hidden = append_ids(loaded, cache, fork, closing, wanted=True)
-        assert hidden is not None
-        reader, text = AnswerReader(loaded.tokenizer), ""
-        for token, _ in generate(loaded, cache, fork, hidden, replace(loaded.generation, greedy=True), most):
-            text += "".join(event.text for event in reader.push(token) if isinstance(event, Text))
-        text += "".join(event.text for event in reader.flush() if isinstance(event, Text))
-        return text.strip()
-    finally:
-        cache.release(fork)
+def _lost(error: Exception) -> RowLost:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return RowLost("the model ran out of memory on this conversation; its row is free again")
+    return RowLost(f"the model failed on this conversation: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def _cancel(op: _Op, error: Exception) -> None:
+    if isinstance(op, _Generate):
+        op.tell(error)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None], error: Exception) -> None:
+    loop.call_soon_threadsafe(failed, error)

@@ -70,6 +70,16 @@ class View:
         keep, rest = self.since(other)
         return rest if keep == other.positions else None
 
+    def first(self, at: int) -> View:
+        """The first `at` positions, which do not end inside a picture."""
+        segments: list[Segment] = []
+        for segment in self.segments:
+            room = at - sum(map(size, segments))
+            if room <= 0:
+                break
+            segments.append(_head(segment, room))
+        return replace(self, segments=tuple(segments))
+
     def rest(self, at: int) -> tuple[Segment, ...]:
         """The segments from position `at` on, which is not inside a picture."""
         out: list[Segment] = []
@@ -92,6 +102,13 @@ def _tail(segment: Segment, at: int) -> Segment:
         return segment
     assert not isinstance(segment, Picture), "a picture is one block"
     return segment[at:] if isinstance(segment, tuple) else replace(segment, data=segment.data[2 * segment.frame * at :])
+
+
+def _head(segment: Segment, count: int) -> Segment:
+    if count >= size(segment):
+        return segment
+    assert not isinstance(segment, Picture), "a picture is one block"
+    return segment[:count] if isinstance(segment, tuple) else replace(segment, data=segment.data[: 2 * segment.frame * count])
 
 
 def _shared(a: Segment, b: Segment) -> int:

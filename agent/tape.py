@@ -156,6 +156,7 @@ Entry = Setting | Opened | Part | Closed | Asked | Answered | Heard | Called | R
 # ---- the tape
 
 REFERS = {Heard: Answered, Called: Answered, Result: Called, Transcript: Opened, Deleted: Opened | Answered | Called}
+JOINED = 320_000  # bytes of sound in one entry: 10 s
 BOUND = 256 << 20  # bytes of a journal: more than two hours of sound
 
 
@@ -234,6 +235,11 @@ class Tape:
         return True
 
     def _take(self, entry: Entry) -> None:
+        last = self._entries[-1] if self._entries else None
+        if isinstance(entry, Sound) and isinstance(last, Sound) and last.frame == entry.frame and len(last.data) < JOINED:
+            # Frames come 25 times a second; two hours of them as entries made every view take 100 ms.
+            self._entries[-1] = replace(last, data=last.data + entry.data)
+            return
         self._entries.append(entry)
         match entry:
             case Opened():
@@ -255,7 +261,8 @@ class Tape:
             turn = turn and (index == of or not isinstance(entry, Opened))
             if not (turn or words or index == of):
                 break
-            if (turn and isinstance(entry, Sound | Typed | Seen)) or index in about or getattr(entry, "of", None) in about:
+            part = isinstance(entry, Sound | Typed | Seen if words else Sound)  # of a turn whose sound goes, a picture stays
+            if (turn and part) or index in about or getattr(entry, "of", None) in about:
                 self._entries[index] = _emptied(entry, words)
                 if isinstance(entry, Called):
                     about.add(index)

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from agent import engine
+from agent import checkpoint
 from agent.__main__ import main
 from model.cache import whole_span
 from model.weights import NANO
@@ -59,7 +59,7 @@ def test_the_object_printed_holds_what_was_asked_and_what_came(capsys: pytest.Ca
     assert set(answer["timings_ms"]) == {"load", "append", "last_frame_to_first_token", "per_token"}
     assert answer["audio_seconds"] == pytest.approx(soundfile.info(QUESTION).duration)
     assert len(answer["answer_ids"]) == len(answer["logprobs"]) and all(logp <= 0 for logp in answer["logprobs"])
-    media = engine.load("nano").model.config.media
+    media = checkpoint.load("nano").model.config.media
     ids = answer["prompt_ids"]
     assert ids.count(media.audio) == -(-soundfile.info(QUESTION).frames // 640) and ids.count(media.image) == 63
     assert ids.index(media.boi) < ids.index(media.boa), "parts stand in the order given"
@@ -67,13 +67,13 @@ def test_the_object_printed_holds_what_was_asked_and_what_came(capsys: pytest.Ca
 
 def test_streaming_gives_the_log_probabilities_of_the_whole_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     answer = ask(capsys, "--audio", QUESTION, "--image", PICTURE)
-    loaded = engine.load("nano")
+    loaded = checkpoint.load("nano")
     model, media = loaded.model, loaded.model.config.media
     ids = torch.tensor(answer["prompt_ids"] + answer["answer_ids"])
     samples = files.read_audio(QUESTION)
     x = model.embed_text(ids)
     x[ids == media.audio] = model.embed_audio(torch.from_numpy(np.pad(samples, (0, -len(samples) % 640)).reshape(-1, 640)))
-    x[ids == media.image] = model.embed_image(*engine.cut(loaded, files.read_picture(PICTURE), loaded.budget))
+    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, files.read_picture(PICTURE), loaded.budget))
     blocks = torch.where(ids == media.image, 0, -1)[None]
     hidden = model(x[None], whole_span(model.config, len(ids), blocks, model.dtype, model.device))
     assert hidden is not None
@@ -100,14 +100,14 @@ def test_an_answer_that_is_cut_short_says_so(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_system_prompt_and_thinking_reach_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = engine.load("nano").tokenizer
+    tokenizer = checkpoint.load("nano").tokenizer
     ids = ask(capsys, "--system", "Answer briefly.", "--thinking", "--text", "Hello", "--max-tokens", 1)["prompt_ids"]
     assert ids.count(tokenizer.special("<|think|>")) == 1
     assert "Answer briefly." in tokenizer.decode(ids)
 
 
 def test_control_tokens_that_are_typed_stay_text(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = engine.load("nano").tokenizer
+    tokenizer = checkpoint.load("nano").tokenizer
     plain = ask(capsys, "--text", "x", "--max-tokens", 1)["prompt_ids"]
     ids = ask(capsys, "--text", "x<turn|><|turn>model", "--max-tokens", 1)["prompt_ids"]
     for name in ("<|turn>", "<turn|>"):
@@ -121,7 +121,7 @@ def test_a_video_is_looked_at_with_its_times(capsys: pytest.CaptureFixture[str],
         film.write(cv2.imread(str(PICTURE))[:336, :432])
     film.release()
     answer = ask(capsys, "--video", path, "--text", "What do you see?", "--max-tokens", 4)
-    loaded = engine.load("nano")
+    loaded = checkpoint.load("nano")
     assert answer["prompt_ids"].count(loaded.model.config.media.video) == 8 * 63
     assert "00:01" in loaded.tokenizer.decode(answer["prompt_ids"])
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent import engine
-from agent.engine import Loaded
+from agent import checkpoint
+from agent.checkpoint import Loaded
 from model.nano import draw, exam, speech, world
 from model.nano.lessons import Teacher, collate
 from model.weights import NANO
@@ -19,7 +19,7 @@ CARD = NANO / "CARD.md"
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return engine.load("nano")
+    return checkpoint.load("nano")
 
 
 def _conversation(loaded: Loaded, seed: int) -> tuple[list[int], torch.Tensor | None, torch.Tensor]:
@@ -27,7 +27,7 @@ def _conversation(loaded: Loaded, seed: int) -> tuple[list[int], torch.Tensor | 
     rng, prompt = np.random.default_rng(seed), loaded.prompt
     scene = world.sample_scene(rng, 432, 336)
     ask = world.sample_ask(rng, scene, ("describe", "where", "count", "colour")[seed % 4])
-    pieces, _ = engine.cut(loaded, draw.draw(scene, rng), loaded.budget)
+    pieces, _ = checkpoint.cut(loaded, draw.draw(scene, rng), loaded.budget)
     ids = [*prompt.begin(), *prompt.open_turn(), prompt.boi, *[prompt.media.image] * len(pieces), prompt.eoi]
     if seed % 2:
         return [*ids, *prompt.text(ask.text), *prompt.close_turn()], None, pieces
@@ -61,22 +61,22 @@ def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: Loaded)
                 max_new_tokens=60,
                 suppress_tokens=list(loaded.generation.suppressed),
             )[0, len(ids) :].tolist()
-        cache = engine.new_cache(loaded, 1, 512)
+        cache = checkpoint.new_cache(loaded, 1, 512)
         row, hidden = cache.claim(), None
         at, number = 0, 0
         while at < len(ids):
             if ids[at] == media.image:
-                engine.append_picture(loaded, cache, row, pieces, places)
+                checkpoint.append_picture(loaded, cache, row, pieces, places)
                 at += len(pieces)
             elif ids[at] == media.audio:
                 assert frames is not None
-                engine.append_frame(loaded, cache, row, frames[number].numpy())
+                checkpoint.append_frame(loaded, cache, row, frames[number].numpy())
                 at, number = at + 1, number + 1
             else:
-                hidden = engine.append_ids(loaded, cache, row, [ids[at]], wanted=True)
+                hidden = checkpoint.append_ids(loaded, cache, row, [ids[at]], wanted=True)
                 at += 1
         assert hidden is not None
-        ours = [token for token, _ in engine.generate(loaded, cache, row, hidden, loaded.generation, 60)]
+        ours = [token for token, _ in checkpoint.generate(loaded, cache, row, hidden, loaded.generation, 60)]
         assert ours == out, f"conversation {seed}"
 
 
@@ -141,7 +141,7 @@ def test_the_recipe_learns_and_resumes(tmp_path: Path) -> None:
     first = train.train(course, out, cpu, workers=0, begin=NANO, until=4)
     again = train.train(course, out, cpu, workers=0, begin=NANO, export=embedded)
     assert (first, again) == (4, 6)
-    begun, learnt = engine.load("nano").model, engine.load(str(embedded)).model
+    begun, learnt = checkpoint.load("nano").model, checkpoint.load(str(embedded)).model
     assert learnt.config == begun.config
     pairs = zip(learnt.blocks.parameters(), begun.blocks.parameters(), strict=True)
     assert all((a != b).any() for a, b in pairs if a.ndim == 2)  # a norm's weight may move by less than bfloat16 tells

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agent import engine
-from agent.engine import Loaded
+from agent import checkpoint
+from agent.checkpoint import Loaded
 from agent.marks import Mark, parse
 from agent.prompt import AnswerReader, Text
 from model.nano import draw, speech, world
@@ -97,13 +97,13 @@ class Candidate:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.cache = engine.new_cache(loaded, 2, LENGTH)
+        self.cache = checkpoint.new_cache(loaded, 2, LENGTH)
         self.row = self.cache.claim()
         self.how = replace(loaded.generation, greedy=True)
         self._write(loaded.prompt.begin())
 
     def _write(self, ids: list[int], wanted: bool = False) -> torch.Tensor | None:
-        return engine.append_ids(self.loaded, self.cache, self.row, ids, wanted=wanted)
+        return checkpoint.append_ids(self.loaded, self.cache, self.row, ids, wanted=wanted)
 
     def turn(self, text: str, pcm: np.ndarray | None, picture: np.ndarray | None) -> tuple[str, str]:
         """Typed text, or the sound of it; returns the answer and, of sound, the transcript."""
@@ -111,7 +111,7 @@ class Candidate:
         self._write(prompt.open_turn())
         if picture is not None:
             self._write([prompt.boi])
-            engine.append_picture(loaded, self.cache, self.row, *engine.cut(loaded, picture, loaded.budget))
+            checkpoint.append_picture(loaded, self.cache, self.row, *checkpoint.cut(loaded, picture, loaded.budget))
             self._write([prompt.eoi])
         heard = ""
         if pcm is None:
@@ -120,13 +120,13 @@ class Candidate:
             size = loaded.model.config.frame
             self._write([prompt.boa])
             for frame in np.pad(pcm, (0, -len(pcm) % size)).reshape(-1, size):
-                engine.append_frame(loaded, self.cache, self.row, frame)
+                checkpoint.append_frame(loaded, self.cache, self.row, frame)
             self._write([prompt.eoa])
-            heard = engine.transcribe(loaded, self.cache, self.row)
+            heard = checkpoint.transcribe(loaded, self.cache, self.row)
         hidden = self._write(prompt.close_turn(), wanted=True)
         assert hidden is not None
         reader, answer = AnswerReader(loaded.tokenizer), ""
-        for token, _ in engine.generate(loaded, self.cache, self.row, hidden, self.how, 200):
+        for token, _ in checkpoint.generate(loaded, self.cache, self.row, hidden, self.how, 200):
             answer += "".join(event.text for event in reader.push(token) if isinstance(event, Text))
         self._write([loaded.prompt.tokenizer.special("<turn|>"), *prompt.after_answer()])
         return answer.strip(), heard
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    print(examine(engine.load(str(Path(given.model))), given.conversations, given.turns, given.seed))
+    print(examine(checkpoint.load(str(Path(given.model))), given.conversations, given.turns, given.seed))
 
 
 if __name__ == "__main__":

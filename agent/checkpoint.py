@@ -1,0 +1,135 @@
+"""A checkpoint that is loaded, and the verbs on its rows: append (ids, frames, a picture), generate, transcribe.
+
+Everything here runs on the thread that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from agent.prompt import AnswerReader, Prompt, Text
+from model import weights
+from model.cache import SLACK, Cache, Row
+from model.gemma import CheckpointError, Gemma
+from model.pixels import patches
+from model.sampling import Generation, draw
+from model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+TRANSCRIBE = "Transcribe the speech."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Gemma
+    tokenizer: Tokenizer
+    prompt: Prompt
+    generation: Generation
+    budget: int  # soft tokens of a picture, unless the user asks for another
+
+
+def load(
+    name: str, device: str = "auto", dtype: str = "auto", progress: Callable[[int, int], None] = lambda done, total: None
+) -> Loaded:
+    """A checkpoint by folder, hub id or "nano". Raises CheckpointError or TokenizerError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError("there is no CUDA device here; say --device cpu")
+    folder: Path = weights.locate(name)
+    tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
+    config = weights.read_config(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
+        )
+    generation = weights.read_generation(folder, config)
+    model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
+    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
+
+
+def new_cache(loaded: Loaded, rows: int, length: int) -> Cache:
+    model = loaded.model
+    return Cache(model.config, rows, min(length, model.config.max_positions), slack=SLACK, device=model.device, dtype=model.dtype)
+
+
+def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:
+    """Text and control tokens. Returns the hidden state [H] of the last one if it is wanted."""
+    hidden = None
+    for start in range(0, len(ids), cache.slack + 1):
+        part = torch.tensor(ids[start : start + cache.slack + 1], device=loaded.model.device)
+        hidden = loaded.model.extend(cache, [row], loaded.model.embed_text(part)[None], wanted=wanted)
+    return None if hidden is None else hidden[0, -1]
+
+
+def append_frame(loaded: Loaded, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
+    """One frame of sound, as many samples as the checkpoint's config says."""
+    samples = torch.as_tensor(frame, device=loaded.model.device)
+    loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=False)
+
+
+def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
+    """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
+    device = loaded.model.device
+    x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
+    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=False)
+
+
+def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
+    """A picture uint8 [H, W, 3] as patches and places. Raises CheckpointError where the position table is too short."""
+    config = loaded.model.config
+    pieces, places = patches(picture, budget, config.patch)
+    if int(places.max()) >= config.grid:
+        raise CheckpointError(
+            f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} places"
+        )
+    return pieces, places
+
+
+def generate(
+    loaded: Loaded, cache: Cache, row: Row, hidden: Tensor, how: Generation, most: int, seed: int | None = None
+) -> Iterator[tuple[int, float]]:
+    """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
+
+    Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(loaded.model.device).manual_seed(seed)
+    for number in range(most):
+        with torch.inference_mode():
+            token, logp = draw(loaded.model.logits(hidden), how, generator)
+        yield token, logp
+        if token in how.stop or number + 1 == most or row.length == cache.length:
+            return
+        step = append_ids(loaded, cache, row, [token], wanted=True)
+        assert step is not None
+        hidden = step
+
+
+def transcribe(loaded: Loaded, cache: Cache, row: Row, most: int = 200) -> str:
+    """The words of the speech in an open turn. The row is forked; itself it stays as it is."""
+    fork = cache.fork(row)
+    try:
+        closing = loaded.prompt.text(TRANSCRIBE) + loaded.prompt.close_turn()
+        if fork.length + len(closing) > cache.length:
+            return ""
+        hidden = append_ids(loaded, cache, fork, closing, wanted=True)
+        assert hidden is not None
+        reader, text = AnswerReader(loaded.tokenizer), ""
+        for token, _ in generate(loaded, cache, fork, hidden, replace(loaded.generation, greedy=True), most):
+            text += "".join(event.text for event in reader.push(token) if isinstance(event, Text))
+        text += "".join(event.text for event in reader.flush() if isinstance(event, Text))
+        return text.strip()
+    finally:
+        cache.release(fork)

@@ -1,0 +1,270 @@
+"""What goes into a conversation and what comes out of it: the words between `Session` and every door.
+
+Time is counted in samples: of the microphone (16,000 a second) in `at`, of the answer's own sound (`Said.rate`) in
+`sample`. An answer and a turn are known by their place on the tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from agent.calls import ToolCall
+from agent.marks import Mark
+from agent.tape import Setting
+from agent.turns import Manners, Why
+from streams.frames import Audio
+
+# ---- inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Words that the user types. `ask`: an answer is wanted as soon as the turn can end."""
+
+    text: str
+    ask: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """A picture file (JPEG, PNG, WebP). `live`: a camera's, of which the newest is looked at and all others are forgotten."""
+
+    data: bytes
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Press:
+    """Push to talk: the turn is open until `Release`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The open turn is complete. `ask` False: it is kept, and nobody answers yet."""
+
+    ask: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """What is being said now is to be forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """An answer is wanted to what is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The answer is to stop where it is; what was heard of it stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Of `answer` so many samples were really played. After `Cleared` the door says once more how many."""
+
+    answer: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What came of a tool call."""
+
+    call: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """New settings; None leaves one as it is. They hold from the next turn on."""
+
+    setting: Setting | None = None
+    manners: Manners | None = None
+    camera: Literal["off", "end", "live"] | None = None
+
+
+Input = Audio | Write | Show | Press | Release | Commit | Forget | Ask | Stop | Heard | Returned | Set
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The user has the floor; the turn's sound begins at `start`."""
+
+    turn: int
+    at: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The turn is over; its last word was over at `end`."""
+
+    turn: int
+    at: int
+    end: int
+    why: Why
+
+
+@dataclass(frozen=True, slots=True)
+class Dismissed:
+    """The turn was none: a click, a tap, or forgotten by request."""
+
+    turn: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """What was said in a turn; it may come after the answer began."""
+
+    turn: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The picture is in the turn, and marks that follow are on it."""
+
+    picture: int
+    turn: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """The next words of an answer, as the model writes them: without marks and thoughts."""
+
+    answer: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoned:
+    answer: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    answer: int
+    picture: int | None
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A word of the answer: text[start:end] begins at `sample` of its sound."""
+
+    start: int
+    end: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Sound to play: it belongs at `sample` of the answer, also when an answer is taken up again at a word."""
+
+    answer: int
+    sample: int
+    pcm: np.ndarray = field(repr=False)  # float32 [n] in [-1, 1]
+    rate: int
+    words: tuple[Spoken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Play nothing more of what was sent; say with `Heard` how far it came."""
+
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A tool is wanted; `Returned` with this `call` goes on with the answer."""
+
+    answer: int
+    call: int
+    tool: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The answer is over: all `text` of it, and how many characters of that were heard."""
+
+    answer: int
+    text: str
+    heard: int
+    finish: Literal["stop", "length", "interrupted", "tool", "failed"]
+    prompt: int  # positions in the row before it
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """When each stage of an answer was reached, in milliseconds after the frame came that ended the turn; `speech` is how long
+    before that the last word was over. `waiting`: positions not yet in the row at that moment."""
+
+    answer: int
+    stages: Mapping[str, float]
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """Nobody has said anything for as long as the manners allow."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something went wrong and the conversation goes on: one sentence for a person."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The conversation is over: one sentence for a person. Always the last event."""
+
+    message: str
+
+
+Event = (
+    Started
+    | Stopped
+    | Dismissed
+    | Captioned
+    | Looked
+    | Answering
+    | Wrote
+    | Reasoned
+    | Marked
+    | Said
+    | Cleared
+    | Called
+    | Answered
+    | Timed
+    | Quiet
+    | Noted
+    | Failed
+)

@@ -1,0 +1,195 @@
+"""What a conversation has been: the tape, and the row that follows it.
+
+Everything is written on the tape first. Sound goes into the row frame by frame beside it; after everything else the row is
+made to hold what the tape says, by cutting it back to what the two have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from agent import tape
+from agent.engine import Feed
+from agent.journal import JournalError
+from agent.prompt import Prompt
+from agent.segments import Run, Segment, View
+from agent.tape import Entry, Tape
+from agent.view import Budget, Policy, view
+from model.gemma import Config
+from model.sampling import Generation
+
+TRANSCRIBE = "Transcribe the speech."
+CAPTION = 200  # tokens
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What was said in a turn is to be written down, by a fork of the row as it was when the turn ended."""
+
+    turn: int
+    fork: Feed
+    closing: Segment
+
+    def generate(self, how: Generation) -> AsyncGenerator[tuple[int, float]]:
+        return self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)
+
+
+class Record:
+    """`limit`: positions that may stand in the row before an answer. `note` is told what goes wrong and can be lived with."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        row: Feed,
+        prompt: Prompt,
+        config: Config,
+        budget: Budget,
+        policy: Policy,
+        limit: int,
+        note: Callable[[str], None],
+    ) -> None:
+        self.tape, self.row, self.prompt, self.config = tape, row, prompt, config
+        self.budget, self.policy, self.limit, self.note = replace(budget, row=min(budget.row, limit)), policy, limit, note
+        self.turn: int | None = None  # the open one
+        self.captions = 0  # on their way: nothing is let go of before they are there
+        self._held = View((), 0, 0)  # what the row holds, but for
+        self._pieces: list[Segment] = []  # what was appended since
+        self._length = 0  # positions of both
+        self._astray = False  # the row may hold more than that, of an answer that was stopped
+        self._upto = len(tape.entries)
+        self._run: Run | None = None
+
+    def append(self, entry: Entry) -> int:
+        """On the tape alone. Where its journal cannot follow, the conversation goes on without one."""
+        try:
+            return self.tape.append(entry)
+        except JournalError as error:
+            self.note(f"{error}; the conversation goes on without it")
+            self.tape.close()
+            return self.tape.append(entry)
+
+    # -- a turn
+
+    def open(self, at: int) -> int:
+        if self.turn is None:
+            self.turn, self._run = self.append(tape.Opened(at=at)), None
+            self.follow()
+        return self.turn
+
+    def sound(self, frame: np.ndarray) -> bool:
+        """A frame of the open turn; False if there is no room for it."""
+        sound = tape.Sound.of(frame.reshape(-1, self.config.frame))
+        if self._length + sound.positions > self.limit and not self.room(sound.positions):
+            return False
+        self.append(sound)
+        self._run = self._run or Run(self.prompt)
+        pieces = self._run.feed(sound)
+        self.row.append(*pieces)
+        self._pieces += pieces
+        self._length += sound.positions
+        return True
+
+    def part(self, part: tape.Typed | tape.Seen) -> int:
+        index = self.append(part)
+        self._run = None
+        self.follow()
+        return index
+
+    def close(self, entry: tape.Closed | tape.Deleted) -> None:
+        """The turn is over, and nobody is asked; or it never was."""
+        self.append(entry)
+        self.turn = self._run = None
+        self.follow()
+
+    def ask(self) -> int:
+        """The model's turn begins; `closing` is what is left to append."""
+        self.turn = self._run = None
+        return self.append(tape.Asked())
+
+    def spoken(self, turn: int) -> bool:
+        return any(isinstance(entry, tape.Sound) for entry in self.tape.entries[turn + 1 :])
+
+    def caption(self) -> Caption | None:
+        """To be called as the turn ends; None if nothing was said in it. The caller releases its fork, and says `captioned`."""
+        if self.turn is None or not self.spoken(self.turn):
+            return None
+        closing = [*([self.prompt.eoa] if self._run else []), *self.prompt.text(TRANSCRIBE), *self.prompt.close_turn()]
+        self.captions += 1
+        return Caption(self.turn, self.row.fork(), tuple(closing))
+
+    def captioned(self, caption: Caption, text: str | None) -> None:
+        """None: nobody could tell, and the sound stays what it was."""
+        self.captions -= 1
+        if text is not None:
+            self.append(tape.Transcript(caption.turn, text))
+
+    # -- the row
+
+    def closing(self) -> tuple[Segment, ...]:
+        """What is to be appended before the model writes; at least one position. The row holds all before it."""
+        target = self._view()
+        keep, rest = target.since(self._settled())
+        if keep < self._held.positions or self._astray or not rest:
+            last = target.positions - 1
+            rest = target.rest(last)
+            self._rewrite(min(keep, last), target.first(last))
+        self._hold(target)
+        return rest
+
+    def wrote(self, id: int) -> None:
+        """The model has put this id into the row."""
+        self._pieces.append((id,))
+        self._length += 1
+
+    def stopped(self) -> None:
+        """The model was stopped: it may have put more into the row than it has said."""
+        self._astray = True
+
+    def follow(self) -> None:
+        """Makes the row hold what the tape says. Raises RowFull where system prompt and open turn alone are too long."""
+        target = self._view()
+        keep, rest = target.since(self._settled())
+        if rest or keep < self._held.positions or self._astray:
+            self._rewrite(keep, target)
+        self._hold(target)
+
+    def tidy(self) -> None:
+        """Between turns: what the policy lets go of leaves the row, and what no view wants any more leaves memory."""
+        if self.turn is not None or self.captions:
+            return
+        self._upto = len(self.tape.entries)
+        self.follow()
+        if self._held.spent:
+            self.append(tape.Dropped(self._held.spent))
+
+    def room(self, positions: int) -> bool:
+        """Whether so many more fit; what can be let go of is."""
+        if self._length + positions > self.limit:
+            self._upto = len(self.tape.entries)
+            self.follow()
+        return self._length + positions <= self.limit
+
+    @property
+    def positions(self) -> int:
+        return self._length
+
+    @property
+    def thinking(self) -> bool:
+        return next((entry.thinking for entry in reversed(self.tape.entries) if isinstance(entry, tape.Setting)), False)
+
+    def _view(self) -> View:
+        return view(self.tape.entries, self.prompt, self.budget, self.policy, upto=self._upto, patch=self.config.patch)
+
+    def _settled(self) -> View:
+        self._held, self._pieces = self._held.then(*self._pieces), []
+        return self._held
+
+    def _rewrite(self, keep: int, target: View) -> None:
+        self.row.rewrite(keep, target)
+        self._astray = False
+
+    def _hold(self, target: View) -> None:
+        self._held, self._length = target, target.positions
