@@ -1,4 +1,4 @@
-"""Text in, sound out, streaming, with the time of each word: espeak-ng in this process.
+"""Text in, sound out, streaming, with the time of each word: `open_voice`, and espeak-ng in this process.
 
 The one module that touches espeak-ng (GPL-3, an optional extra). The library keeps its state in globals, so one
 `_Engine` per process owns it under one lock; an `Espeak` is only a handle and may be used from any thread.
@@ -17,7 +17,7 @@ from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -29,12 +29,12 @@ _SYNCHRONOUS, _DONT_EXIT, _UTF8, _ABORT = 2, 0x8000, 1, 1
 _EVENT_END, _EVENT_WORD, _EVENT_CLAUSE = 0, 1, 5
 _PARAMETERS = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
 _TOKEN = re.compile(r"[^\W_]+(?:['’.,:][^\W_]+)*|\S")
-_CONTROL = {code: " " for code in range(32) if chr(code) not in "\n\t"}  # espeak takes control characters for commands
-_CONTROL |= {0x7F: " "} | dict.fromkeys(range(55296, 57344), "?")
+_UNSPOKEN = {code: " " for code in range(32) if chr(code) not in "\n\t"}  # espeak takes control characters for commands
+_UNSPOKEN |= {0x7F: " "} | dict.fromkeys(range(55296, 57344), "?")
 
 
 class VoiceMissing(RuntimeError):
-    """There is no espeak-ng on this machine."""
+    """There is no such voice on this machine; says what to install."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,36 @@ class Speech:
 
 
 class Stream:
-    """An iterator of chunks that are made while they are taken. `stop` may come from any thread and is done in a millisecond."""
+    """An iterator of chunks that are made while they are taken. `stop` may come from any thread and is done in a millisecond.
 
-    def __init__(self, make: Callable[[Callable[[Chunk], bool]], None]):
+    `make` hands each chunk to a function that answers whether to go on, and is given an event that says the same: it is set
+    by `stop`, and also where `make` ends or fails, so that threads which a voice has started of its own end with it.
+    """
+
+    def __init__(self, make: Callable[[Callable[[Chunk], bool], threading.Event], None]):
         self._chunks: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()  # bounded by the text
-        self._stopped = threading.Event()
+        self._closed = False  # for the reader, who still gets what was made before `make` ended
+        self._over = threading.Event()
         self._make = make
-        self._thread = threading.Thread(target=self._run, name="espeak", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="voice", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        chunk = None if self._stopped.is_set() else self._chunks.get()
-        if isinstance(chunk, Chunk) and not self._stopped.is_set():
+        chunk = None if self._closed else self._chunks.get()
+        if isinstance(chunk, Chunk) and not self._closed:
             return chunk
-        self._stopped.set()
+        self._closed = True
         if isinstance(chunk, BaseException):
             raise chunk
         raise StopIteration
 
     def stop(self) -> None:
         """Nothing more comes out, and nothing more is made."""
-        self._stopped.set()
+        self._closed = True
+        self._over.set()
         self._chunks.put(None)
 
     def __enter__(self) -> Self:
@@ -100,13 +106,60 @@ class Stream:
     def _run(self) -> None:
         def take(chunk: Chunk) -> bool:
             self._chunks.put(chunk)
-            return not self._stopped.is_set()
+            return not self._over.is_set()
 
         try:
-            self._make(take)
+            self._make(take, self._over)
             self._chunks.put(None)
         except BaseException as error:  # noqa: BLE001  raised again in the reader
             self._chunks.put(error)
+        finally:
+            self._over.set()
+
+
+class Voice(Protocol):
+    """What a conversation speaks with."""
+
+    @property
+    def rate(self) -> int:
+        """Samples a second of all that it says."""
+
+    def speak(self, text: str) -> Stream:
+        """The sound of the text as a stream of chunks."""
+
+
+def open_voice(name: str = "auto", language: str = "en") -> Voice | None:
+    """A voice by name; None is text alone.
+
+    auto: pocket-tts if it is installed and its weights are on disk already, else espeak-ng, else None. Downloads nothing.
+    none: None.
+    pocket: pocket-tts; downloads its weights, some hundred MB, the first time.
+    espeak: espeak-ng in its usual accent of the language.
+    Anything else is a voice of espeak-ng: "de", "en-gb-scotland+f3". Then the language is not looked at.
+    """
+    if name == "none":
+        return None
+    if name not in ("auto", "pocket"):
+        return _bound(None if name == "espeak" else name, language)
+    from streams import pocket  # not above: it builds on this module
+
+    if name == "pocket":
+        return pocket.open_voice(language)
+    with suppress(VoiceMissing):
+        return pocket.open_voice(language, download=False)
+    with suppress(VoiceMissing):
+        return _bound(None, language)
+    return None
+
+
+def words_in(text: str) -> list[tuple[int, int]]:
+    """Where each word of the text begins and ends; what has no letter and no digit is none."""
+    return [match.span() for match in _TOKEN.finditer(text) if any(map(str.isalnum, match[0]))]
+
+
+def plain(text: str) -> str:
+    """The text without what no voice can say: control characters and broken surrogates, each replaced by one character."""
+    return text.translate(_UNSPOKEN)
 
 
 class Settings(TypedDict, total=False):
@@ -123,6 +176,18 @@ class Settings(TypedDict, total=False):
 DEFAULTS: Settings = {"voice": "en-us", "rate": 175, "pitch": 50, "range": 50, "volume": 100, "fresh": False}
 
 
+@dataclass(frozen=True)
+class EspeakVoice:
+    """Espeak in one voice: a `Voice`."""
+
+    espeak: "Espeak"
+    settings: Settings
+    rate: int = RATE
+
+    def speak(self, text: str) -> Stream:
+        return self.espeak.speak(text, **self.settings)
+
+
 class Espeak:
     """Speaks. Raises VoiceMissing at once if there is nothing to speak with."""
 
@@ -132,7 +197,12 @@ class Espeak:
     def speak(self, text: str, **how: Unpack[Settings]) -> Stream:
         """The sound of the text as a stream of chunks; takes the settings of `say`."""
         settings = self._settled(how)
-        return Stream(lambda take: self._engine.synthesise(text, take, **settings))
+        return Stream(lambda take, _: self._engine.synthesise(text, take, **settings))
+
+    def bound(self, **how: Unpack[Settings]) -> EspeakVoice:
+        """The voice that always speaks with these settings, which are looked at now."""
+        self._settled(how)
+        return EspeakVoice(self, how)
 
     def say(self, text: str, **how: Unpack[Settings]) -> Speech:
         """The whole sound of the text.
@@ -218,7 +288,7 @@ class _Engine:
                 for name, value in parameters.items():
                     self._lib.espeak_SetParameter(_PARAMETERS[name], value, 0)
                 self._take = on_sound
-                data = part.translate(_CONTROL).encode()
+                data = plain(part).encode()
                 self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
             if failure:
                 raise failure[0]
@@ -381,3 +451,19 @@ def _engine() -> _Engine:
 
         return _Engine(espeakng_loader.get_library_path(), espeakng_loader.get_data_path())
     raise VoiceMissing("There is no voice: install the apt package libespeak-ng1, or `pip install attend[espeak]`.")
+
+
+def _bound(voice: str | None, language: str) -> EspeakVoice:
+    """This voice, or without one the usual voice of the language."""
+    espeak = Espeak()
+    language = language.lower().replace("_", "-")
+    accents = espeak.voices(language) or espeak.voices(language.partition("-")[0])
+    if voice is None:
+        if not accents:
+            raise VoiceMissing(f"espeak-ng has no voice for the language {language!r}: name another one of its voices.")
+        voice = DEFAULTS["voice"] if DEFAULTS["voice"] in accents else accents[0]
+    try:
+        return espeak.bound(voice=voice)
+    except ValueError as error:
+        hint = "say auto, none, pocket, espeak, or a voice of espeak-ng like de or en-us+f2"
+        raise VoiceMissing(f"There is no voice {voice!r}: {hint}.") from error

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streams import voice
-from streams.voice import RATE, Espeak, VoiceMissing
+from streams.voice import RATE, Chunk, Espeak, Stream, VoiceMissing, open_voice, words_in
 
 TEXT = "Look at the end of the day, there are three red circles. Two of them are small!"
 
@@ -53,6 +53,60 @@ def test_stop_ends_the_stream_and_the_work_behind_it(espeak):
     stream._thread.join(1)
     assert not stream._thread.is_alive()
     assert stream._chunks.qsize() < 500  # of more than 10,000
+
+
+def chunk(sample=0):
+    return Chunk(np.zeros(4, np.float32), sample, ())
+
+
+def test_a_voice_that_crashes_mid_way_raises_in_the_reader_after_what_it_had_made():
+    ended = threading.Event()
+
+    def make(take, over):
+        threading.Thread(target=lambda: (over.wait(10), ended.set())).start()  # as a voice may start threads of its own
+        take(chunk())
+        raise RuntimeError("no more breath")
+
+    stream = Stream(make)
+    assert next(stream).sample == 0
+    with pytest.raises(RuntimeError, match="no more breath"):
+        next(stream)
+
+    assert list(stream) == []  # raised once
+    stream._thread.join(1)
+    assert not stream._thread.is_alive() and ended.wait(1)
+
+
+def test_espeak_speaks_on_after_a_crash_in_the_middle(espeak, monkeypatch):
+    monkeypatch.setattr(voice._Words, "known", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(espeak.speak(TEXT))
+    monkeypatch.undo()
+
+    assert list(espeak.speak(TEXT))
+
+
+def test_a_stalled_voice_can_be_stopped():
+    stalled, go_on = threading.Event(), threading.Event()
+
+    def make(take, over):
+        take(chunk())
+        stalled.set()
+        assert go_on.wait(10)
+        take(chunk(4))
+
+    stream = Stream(make)
+    assert stalled.wait(1)
+    heard = []
+    reader = threading.Thread(target=lambda: heard.extend(stream))
+    reader.start()
+    stream.stop()
+    reader.join(1)
+    assert not reader.is_alive() and len(heard) <= 1
+
+    go_on.set()
+    stream._thread.join(1)
+    assert not stream._thread.is_alive() and list(stream) == []
 
 
 def test_stop_wakes_a_reader_in_another_thread(espeak):
@@ -190,3 +244,88 @@ def test_a_machine_without_espeak_is_told_what_to_install():
 
     assert "VoiceMissing" in done.stderr
     assert "libespeak-ng1" in done.stderr and "pip install attend[espeak]" in done.stderr
+
+
+# ---- a voice by name
+
+
+@pytest.fixture
+def without_espeak(monkeypatch):
+    def nothing():
+        raise VoiceMissing("There is no voice: install something.")
+
+    monkeypatch.setattr(voice, "_engine", nothing)
+
+
+@pytest.fixture
+def without_pocket(monkeypatch):
+    """Neither installed nor on the disk; what is looked for besides is left as it is."""
+    find = voice.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == "pocket_tts" else find(name, *of))
+
+
+def test_none_is_text_only():
+    assert open_voice("none") is None
+
+
+def test_auto_without_a_voice_is_text_only(without_espeak, without_pocket):
+    assert open_voice() is None
+    assert open_voice("auto", "de") is None
+
+
+def test_auto_without_pocket_is_espeak_in_the_language(espeak, without_pocket):
+    assert open_voice().settings["voice"] == "en-us"
+    assert open_voice("auto", "de").settings["voice"] == "de"
+    assert open_voice("auto", "de_AT").settings["voice"] == "de"
+    assert open_voice("auto", "en-GB").settings["voice"] == "en-gb"
+    assert open_voice("auto", "xx") is None
+
+
+@pytest.mark.parametrize(("name", "accent"), [("espeak", "en-us"), ("en-us+f2", "en-us+f2"), ("de", "de")])
+def test_espeak_is_opened_by_name_and_speaks_as_the_voice_that_was_named(espeak, name, accent):
+    opened = open_voice(name)
+
+    with opened.speak(TEXT) as stream:
+        chunks = list(stream)
+    assert opened.rate == RATE
+    assert spoken(TEXT, [word for chunk in chunks for word in chunk.words])[:2] == ["Look", "at"]
+    assert opened.settings["voice"] == accent
+
+
+def test_a_bound_voice_keeps_its_settings(espeak):
+    bound = espeak.bound(voice="en-gb", rate=300, fresh=True)
+
+    pcm = np.concatenate([chunk.pcm for chunk in bound.speak(TEXT)])
+
+    assert np.array_equal(pcm, espeak.say(TEXT, voice="en-gb", rate=300, fresh=True).pcm)
+    with pytest.raises(ValueError, match="no voice"):
+        espeak.bound(voice="en-nowhere")
+
+
+@pytest.mark.parametrize("name", ["en-nowhere", "en-us+nobody", ""])
+def test_a_voice_of_an_unknown_name_is_missing(espeak, name):
+    with pytest.raises(VoiceMissing, match=r"no voice .*say auto, none, pocket, espeak"):
+        open_voice(name)
+
+
+def test_espeak_does_not_speak_every_language(espeak):
+    with pytest.raises(VoiceMissing, match="language 'xx'"):
+        open_voice("espeak", "xx")
+
+
+def test_a_voice_that_is_named_and_missing_says_what_to_install(without_espeak, without_pocket):
+    with pytest.raises(VoiceMissing, match="install"):
+        open_voice("espeak")
+    with pytest.raises(VoiceMissing, match="install"):
+        open_voice("en-us+f2")
+    with pytest.raises(VoiceMissing, match=r"pip install attend\[voice\]"):
+        open_voice("pocket")
+
+
+def test_words_are_found_where_there_is_something_to_say():
+    assert spoken_spans("“Don't” – 5.50, é!") == ["Don't", "5.50", "é"]
+    assert words_in("... – !") == []
+
+
+def spoken_spans(text):
+    return [text[start:end] for start, end in words_in(text)]
