@@ -347,13 +347,13 @@ def _step(s: Setting) -> Iterator[Figure]:
 
 
 def _first_token(s: Setting) -> Iterator[Figure]:
-    """Streamed, all but the last frame is in the row: timed are that frame, the closing and the draw."""
+    """Streamed, all but the last frame is in the row: timed are that frame and the closing, in one chunk, and the draw."""
 
     def streamed(seconds: int) -> None:
         row, prompt = s.rows[seconds], s.prompts[seconds]
         s.cache.truncate(row, len(prompt.ids) - CLOSING - 1)
-        s.model.extend(s.cache, [row], s.model.embed_audio(prompt.frames[-1:])[None], wanted=False)
-        draw(_extend(s, row, s.model.embed_text(prompt.ids[-CLOSING:])), GREEDY)
+        last, closing = s.model.embed_audio(prompt.frames[-1:]), s.model.embed_text(prompt.ids[-CLOSING:])
+        draw(_extend(s, row, torch.cat((last, closing))), GREEDY)
 
     for seconds in SPEECH:
         runs: dict[str, Callable[[], object]] = {"whole": partial(_whole, s, seconds), "streamed": partial(streamed, seconds)}
