@@ -51,6 +51,7 @@ class Reach:
     sin: Tensor  # the first half negated
     mask: Tensor | None  # None: all is seen; [B, 1, heads per key head * T, n], added to the scores
     slots: Tensor | None = None  # [B, T] where the new positions are written
+    first: int = 0  # slot that is read, and those after it
     live: int = 0  # slots that are read
 
 
@@ -83,16 +84,17 @@ class Memory:
     values: Tensor
 
     def exchange(self, key: Tensor, value: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values [B, T, heads, D]; returns all that can be seen [B, heads, n, D]."""
+        """Writes the new keys and values [B, heads, T, D]; returns all that can be seen [B, heads, n, D]."""
         assert reach.slots is not None, "the span was made for no cache"
         if key.shape[0] == 1:  # half the time of the general way
-            self.keys.index_copy_(2, reach.slots[0], key.transpose(1, 2))
-            self.values.index_copy_(2, reach.slots[0], value.transpose(1, 2))
+            slots = reach.slots[0]
+            self.keys.index_copy_(2, slots, key)
+            self.values.index_copy_(2, slots, value)
         else:
             every = torch.arange(key.shape[0], device=key.device)[:, None]
-            self.keys[every, :, reach.slots] = key
-            self.values[every, :, reach.slots] = value
-        return self.keys[:, :, : reach.live], self.values[:, :, : reach.live]
+            self.keys[every, :, reach.slots] = key.transpose(1, 2)
+            self.values[every, :, reach.slots] = value.transpose(1, 2)
+        return self.keys.narrow(2, reach.first, reach.live), self.values.narrow(2, reach.first, reach.live)
 
 
 def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
@@ -100,10 +102,14 @@ def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.d
 
     Rows shorter than `count` are padded at their end, where nothing that counts can see the padding."""
     at = torch.arange(count, device=device)[None]
-    return Span({layer: _reach(config, layer, at, at, blocks, blocks, dtype) for layer in set(config.layers)})
+    reaches = {
+        layer: Reach(*_turn(layer, at, dtype), _mask(config, layer, at, at, blocks, blocks, dtype))
+        for layer in set(config.layers)
+    }
+    return Span(reaches)
 
 
-def _reach(
+def _mask(
     config: Config,
     layer: Layer,
     query: Tensor,
@@ -111,7 +117,7 @@ def _reach(
     query_block: Tensor | None,
     key_block: Tensor | None,
     dtype: torch.dtype,
-) -> Reach:
+) -> Tensor:
     """Positions query [B, T] looking at positions key [B, n]; a negative key position holds nothing.
 
     Full layers are causal. Sliding layers see the window, and within it all of their own picture (model card of Gemma 4;
@@ -123,10 +129,9 @@ def _reach(
             allowed = allowed | ((query_block[:, :, None] == key_block[:, None, :]) & (query_block[:, :, None] >= 0))
             allowed = allowed & (k < q + config.window)
         allowed = allowed & (k > q - config.window)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill_(~allowed, float("-inf"))
+    mask = torch.where(allowed, 0.0, -torch.inf).to(dtype)
     group = config.heads // layer.kv_heads
-    mask = mask[:, None].expand(-1, group, -1, -1).reshape(mask.shape[0], 1, -1, mask.shape[2])
-    return Reach(*_turn(layer, query, dtype), mask)
+    return mask.repeat(1, group, 1)[:, None]
 
 
 def _turn(layer: Layer, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -217,7 +222,7 @@ class Cache:
 
     def span(self, rows: Sequence[Row], count: int, blocks: Tensor | None = None, *, whole: bool = False) -> Span:
         """The span of `count` new positions on each of `rows`. With `whole` every slot is read, whether or not a
-        position is in it yet: static shapes, for graphs and compilers."""
+        position is in it yet: static shapes, for graphs and compilers, which may write over its tensors."""
         assert rows and count >= 1, "a pass needs rows and positions"
         assert count <= self.slack + 1, f"a chunk of {count} positions is longer than slack + 1 = {self.slack + 1}"
         for row in rows:
@@ -226,39 +231,44 @@ class Cache:
         first = min(row.index for row in rows)
         width = max(row.index for row in rows) + 1 - first
         places = [row.index - first for row in rows]
-        members = None if places == list(range(width)) else torch.tensor(places, device=self.device)
-        lengths, taking = [0] * width, [False] * width
+        members = part = None
+        lengths, taking = [rows[0].length] * width, [False] * width
         for row, place in zip(rows, places, strict=True):
             lengths[place], taking[place] = row.length, True
-        start = torch.tensor(lengths, device=self.device)[:, None]
+        if places != list(range(width)):
+            members, part = torch.tensor(places, device=self.device), torch.tensor(taking, device=self.device)[:, None]
         if blocks is not None and members is not None:
             blocks = blocks.new_full((width, count), -1).index_copy_(0, members, blocks)
-        end = max(lengths) + count
-        part = None if members is None else torch.tensor(taking, device=self.device)[:, None]
-        reaches = {layer: self._cached_reach(layer, start, count, blocks, end, part, whole) for layer in set(self.config.layers)}
+        query = torch.tensor([[*range(length, length + count)] for length in lengths], device=self.device)
+        kinds = set(self.config.layers)
+        reaches = {layer: self._cached_reach(layer, lengths, query, blocks, part, whole) for layer in kinds}
         return Span(reaches, first, width, members)
 
     def _cached_reach(
-        self, layer: Layer, start: Tensor, count: int, blocks: Tensor | None, end: int, part: Tensor | None, whole: bool
+        self, layer: Layer, lengths: list[int], query: Tensor, blocks: Tensor | None, part: Tensor | None, whole: bool
     ) -> Reach:
-        size = self._slots(layer)
-        live = size if whole else min(end, size)
-        query = start + torch.arange(count, device=self.device)  # [B, T]
-        if start.shape[0] == 1 and count == 1 and not whole and (not layer.sliding or end <= self.config.window):
-            return Reach(*_turn(layer, query, self.dtype), None, query, live)  # one position that sees all there is
-        slot = torch.arange(live, device=self.device)[None]  # [1, n]
-        last = start + count - 1
-        # The newest position not after `last` that stands at this slot; negative: none yet.
-        key = last - torch.remainder(last - slot, size) if layer.sliding else slot.expand(start.shape[0], -1)
-        key_block = None
-        if blocks is not None:
-            inside = (key - start).clamp(0, count - 1)
-            key_block = torch.where(key >= start, blocks.gather(1, inside), -1)
-        reach = _reach(self.config, layer, query, key, blocks, key_block, self.dtype)
-        slots = torch.remainder(query, size)
+        count, size = query.shape[1], self._slots(layer)
+        end = max(lengths) + count
+        oldest = max(0, min(lengths) + 1 - self.config.window) if layer.sliding else 0  # position that counts
+        # Only the slots from there to the newest are read, unless the ring's end lies between.
+        flat = not whole and oldest % size + end - oldest <= size
+        first, live = (oldest % size, end - oldest) if flat else (0, size)
+        slots = query if flat and end <= size else torch.remainder(query, size)
         if part is not None:
             slots = torch.where(part, slots, size)
-        return Reach(reach.cos, reach.sin, reach.mask, slots, live)
+        cos, sin = _turn(layer, query, self.dtype)
+        if flat and len(lengths) == count == 1:
+            return Reach(cos, sin, None, slots, first, live)  # one position, which sees all of it
+        last = query[:, -1:]
+        if flat:
+            key = torch.arange(oldest, end, device=self.device)[None]  # [1, n]
+        else:  # the newest position not after `last` that stands at a slot; negative: none yet
+            key = last - torch.remainder(last - torch.arange(size, device=self.device), size)
+        key_block = None
+        if blocks is not None:
+            inside = (key - query[:, :1]).clamp(0, count - 1)
+            key_block = torch.where((key >= query[:, :1]) & (key <= last), blocks.gather(1, inside), -1)
+        return Reach(cos, sin, _mask(self.config, layer, query, key, blocks, key_block, self.dtype), slots, first, live)
 
     def memory(self, index: int, span: Span) -> Memory:
         """What layer `index` holds for the rows of a span."""

@@ -214,18 +214,16 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
         qkv = F.linear(x, self.qkv).view(batch, count, -1, size)
-        value = rms_norm(qkv[:, :, heads if self.layer.shared_kv else heads + kv :], self.eps)
-        weight = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv, -1)))
+        weight = torch.stack((self.q_norm,) * heads + (self.k_norm,) * kv)
         query_key = rms_norm(qkv[:, :, : heads + kv], self.eps, weight)
-        query, key = rotate(query_key, reach.cos, reach.sin).split((heads, kv), 2)
-        if memory is None:
-            key, value = key.transpose(1, 2), value.transpose(1, 2)
-        else:
+        query, key = rotate(query_key, reach.cos, reach.sin).transpose(1, 2).split((heads, kv), 1)
+        value = rms_norm(qkv[:, :, -kv:], self.eps).transpose(1, 2)  # where keys are values, the last heads are both
+        if memory is not None:
             key, value = memory.exchange(key, value, reach)
         if not wanted:
             return None
         # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
-        query = query.transpose(1, 2).reshape(batch, kv, -1, size)
+        query = query.reshape(batch, kv, -1, size)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=reach.mask, scale=1.0)
         return F.linear(seen.view(batch, heads, count, size).transpose(1, 2).reshape(batch, count, -1), self.out)
 

@@ -364,6 +364,25 @@ def test_a_whole_span_takes_a_picture(model, start):
     close(hidden[0], at_once(model, x, blocks)[start:])
 
 
+@pytest.mark.parametrize("places", [(0,), (0, 1, 2), (0, 2)], ids=["one row", "all rows", "a hole"])
+def test_the_tensors_of_one_whole_span_can_be_written_over_for_every_step(model, places):
+    """What a graph does, without one: the kinds of layers share none, and nothing else holds them."""
+    cache = cache_of(model)
+    rows = [row for row in [cache.claim() for _ in range(3)] if row.index in places]
+    tapes = [tape(30, i)[0] for i in range(len(rows))]
+    with torch.inference_mode():
+        span, seen = cache.span(rows, 1, whole=True), []
+        for at in range(30):
+            now = cache.span(rows, 1, whole=True)
+            for layer, reach in span.reaches.items():
+                for name in ("cos", "sin", "mask", "slots"):
+                    getattr(reach, name).copy_(getattr(now.reaches[layer], name))
+            seen.append(span.gather(model(span.spread(torch.stack([x[at : at + 1] for x in tapes])), span, cache)))
+            cache.advance(rows, 1)
+    for i, x in enumerate(tapes):
+        close(torch.cat(seen, 1)[i], at_once(model, x))
+
+
 @pytest.fixture(scope="session")
 def deep(tmp_path_factory):
     """More layers than a compiler takes graphs of one function (8) before it gives up in silence."""
