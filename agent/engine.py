@@ -13,10 +13,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from functools import partial
+from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from streams.frames import MediaError
 
 CHUNK = 128  # positions; a picture may be longer, since it goes in at once
 FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own
-FAULTS = (RuntimeError, ValueError, MemoryError)  # of one pass: out of memory, a full row, a picture that does not decode
+FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)  # of one pass: a full row, no memory, a picture that is none
 
 
 class EngineStopped(RuntimeError):
@@ -48,7 +50,8 @@ class RowLost(RuntimeError):
 @dataclass(eq=False)
 class _Take:
     segment: Segment
-    cut: Future[tuple[Tensor, Tensor]] | None  # of a picture, which another thread decodes
+    cut: Future[tuple[Tensor, Tensor]] | None = None  # of a picture, which another thread decodes
+    drawn: _Generate | None = None  # whose token it is
     since: float = field(default_factory=perf_counter)
     done: int = 0  # positions that are in the row
 
@@ -88,7 +91,7 @@ class _Seat:
     tell: Callable[[Exception], None]
     parent: _Seat | None = None  # of a fork: it works in the background
     row: Row | None = None
-    at: int = 0  # of a fork: the position of its parent where it begins
+    at: int | None = None  # of a fork: the position of its parent where it begins, once the parent has come there
     todo: deque[_Op] = field(default_factory=deque)
     asked: int = 0  # positions
     taken: int = 0
@@ -151,10 +154,7 @@ class Feed:
         loop, drawn = asyncio.get_running_loop(), asyncio.Queue[tuple[int, float] | Exception | None]()
         generator = None if seed is None else torch.Generator(self._engine.loaded.model.device).manual_seed(seed)
 
-        def tell(item: tuple[int, float] | Exception | None) -> None:
-            loop.call_soon_threadsafe(drawn.put_nowait, item)
-
-        run = _Generate(how, most, generator, tell)
+        run = _Generate(how, most, generator, partial(_tell, loop, drawn.put_nowait))
         self._engine._order(self._seat, *self._takes(closing), run)
         try:
             while (item := await drawn.get()) is not None:
@@ -189,6 +189,7 @@ class Engine:
         self._seats: list[_Seat] = []
         self._left = rows
         self._dead: EngineStopped | None = None
+        self._ending = threading.Lock()
         self._pictures = ThreadPoolExecutor(1, "pictures")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -206,7 +207,7 @@ class Engine:
             raise NoRow(f"all {self.rows} places are taken; try again when a conversation has ended")
         self._left -= 1
         loop = asyncio.get_running_loop()
-        seat = _Seat(lambda error: _tell(loop, failed, error))
+        seat = _Seat(partial(_tell, loop, failed))
         self._order(seat)
         return Feed(self, seat)
 
@@ -232,9 +233,8 @@ class Engine:
                 seat.todo.extend(ops)
 
         self._orders.put(take)
-        if self._dead:  # nobody takes it
-            for op in ops:
-                _cancel(op, self._dead)
+        if self._dead:
+            self._end(self._dead)
 
     def _release(self, seat: _Seat) -> None:
         if seat.parent is None:
@@ -266,8 +266,17 @@ class Engine:
             raise
         finally:
             self._dead = self._dead or EngineStopped("the model has stopped: it was closed")
+            self._end(self._dead)
+
+    def _end(self, why: EngineStopped) -> None:
+        """Tells all who still wait for something. By the thread as it goes, and afterwards by whoever orders something."""
+        with self._ending:
+            with suppress(Empty):
+                while True:
+                    if order := self._orders.get_nowait():
+                        order()
             for seat in list(self._seats):
-                self._leave(seat, self._dead)
+                self._leave(seat, why)
 
     @torch.inference_mode()
     def _tick(self) -> bool:
@@ -296,35 +305,56 @@ class Engine:
         moved = False
         if seat.row is None and not self._sit(seat):
             return False
-        while seat.todo and not isinstance(op := seat.todo[0], _Take):
-            assert seat.row
-            match op:
+        assert seat.row
+        while seat.todo:
+            match op := seat.todo[0]:
                 case _Rewrite():
-                    at = min(op.keep, seat.row.length)
-                    at = at if at >= self._cache.earliest(seat.row) else 0
-                    self._cache.truncate(seat.row, at)
                     seat.todo.popleft()
+                    at = self._cut_back(seat, op.keep)
                     takes = [_Take(segment, self._cut(segment)) for segment in op.view.rest(at)]
                     seat.taken -= sum(size(take.segment) for take in takes)
                     seat.todo.extendleft(reversed(takes))
                 case _Fork():
+                    seat.todo.popleft()
                     op.child.at = seat.row.length
+                    if not op.child.gone:
+                        self._seats += [] if op.child in self._seats else [op.child]
+                        self._sit(op.child)
+                case _Generate(cancelled=True):
                     seat.todo.popleft()
-                    self._seats += [] if op.child in self._seats or op.child.gone else [op.child]
-                case _Generate() if op.cancelled:
+                case _Take(drawn=_Generate(cancelled=True)):
                     seat.todo.popleft()
-                case _:
+                    seat.taken += 1
+                case _Take():
+                    break
+                case _Generate():
                     raise AssertionError("what is generated follows something")
             moved = True
         return moved
 
+    def _cut_back(self, seat: _Seat, keep: int) -> int:
+        """The position to which the row was cut back: `keep`, or where the rings do not reach back so far, 0."""
+        assert seat.row
+        at = min(keep, seat.row.length)
+        if at >= self._cache.earliest(seat.row):
+            self._cache.truncate(seat.row, at)
+        else:
+            self._cache.release(seat.row)
+            at, seat.row = 0, self._cache.claim()
+        for child in [other for other in self._seats if other.parent is seat and other.row is None]:
+            if child.at is not None and child.at > at:
+                self._leave(child, RowFull("the row was cut back before a fork of it could be made"))
+        return at
+
     def _sit(self, seat: _Seat) -> bool:
-        """Gives a seat its row: a conversation at once, a fork when a spare one is free and its parent has come so far."""
+        """Gives a seat its row: a conversation at once, a fork when its parent has come so far and a spare one is free."""
+        if seat.gone:
+            return False
         if seat.parent is None:
             seat.row = self._cache.claim()
             return True
         parent = seat.parent.row
-        if parent is None or not seat.at or seat.at > parent.length or not self._cache.free:
+        if parent is None or seat.at is None:
             return False
         if sum(other.parent is not None and other.row is not None for other in self._seats) >= self.spares:
             return False
@@ -343,14 +373,17 @@ class Engine:
                 for one in group:
                     self._pass([one])
             else:
-                self._leave(group[0][0], error if isinstance(error, RowFull | MediaError) else _lost(error))
+                self._leave(group[0][0], _lost(error))
             return
         for index, (seat, parts) in enumerate(group):
             generate = seat.wanted(parts)
             self._took(seat, parts)
-            if generate:
+            if generate and not generate.cancelled:
                 assert hidden is not None
-                self._draw(seat, generate, hidden[index, -1])
+                try:
+                    self._draw(seat, generate, hidden[index, -1])
+                except FAULTS as error:
+                    self._leave(seat, _lost(error))
 
     def _extend(self, group: list[tuple[_Seat, list[tuple[_Take, int, int]]]]) -> Tensor | None:
         rows, embedded, blocks = [], [], None
@@ -386,8 +419,6 @@ class Engine:
 
     def _draw(self, seat: _Seat, run: _Generate, hidden: Tensor) -> None:
         assert seat.row and seat.todo[0] is run
-        if run.cancelled:
-            return
         token, logp = draw(self.loaded.model.logits(hidden), run.how, run.generator)
         run.count += 1
         run.tell((token, logp))
@@ -395,7 +426,7 @@ class Engine:
             seat.todo.popleft()
             run.tell(None)
         else:
-            seat.todo.appendleft(_Take((token,), None))
+            seat.todo.appendleft(_Take((token,), drawn=run))
             seat.taken -= 1
 
     def _leave(self, seat: _Seat, error: Exception | None) -> None:
@@ -407,6 +438,7 @@ class Engine:
             self._seats.remove(seat)
         if seat.row:
             self._cache.release(seat.row)
+            seat.row = None
         for op in seat.todo:
             _cancel(op, error or RowLost("the conversation has given its row back"))
         seat.todo.clear()
@@ -416,7 +448,9 @@ class Engine:
             seat.tell(error)
 
 
-def _lost(error: Exception) -> RowLost:
+def _lost(error: Exception) -> Exception:
+    if isinstance(error, RowFull | MediaError):
+        return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return RowLost("the model ran out of memory on this conversation; its row is free again")
     return RowLost(f"the model failed on this conversation: {(str(error) or type(error).__name__).splitlines()[0]}")
@@ -427,5 +461,6 @@ def _cancel(op: _Op, error: Exception) -> None:
         op.tell(error)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None], error: Exception) -> None:
-    loop.call_soon_threadsafe(failed, error)
+def _tell(loop: asyncio.AbstractEventLoop, listener: Callable[[Any], None], what: object) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        loop.call_soon_threadsafe(listener, what)

@@ -1,0 +1,425 @@
+"""The engine against the plain verbs: many conversations at once, each as if it were alone, whatever happens to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from agent import checkpoint, engine
+from agent.engine import CHUNK, Engine, EngineStopped, Feed, RowLost
+from agent.segments import Picture, Segment, size
+from agent.tape import Sound
+from model.cache import NoRow, RowFull
+from streams.frames import MediaError
+from tests.talk import WINDOW, Plain, greedy, jpeg, picture, same, settled, sound, tiny, viewed, words
+from tests.talk import written as written_by
+
+LOADED = tiny()
+HOW = greedy(LOADED)
+CLOSING = words(5, 99)
+
+
+def nobody(error: Exception) -> None:
+    assert isinstance(error, EngineStopped), error
+
+
+def written(feed: Feed, closing: Segment = CLOSING, most: int = 12) -> Any:
+    return written_by(feed, closing, how=HOW, most=most)
+
+
+def expected(*past: Segment, closing: Segment = CLOSING, most: int = 12) -> list[tuple[int, float]]:
+    return Plain(LOADED, (*past, closing)).generate(HOW, most)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]]:
+    """Of each pass the rows and how many positions each of them took."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+    extend = LOADED.model.extend
+
+    def counted(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
+        seen.append((tuple(row.index for row in rows), x.shape[1]))
+        return extend(cache, rows, x, **how)
+
+    monkeypatch.setattr(LOADED.model, "extend", counted)
+    return seen
+
+
+@pytest.fixture
+def short_rings(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(checkpoint, "SLACK", 150)
+    return 150 + WINDOW
+
+
+class Gate:
+    """Lets through as many draws as were allowed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.draws, self._allowed, self._draw = 0, threading.Semaphore(0), engine.draw
+        monkeypatch.setattr(engine, "draw", self._wait)
+
+    def allow(self, count: int) -> None:
+        self._allowed.release(count)
+
+    def _wait(self, *given: Any) -> tuple[int, float]:
+        assert self._allowed.acquire(timeout=30)
+        self.draws += 1
+        return self._draw(*given)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.allow(1000)
+
+
+def conversation(seed: int) -> list[Segment]:
+    return [words(7, seed), picture(LOADED, seed), words(3, seed + 1), sound(40, seed), words(2, seed + 2), sound(25, seed + 3)]
+
+
+def pieces(segments: list[Segment], how: str, seed: int) -> Iterator[Segment]:
+    """The same positions in other pieces: pictures stay whole."""
+    rng = random.Random(seed)
+    for segment in segments:
+        at = 0
+        while at < size(segment):
+            whole = isinstance(segment, Picture) or how == "whole"
+            count = size(segment) if whole else 1 if how == "one by one" else rng.randint(1, 20)
+            if isinstance(segment, Sound):
+                yield Sound(segment.data[2 * segment.frame * at :][: 2 * segment.frame * count], segment.frame)
+            else:
+                yield segment if isinstance(segment, Picture) else segment[at : at + count]
+            at += count
+
+
+# ---- rows
+
+
+async def test_rows_fed_in_any_pieces_and_at_once_write_what_the_plain_verbs_write(passes):
+    how = ["one by one", "in chunks", "whole", "one by one"]
+    with Engine(LOADED, rows=4, length=600) as engine:
+        feeds = [engine.claim(nobody) for _ in how]
+        streams = [list(pieces(conversation(seed), way, seed)) for seed, way in enumerate(how)]
+        for turn in range(max(map(len, streams))):
+            for feed, stream in zip(feeds, streams, strict=True):
+                feed.append(*stream[turn : turn + 1])
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*map(written, feeds))
+        assert any(len(rows) > 1 for rows, _ in passes), "they share steps"
+        assert max(count for _, count in passes) <= max(CHUNK, picture(LOADED).positions)
+        for feed in feeds:
+            feed.release()
+    for seed, answer in enumerate(answers):
+        assert same(answer, expected(*conversation(seed))), how[seed]
+
+
+async def test_a_row_goes_on_after_what_it_wrote():
+    with Engine(LOADED, length=600) as engine:
+        feed = engine.claim(nobody)
+        feed.append(*conversation(0))
+        first = await written(feed)
+        feed.append((first[-1][0],), sound(30, 5))  # the last token is never in the row
+        second = await written(feed)
+    said = tuple(token for token, _ in first)
+    assert same(second, expected(*conversation(0), CLOSING, said, sound(30, 5)))
+
+
+async def test_a_fork_leaves_its_parent_alone_and_waits_for_a_spare_row():
+    with Engine(LOADED, rows=1, length=600, spares=1) as engine:
+        parent = engine.claim(nobody)
+        parent.append(*conversation(0))
+        one, two = parent.fork(), parent.fork()
+        later = asyncio.create_task(written(two, words(4, 1)))
+        assert same(await written(one, words(4, 0)), expected(*conversation(0), closing=words(4, 0)))
+        assert same(await written(parent), expected(*conversation(0)))
+        assert not later.done() and two.waiting == 4
+        one.release()
+        assert same(await later, expected(*conversation(0), closing=words(4, 1)))
+        two.release()
+
+
+async def test_a_fork_begins_where_it_was_asked_for_though_its_parent_went_on(gate):
+    with Engine(LOADED, rows=1, length=600, spares=1) as engine:
+        parent = engine.claim(nobody)
+        other = parent.fork()  # holds the spare row
+        other.append(words(1))
+        parent.append(*conversation(0))
+        fork = parent.fork()
+        parent.append(sound(50, 8), words(9))
+        await settled(parent)
+        other.release()
+        gate.allow(1000)
+        assert same(await written(fork), expected(*conversation(0)))
+
+
+async def test_a_fork_that_waited_until_its_past_was_rewritten_says_so():
+    with Engine(LOADED, rows=1, length=600, spares=1) as engine:
+        parent = engine.claim(nobody)
+        one = parent.fork()
+        one.append(words(1))
+        parent.append(words(50))
+        fork = parent.fork()
+        waits = asyncio.create_task(written(fork))
+        await asyncio.sleep(0)
+        parent.rewrite(20, viewed(words(20), words(60, 7)))
+        with pytest.raises(RowFull, match="cut back before a fork"):
+            await waits
+        one.release()
+        assert same(await written(parent), expected(words(20), words(60, 7)))
+        again = parent.fork()
+        assert len(await written(again)) == 12, "and its place is free"
+
+
+@pytest.mark.parametrize("keep", [0, 9, 60, 330])
+async def test_what_was_rewritten_was_never_appended(short_rings, keep):
+    """Also further back than the rings reach."""
+    old, new = (*words(keep), *words(340 - keep, 1)), (*words(keep), *words(10, 2))
+    with Engine(LOADED, length=600) as engine:
+        feed = engine.claim(nobody)
+        feed.append(old, sound(30))
+        await settled(feed)
+        assert feed._seat.row and engine._cache.earliest(feed._seat.row) > 60
+        feed.rewrite(keep, viewed(new, sound(60, 4)))
+        assert same(await written(feed), expected(new, sound(60, 4)))
+        assert feed.waiting == 0
+
+
+async def test_a_row_is_rewritten_over_and_over_and_never_runs_out(short_rings):
+    with Engine(LOADED, length=600) as engine:
+        feed = engine.claim(nobody)
+        for number in range(12):
+            feed.rewrite(0, viewed(words(300, number)))
+        assert same(await written(feed), expected(words(300, 11)))
+
+
+async def test_cancelling_stops_before_the_next_step_and_the_row_goes_on(gate, passes):
+    with Engine(LOADED, length=600) as engine:
+        feed = engine.claim(nobody)
+        feed.append(*conversation(0))
+        gate.allow(3)
+        drawn = feed.generate(CLOSING, how=HOW, most=100)
+        said = [(await anext(drawn))[0] for _ in range(3)]
+        await drawn.aclose()  # while the fourth is being drawn
+        before = len(passes)
+        gate.allow(1)
+        await settled(feed)
+        assert (gate.draws, len(passes)) == (4, before) or gate.draws == 3
+        gate.allow(1000)
+        heard = (*CLOSING, said[0])
+        feed.rewrite(sum(map(size, conversation(0))) + 6, viewed(*conversation(0), heard, sound(30)))
+        assert same(await written(feed), expected(*conversation(0), heard, sound(30)))
+
+
+async def test_an_answer_ends_where_the_row_is_full_and_a_row_that_overflows_is_lost():
+    told: list[Exception] = []
+    with Engine(LOADED, length=100) as engine:
+        feed = engine.claim(told.append)
+        feed.append(words(90))
+        assert len(await written(feed, words(5), most=50)) == 6
+        feed.append(words(20))
+        with pytest.raises(RowFull, match="do not fit in a row of 100"):
+            await written(feed)
+        await asyncio.sleep(0)
+        assert len(told) == 1 and isinstance(told[0], RowFull)
+
+
+# ---- places
+
+
+async def test_a_claim_beyond_the_rows_is_refused_at_once_and_a_released_row_is_free():
+    with Engine(LOADED, rows=2, length=100) as engine:
+        one, two = engine.claim(nobody), engine.claim(nobody)
+        assert engine.free == 0
+        with pytest.raises(NoRow, match="all 2 places are taken"):
+            engine.claim(nobody)
+        one.append(words(50))
+        one.release()
+        one.release()
+        assert engine.free == 1
+        three = engine.claim(nobody)
+        assert same(await written(three), expected())
+        two.release()
+        three.release()
+        assert engine.free == 2
+
+
+async def lost(feed: Feed) -> Exception:
+    with pytest.raises(Exception) as caught:
+        await written(feed)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (Picture(b"not a picture", 70, 54), "the picture"),
+        (Picture(jpeg(), 70, 9), "the model failed on this conversation"),  # larger than it was said to be
+        ((100_000,), "the model failed on this conversation"),
+        (sound(3, frame=77), "the model failed on this conversation"),
+    ],
+)
+async def test_a_bad_part_ends_its_conversation_alone_and_its_row_is_free(bad, says):
+    told: list[Exception] = []
+    with Engine(LOADED, rows=2, length=600) as engine:
+        well, ill = engine.claim(nobody), engine.claim(told.append)
+        well.append(*conversation(0))
+        ill.append(words(20), bad)
+        assert says in str(await lost(ill))
+        assert same(await written(well), expected(*conversation(0)))
+        assert len(told) == 1 and says in str(told[0])
+        assert isinstance(told[0], MediaError | RowLost)
+        ill.release()
+        again = engine.claim(nobody)
+        assert same(await written(again), expected())
+
+
+async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypatch):
+    told: list[Exception] = []
+    extend, full = LOADED.model.extend, threading.Event()
+
+    def heavy(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
+        if full.is_set() and any(row.index == 1 for row in rows):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return extend(cache, rows, x, **how)
+
+    monkeypatch.setattr(LOADED.model, "extend", heavy)
+    with Engine(LOADED, rows=3, length=600) as engine:
+        feeds = [engine.claim(told.append if row == 1 else nobody) for row in range(3)]
+        for seed, feed in enumerate(feeds):
+            feed.append(*conversation(seed))
+        await settled(feeds[1])
+        answers = [asyncio.create_task(written(feed, most=30)) for feed in feeds]
+        await asyncio.sleep(0)
+        full.set()
+        first, second, third = await asyncio.gather(*answers, return_exceptions=True)
+        assert isinstance(second, RowLost) and "ran out of memory on this conversation" in str(second)
+        feeds[1].append(words(3))
+        assert isinstance(await lost(feeds[1]), RowLost)
+        assert [str(error) for error in told] == [str(second)]
+        assert same(first, expected(*conversation(0), most=30)) and same(third, expected(*conversation(2), most=30))
+        full.clear()
+        feeds[1].release()
+        assert same(await written(engine.claim(nobody)), expected())
+
+
+async def test_a_token_that_cannot_be_drawn_ends_one_conversation(monkeypatch):
+    told: list[Exception] = []
+    draw = engine.draw
+
+    def broken(logits: torch.Tensor, how: Any, generator: Any = None) -> tuple[int, float]:
+        return draw(logits if how is HOW else logits * torch.nan, how, generator)
+
+    monkeypatch.setattr(engine, "draw", broken)
+    with Engine(LOADED, rows=2, length=600) as running:
+        well, ill = running.claim(nobody), running.claim(told.append)
+        with pytest.raises(RowLost, match="the model failed on this conversation"):
+            await written_by(ill, CLOSING, how=LOADED.generation)
+        assert same(await written(well), expected())
+        assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_dying_thread_tells_everyone_and_nothing_hangs(monkeypatch):
+    told: list[Exception] = []
+
+    def dies(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a mistake")
+
+    with Engine(LOADED, rows=3, length=600) as engine:
+        idle, speaking = engine.claim(told.append), engine.claim(told.append)
+        fork = idle.fork()
+        assert len(await written(speaking)) == 12
+        monkeypatch.setattr(LOADED.model, "extend", dies)
+        waits = asyncio.create_task(written(fork))
+        with pytest.raises(EngineStopped, match="the model has stopped: a mistake"):
+            await written(speaking)
+        with pytest.raises(EngineStopped):
+            await waits
+        engine._thread.join(10)
+        assert len(told) == 2 and {type(error) for error in told} == {EngineStopped}
+        with pytest.raises(EngineStopped):
+            engine.claim(nobody)
+        assert engine.free == 0
+        for feed in (idle, speaking, fork):
+            feed.append(words(3))
+            assert isinstance(await lost(feed), EngineStopped | RowLost)
+            feed.release()
+        assert len(told) == 2
+
+
+async def test_closing_the_engine_ends_what_is_under_way():
+    told: list[Exception] = []
+    engine = Engine(LOADED, length=4000)
+    feed = engine.claim(told.append)
+    drawn = feed.generate(CLOSING, how=HOW, most=3000)
+    await anext(drawn)
+    engine.close()
+    with pytest.raises(EngineStopped, match="it was closed"):
+        async for _ in drawn:
+            pass
+    assert len(told) == 1
+
+
+def test_a_conversation_whose_loop_has_gone_harms_nobody():
+    with Engine(LOADED, rows=2, length=600) as engine:
+
+        async def leaves() -> None:
+            feed = engine.claim(nobody)
+            drawn = feed.generate(CLOSING, how=HOW, most=500)
+            await anext(drawn)
+            leaves.drawn = drawn  # type: ignore[attr-defined]  # never closed
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leaves())
+        loop.close()
+
+        async def comes() -> None:
+            assert same(await written(engine.claim(nobody)), expected())
+
+        asyncio.run(comes())
+
+
+# ---- one after the other
+
+
+async def test_a_picture_or_a_backlog_for_one_delays_anothers_step_by_at_most_one_chunk(passes):
+    with Engine(LOADED, rows=3, length=2000) as engine:
+        speaking, looking, behind = (engine.claim(nobody) for _ in range(3))
+        drawn = speaking.generate(CLOSING, how=HOW, most=1900)
+        await anext(drawn)
+        row = speaking._seat.row
+        assert row
+        passes.clear()
+        for seed in range(5):
+            looking.append(words(3), picture(LOADED, seed), words(2))
+            behind.append(words(300))
+        async for _ in drawn:
+            if not looking.waiting and not behind.waiting:
+                break
+        await drawn.aclose()
+    missed = [index for index, (rows, _) in enumerate(passes) if row.index not in rows]
+    assert sum(passes[index][1] for index in missed) > 1500, "the pictures and the backlog went in while it spoke"
+    assert all(b - a > 1 for a, b in pairwise(missed))
+
+
+async def test_what_someone_waits_for_goes_before_what_is_done_in_the_background(passes):
+    with Engine(LOADED, rows=2, length=2000) as engine:
+        parent, other = engine.claim(nobody), engine.claim(nobody)
+        parent.append(words(5))
+        await settled(parent)
+        blocked = threading.Event()
+        engine._orders.put(lambda: blocked.wait(30) and None)
+        fork = parent.fork()
+        fork.append(words(1000))
+        other.append(words(1000))
+        blocked.set()
+        await settled(other)
+        assert fork.waiting > 800
