@@ -13,15 +13,20 @@ from time import perf_counter
 
 import cv2
 
-from agent import ask, bench, checkpoint, marks
+from agent import ask, bench, checkpoint, marks, script
 from agent.ask import Answer, Part
+from agent.engine import Engine
+from agent.session import Session, Settings
+from agent.tape import Setting
 from model.cache import RowFull
 from model.gemma import CheckpointError
 from model.pixels import BUDGETS
 from model.tokenizer import TokenizerError
+from model.vad import Vad, VadMissing
 from streams.frames import MediaError
+from streams.voice import VoiceMissing, open_voice
 
-COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull)
+COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, VoiceMissing, VadMissing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
     asking = commands.add_parser("ask", help="one question from files", description=ask.__doc__)
     _model_options(asking)
+    asking.add_argument("--turns", type=Path, metavar="F", help="a scripted conversation (TOML) instead: " + script.FORMAT)
+    asking.add_argument("--record", type=Path, metavar="OUT.wav", help="with --turns: both sides in stereo, left the user")
+    asking.add_argument("--voice", default="auto", help="with --turns: auto, none, or a voice's name")
     asking.add_argument("--system", metavar="T", help="system prompt")
     for kind, metavar, what in (
         ("text", "T", "typed words"),
@@ -98,6 +106,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(given: argparse.Namespace) -> int:
+    if given.turns:
+        return _play(given)
     if not given.parts:
         raise MediaError("nothing to ask: give at least one of --text, --image, --audio and --video")
     looking = any(part.kind in ("image", "video") for part in given.parts)
@@ -135,6 +145,39 @@ def _ask(given: argparse.Namespace) -> int:
         print(json.dumps(answer.as_json()))
     else:
         _report(answer, given.mark_image)
+    return 0
+
+
+def _play(given: argparse.Namespace) -> int:
+    if given.parts or given.mark_image:
+        raise MediaError("--turns has its questions and pictures in its file: leave --text, --image, --audio and --video out")
+    system, turns = script.read(given.turns)
+    voice = open_voice(given.voice)
+    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    performance = script.Performance(turns, given.real_time)
+    setting = Setting(given.system if given.system is not None else system, thinking=given.thinking)
+
+    async def perform() -> None:
+        with Engine(loaded) as engine:
+            settings = Settings(setting=setting, most=given.max_tokens, seed=given.seed)
+            await performance.run(Session(engine, Vad(), voice, settings))
+
+    asyncio.run(perform())
+    if given.record:
+        performance.write(given.record)
+    if given.json:
+        print(json.dumps([exchange.as_json() for exchange in performance.exchanges]))
+        return 0
+    for number, exchange in enumerate(performance.exchanges, 1):
+        print(f"{number}  heard     {exchange.caption or '(typed)'}")
+        unheard = f"   (not heard: {exchange.text[exchange.heard :].strip()})" if exchange.heard < len(exchange.text) else ""
+        print(f"   answered  {exchange.text[: exchange.heard].strip()}{unheard}")
+        for mark in exchange.marks:
+            print(f"   mark      {mark.label or 'point'} at {list(mark.box)}")
+        first = {name: f"{exchange.stages[name]:.0f} ms" for name in ("first_token", "first_sound") if name in exchange.stages}
+        print("   after the turn's end  " + ", ".join(f"{name.replace('_', ' ')} {ms}" for name, ms in first.items()))
+    for note in performance.notes:
+        print(f"attend: {note}", file=sys.stderr)
     return 0
 
 

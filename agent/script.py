@@ -39,6 +39,8 @@ from streams.files import read_audio
 from streams.frames import FRAME, RATE, Audio, MediaError
 
 TAIL = 40  # frames of silence after the last answer: for its caption, and for the ear
+PATIENCE = 250  # frames of silence after which a turn that nobody answers is given up
+FORMAT = "[[turn]] with show, say, speak and voice, type, interrupt, wait; see agent/script.py"
 KEYS = {"show": str, "say": str, "speak": str, "voice": str, "type": str, "interrupt": int, "wait": (int, float)}
 
 
@@ -62,6 +64,9 @@ class Exchange:
     finish: str = ""
     stages: Mapping[str, float] = field(default_factory=dict)
     waiting: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "marks": [{"box_2d": list(mark.box), "label": mark.label} for mark in self.marks]}
 
 
 def read(path: Path) -> tuple[str | None, list[Turn]]:
@@ -118,6 +123,9 @@ class Performance:
         self.turns, self.real_time = turns, real_time
         self.exchanges: list[Exchange] = []
         self.events: list[Event] = []
+        self.times: list[float] = []  # of `events`, by `clock`
+        self.asked: list[tuple[int, int]] = []  # of each turn: the sample its speech begins at, the exchanges before it
+        self.late: list[float] = []  # in real time: by how many seconds each frame came too late
         self.answers: dict[int, Exchange] = {}
         self._rng, self._quiet = np.random.default_rng(0), quiet
         self._user: list[np.ndarray] = []
@@ -134,6 +142,16 @@ class Performance:
         self._changed = asyncio.Event()
         self._begun = time.monotonic()
 
+    @property
+    def notes(self) -> list[str]:
+        """What went wrong."""
+        return [event.message for event in self.events if isinstance(event, events.Noted | events.Failed)]
+
+    @property
+    def clock(self) -> float:
+        """Seconds of the microphone's time."""
+        return time.monotonic() - self._begun if self.real_time else self._frames * FRAME / RATE
+
     async def run(self, session: Session) -> None:
         await session.run(self._inputs(), self._emit)
         for answer, turn in self._asked.items():
@@ -141,6 +159,7 @@ class Performance:
 
     async def _emit(self, event: Event) -> None:
         self.events.append(event)
+        self.times.append(self.clock)
         match event:
             case events.Started() | events.Looked():
                 self._turn = event.turn
@@ -176,12 +195,14 @@ class Performance:
                 yield events.Show(turn.picture)
             if turn.typed:
                 yield events.Write(turn.typed, ask=not len(turn.speech))
-            before = len(self.exchanges)
+            before, patience = len(self.exchanges), PATIENCE
+            self.asked.append((self._frames * FRAME, before))
             padded = np.pad(turn.speech, (0, -len(turn.speech) % FRAME))
             for frame in padded.reshape(-1, FRAME):
                 async for item in self._frame(frame):
                     yield item
-            while len(self.exchanges) == before or not self._reached(turn.interrupt):
+            while (len(self.exchanges) == before and patience) or not self._reached(turn.interrupt):
+                patience = max(0, patience - 1)
                 async for item in self._silence(1):
                     yield item
         async for item in self._silence(TAIL):
@@ -200,7 +221,9 @@ class Performance:
     async def _frame(self, frame: np.ndarray) -> AsyncIterator[Input]:
         """40 ms pass."""
         if self.real_time:
-            await asyncio.sleep(max(0.0, self._begun + (self._frames + 1) * FRAME / RATE - time.monotonic()))
+            due = (self._frames + 1) * FRAME / RATE
+            await asyncio.sleep(max(0.0, due - self.clock))
+            self.late.append(self.clock - due)
         else:
             await asyncio.sleep(0)
             while self._answer is not None and not self._playing and not self._hushed:

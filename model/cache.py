@@ -211,14 +211,15 @@ class Cache:
         return max(0, row.high - self.slack - 1) if row.high > self.config.window + self.slack else 0
 
     def truncate(self, row: Row, position: int) -> None:
-        """Forgets everything from `position` on. Raises RowFull further back than the slack allows."""
+        """Forgets everything from `position` on. Raises RowFull further back than the slack allows, unless that is all."""
         assert 0 <= position <= row.length, f"position {position} is not in a row of {row.length}"
-        if position < self.earliest(row):
+        if 0 < position < self.earliest(row):
             raise RowFull(
                 f"cannot cut the row back to position {position}: its sliding layers keep what is needed from "
                 f"{self.earliest(row)} on (slack {self.slack}); rebuild it from the tape"
             )
         row.length = position
+        row.high = row.high if position else 0
 
     def span(self, rows: Sequence[Row], count: int, blocks: Tensor | None = None, *, whole: bool = False) -> Span:
         """The span of `count` new positions on each of `rows`. With `whole` every slot is read, whether or not a

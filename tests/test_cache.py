@@ -202,7 +202,7 @@ def test_truncate_then_append_equals_never_appended_at_every_legal_depth(model, 
         cache.release(child)
 
 
-@pytest.mark.parametrize("cut", [(30, 28, 26, 24), (30, 24), (12, 6), (11, 0), (11, 8, 3), (40, 39, 38)])
+@pytest.mark.parametrize("cut", [(30, 28, 26, 24), (30, 24), (12, 6), (11, 0), (30, 0), (11, 8, 3), (40, 39, 38)])
 def test_cuts_after_cuts_and_after_growing_again_equal_never_appended(model, cut):
     """To each position in turn, with a little growth between; then far beyond the old end, and cut once more."""
     cache = cache_of(model, length=80)
@@ -549,7 +549,7 @@ class Rows:
             close(hidden[i], at_once(self.model, torch.stack(c.x), torch.tensor(c.blocks))[-count:])
 
     def cut(self, c, position):
-        if position < self.cache.earliest(c.row):
+        if 0 < position < self.cache.earliest(c.row):
             with pytest.raises(RowFull):
                 self.cache.truncate(c.row, position)
             self.happened["cut refused"] += 1

@@ -78,14 +78,14 @@ class Batch:
 
 
 class Teacher:
-    """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it. Two in five are galleries:
-    one picture after the other with typed questions, since sight needs more examples than hearing."""
+    """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it. Of the rest most questions are
+    spoken; in `galleries`, a share of the lessons, one picture follows the other with typed questions."""
 
-    def __init__(self, folder: Path, length: int = 320) -> None:
+    def __init__(self, folder: Path, length: int = 320, galleries: float = 0.1) -> None:
         self.config = read_config(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.prompt = Prompt(self.tokenizer, self.config.media)
-        self.length = length
+        self.length, self.galleries = length, galleries
         word = self._word
         self.none = word("no")
         self.silence = self.tokenizer.encode(".")[0]
@@ -103,7 +103,7 @@ class Teacher:
         lesson, prompt = Lesson(), self.prompt
         system = str(rng.choice(SYSTEMS)) if rng.random() < 0.1 else None
         lesson.write(prompt.begin(system))
-        blind, gallery = rng.random() < 0.08, rng.random() < 0.4
+        blind, gallery = rng.random() < 0.08, rng.random() < self.galleries
         scene = None
         while len(lesson.ids) < self.length - 40:
             another = rng.random() < (0.95 if gallery else 0.25) and len(lesson.ids) < self.length - (100 if gallery else 150)
@@ -112,7 +112,7 @@ class Teacher:
                 width, height = SIZES[rng.integers(len(SIZES))]
                 most, least = 4 - round(3 * ease), 1 / 6 + ease / 8
                 scene = world.sample_scene(rng, width, height, count=(1, most), size=(least, 1 / 2))
-            self._turn(lesson, rng, scene, fresh, aloud=not gallery and rng.random() < 0.65)
+            self._turn(lesson, rng, scene, fresh, aloud=not gallery and rng.random() < 0.9)
         return lesson
 
     def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool, aloud: bool) -> None:

@@ -30,7 +30,7 @@ from model.tokenizer import Tokenizer
 HERE = Path(__file__).parent
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 OUTLINE, EXTENT = HEARING + 1, HEARING + 2
-SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 0.5, OUTLINE: 2.0, EXTENT: 0.5}
+SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 1.0, OUTLINE: 1.0, EXTENT: 0.5}
 # The layer after which each is read off. What is seen and heard must stand there before the last layers, or the answer
 # has nothing to look at: with all three after the last, answers about pictures stayed at chance for 900 steps.
 DEPTHS = {OUTLINE: 2, SIGHT: 4, EXTENT: 4, HEARING: 4, ANSWER: 6}
