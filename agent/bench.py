@@ -205,6 +205,7 @@ def _prepare(name: str, device: torch.device, library: Any, effort: Effort) -> S
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     gemma.to_empty(device=device).eval().requires_grad_(False)
+    weights.lay_out(gemma)
     generator = torch.Generator(device).manual_seed(0)
     for key, p in gemma.named_parameters():
         if p.ndim > 1:
