@@ -76,7 +76,9 @@ class Answer:
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, str):
-                part = part if self.text else part.lstrip()
+                if len(self.text) == self.stretches[-1].begun:  # a stretch does not know what stood before its tools
+                    part = part.lstrip()
+                    part = " " + part if part and self.text and not self.text[-1].isspace() else part
                 self.text += part
             pieces += [part] if part else []
         return pieces

@@ -6,7 +6,7 @@ made to hold what the tape says, by cutting it back to what the two have in comm
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +15,10 @@ from agent import tape
 from agent.engine import Feed
 from agent.journal import JournalError
 from agent.prompt import Prompt
-from agent.segments import Run, Segment, View
+from agent.segments import Run, Segment, View, size
 from agent.tape import Entry, Tape
 from agent.view import Budget, Policy, view
+from model.cache import RowFull
 from model.gemma import Config
 from model.sampling import Generation
 
@@ -38,7 +39,7 @@ class Caption:
 
 
 class Record:
-    """`limit`: positions that may stand in the row before an answer. `note` is told what goes wrong and can be lived with."""
+    """`limit`: positions that may stand in the row as an answer begins. `note` is told what goes wrong and can be lived with."""
 
     def __init__(
         self,
@@ -52,7 +53,8 @@ class Record:
         note: Callable[[str], None],
     ) -> None:
         self.tape, self.row, self.prompt, self.config = tape, row, prompt, config
-        self.budget, self.policy, self.limit, self.note = replace(budget, row=min(budget.row, limit)), policy, limit, note
+        self.budget, self.policy, self.note = replace(budget, row=min(budget.row, limit)), policy, note
+        self.limit = self.budget.row - len(prompt.close_turn()) - 2  # of an open turn: eoa and the closing come after it
         self.turn: int | None = None  # the open one
         self.captions = 0  # on their way: nothing is let go of before they are there
         self._held = View((), 0, 0)  # what the row holds, but for
@@ -82,14 +84,16 @@ class Record:
     def sound(self, frame: np.ndarray) -> bool:
         """A frame of the open turn; False if there is no room for it."""
         sound = tape.Sound.of(frame.reshape(-1, self.config.frame))
-        if self._length + sound.positions > self.limit and not self.room(sound.positions):
+        if self._length + sound.positions > self.limit:
+            self._let_go()
+        if self._length + sound.positions > self.limit:
             return False
         self.append(sound)
         self._run = self._run or Run(self.prompt)
         pieces = self._run.feed(sound)
         self.row.append(*pieces)
         self._pieces += pieces
-        self._length += sound.positions
+        self._length += sum(map(size, pieces))
         return True
 
     def part(self, part: tape.Typed | tape.Seen) -> int:
@@ -130,7 +134,7 @@ class Record:
 
     def closing(self) -> tuple[Segment, ...]:
         """What is to be appended before the model writes; at least one position. The row holds all before it."""
-        target = self._view()
+        target = self._target()
         keep, rest = target.since(self._settled())
         if keep < self._held.positions or self._astray or not rest:
             last = target.positions - 1
@@ -150,7 +154,7 @@ class Record:
 
     def follow(self) -> None:
         """Makes the row hold what the tape says. Raises RowFull where system prompt and open turn alone are too long."""
-        target = self._view()
+        target = self._target()
         keep, rest = target.since(self._settled())
         if rest or keep < self._held.positions or self._astray:
             self._rewrite(keep, target)
@@ -160,17 +164,23 @@ class Record:
         """Between turns: what the policy lets go of leaves the row, and what no view wants any more leaves memory."""
         if self.turn is not None or self.captions:
             return
-        self._upto = len(self.tape.entries)
-        self.follow()
+        self._let_go()
         if self._held.spent:
             self.append(tape.Dropped(self._held.spent))
 
-    def room(self, positions: int) -> bool:
-        """Whether so many more fit; what can be let go of is."""
-        if self._length + positions > self.limit:
-            self._upto = len(self.tape.entries)
-            self.follow()
-        return self._length + positions <= self.limit
+    def fits(self, entry: Entry) -> bool:
+        """Whether the row has room for this too, once what can be let go of is."""
+        entries = [*self.tape.entries]
+        if isinstance(entry, tape.Typed | tape.Seen) and self.turn is None:
+            entries.append(tape.Opened())
+        try:
+            return self._view([*entries, entry], len(entries)).positions <= self.limit
+        except RowFull:
+            return False
+
+    def _let_go(self) -> None:
+        self._upto = len(self.tape.entries)
+        self.follow()
 
     @property
     def positions(self) -> int:
@@ -180,8 +190,16 @@ class Record:
     def thinking(self) -> bool:
         return next((entry.thinking for entry in reversed(self.tape.entries) if isinstance(entry, tape.Setting)), False)
 
-    def _view(self) -> View:
-        return view(self.tape.entries, self.prompt, self.budget, self.policy, upto=self._upto, patch=self.config.patch)
+    def _target(self) -> View:
+        entries = self.tape.entries
+        target = self._view(entries, self._upto)
+        if target.positions > self.budget.row:
+            self._upto = len(entries)
+            target = self._view(entries, self._upto)
+        return target
+
+    def _view(self, entries: Sequence[Entry], upto: int) -> View:
+        return view(entries, self.prompt, self.budget, self.policy, upto=upto, patch=self.config.patch)
 
     def _settled(self) -> View:
         self._held, self._pieces = self._held.then(*self._pieces), []

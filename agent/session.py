@@ -1,8 +1,8 @@
 """One conversation: `Session.run(inputs, emit)` is the seam behind every door.
 
 Everything is decided on the event loop, in one place, as inputs come. While the user has the floor each frame goes into the
-row at once, so that a turn's end leaves nothing to do but the closing. An answer is three tasks: one writes, one speaks, one
-plays; stopping it cancels them, and tape and row go back to the last word that was heard.
+row at once, so that a turn's end leaves nothing to do but the closing. An answer is a task of its own (agent/reply.py);
+stopping it cancels that, and tape and row go back to the last word that was heard.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 
 from agent import events, tape
-from agent.answer import Answer, Piece
-from agent.calls import BrokenCall, ToolCall
+from agent.answer import Answer
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.events import Event, Input
 from agent.journal import JournalError
-from agent.marks import Mark
-from agent.prompt import Thought
 from agent.record import Caption, Record
-from agent.speech import Clauses, Playback
+from agent.reply import Reply
 from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, Manners, TakenUp, Turns
 from agent.turns import Event as Decision
 from agent.view import Budget, Policy
@@ -36,11 +31,10 @@ from model.sampling import Generation
 from model.vad import FRAME, Vad
 from streams.files import decode_picture
 from streams.frames import RATE, Audio, Framer, MediaError
-from streams.voice import Chunk, Stream, Voice
+from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
-LARGEST = 1120  # positions of a picture
-VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one that stalls must not keep others waiting
+LATER = 64  # inputs that wait until an answer is over
 
 
 class DoorStuck(RuntimeError):
@@ -75,29 +69,6 @@ class _Picture:
     width: int
 
 
-@dataclass(eq=False)
-class _Reply:
-    """The answer that is being given."""
-
-    of: int  # the tape's Asked
-    answer: Answer
-    sound: Playback | None
-    waiting: int  # positions that were not in the row when the turn ended
-    began: float = field(default_factory=perf_counter)
-    prompt: int = 0  # positions in the row before it
-    finish: Literal["stop", "length", "interrupted", "tool", "failed"] = "length"
-    written: bool = False
-    calls: set[int] = field(default_factory=set)  # without a result
-    returned: asyncio.Event = field(default_factory=asyncio.Event)
-    clauses: asyncio.Queue[tuple[int, str] | None] = field(default_factory=asyncio.Queue)  # bounded by the answer's length
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # something was made or heard, or may be sent again
-    stages: dict[str, float] = field(default_factory=dict)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-
-    def stage(self, name: str) -> None:
-        self.stages.setdefault(name, (perf_counter() - self.began) * 1000)
-
-
 class Session:
     """Takes its row here: NoRow or EngineStopped is raised before anything begins. `run` gives it back."""
 
@@ -112,15 +83,15 @@ class Session:
         self._loud = False  # the open turn takes sound
         self._picture: int | None = None  # the newest that was looked at: marks are on it
         self._camera: _Picture | None = None
-        self._reply: _Reply | None = None
+        self._reply: Reply | None = None
+        self._giving: asyncio.Task[None] | None = None
         self._later: list[Input | _Picture] = []  # until the answer is over
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread)
+        self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         loaded, s = engine.loaded, self.settings
-        limit = engine.length - s.most - len(loaded.prompt.close_turn(True)) - 8
         row, config, note = engine.claim(self._end_with), loaded.model.config, self._note
-        self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, limit, note)
+        self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, note)
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None:
         """Until `inputs` end, or something fails: then `Failed` is the last event. What is the door's own fault is raised."""
@@ -141,15 +112,17 @@ class Session:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
                 self.record.row.release()
                 self.record.tape.close()
-            if trouble is not None and not isinstance(trouble, TROUBLE):
+            if isinstance(trouble, TROUBLE):
+                self._out.put_nowait(events.Failed(str(trouble)))
+            elif trouble is not None:
                 raise trouble
             rest = asyncio.create_task(self._out.join())
             await asyncio.wait({rest, sender}, timeout=self.settings.patience, return_when=asyncio.FIRST_COMPLETED)
             rest.cancel()
+            if sender.done():
+                await sender
         finally:
             sender.cancel()
-        if trouble is not None:
-            await emit(events.Failed(str(trouble)))
 
     # -- inputs
 
@@ -168,14 +141,15 @@ class Session:
 
     def _take(self, item: Input | _Picture) -> None:
         reply = self._reply
+        if reply:
+            self._turns.heard(reply.heard)
         match item:
             case Audio():
                 for frame in self._framer.push(item.samples):
                     self._hear(frame)
             case events.Heard():
-                if reply and reply.sound and item.answer == reply.of:
-                    self._turns.heard(reply.sound.hear(item.sample))
-                    reply.moved.set()
+                if reply and item.answer == reply.of:
+                    reply.hear(item.sample)
             case events.Press():
                 self._decide(self._turns.press())
             case events.Release():
@@ -185,21 +159,24 @@ class Session:
             case events.Stop():
                 self._stop()
             case events.Returned():
-                self._returned(item)
+                if not (reply and reply.returned(item.call, item.value)):
+                    self._note("a tool's result came that nobody waits for")
             case _Picture() if item.show.live:
                 self._camera = item
             case events.Write() if reply and item.ask:
                 self._stop()
                 self._take(item)
+            case _ if reply and len(self._later) == LATER:
+                self._note("too much came while an answer was given; the last of it was not taken")
             case _ if reply:
                 self._later.append(item)
             case events.Write():
-                if item.text.strip():
-                    self._part(tape.Typed(item.text), len(item.text) // 2)
+                if item.text.strip() and not self._part(tape.Typed(item.text)):
+                    return
                 if item.ask and self._turns.floor is None:
                     self._close(ask=True)
             case _Picture():
-                self._part(self._seen(item), LARGEST)
+                self._part(self._seen(item))
             case events.Commit():
                 self._commit(item.ask)
             case events.Ask():
@@ -220,15 +197,17 @@ class Session:
         if self.record.row.waiting > self.settings.backlog or not self.record.sound(frame):
             self.dropped += 1
 
-    def _part(self, part: tape.Typed | tape.Seen, positions: int) -> None:
-        if not self.record.room(positions):
-            self._note(f"this turn has no room for {positions} more positions; what came was not taken")
-            return
+    def _part(self, part: tape.Typed | tape.Seen) -> bool:
+        """Whether the turn has room for it."""
+        if not self.record.fits(part):
+            self._note(f"there is no room for {'a picture' if isinstance(part, tape.Seen) else 'words'} of this size in a turn")
+            return False
         turn = self.record.open(self._turns.now)
         index = self.record.part(part)
         if isinstance(part, tape.Seen):
             self._picture = index
             self._emit(events.Looked(index, turn, part.data))
+        return True
 
     def _seen(self, picture: _Picture) -> tape.Seen:
         budget = self.settings.picture or self.engine.loaded.budget
@@ -238,13 +217,15 @@ class Session:
         """The newest picture of the camera becomes part of the turn; each is looked at once."""
         if self._camera:
             seen, self._camera = self._seen(self._camera), None
-            self._part(seen, LARGEST)
+            self._part(seen)
 
     def _set(self, item: events.Set) -> None:
         told = {name: value for name in ("manners", "camera", "setting") if (value := getattr(item, name)) is not None}
         self.settings = replace(self.settings, **told)
         self._turns.manners = self.settings.manners
-        if item.setting:
+        if item.setting and not self.record.fits(item.setting):
+            self._note("there is no room for a system prompt and tools of this size; they stay as they are")
+        elif item.setting:
             self.record.append(item.setting)
             self.record.follow()
 
@@ -259,15 +240,19 @@ class Session:
                     self._close(self.settings.answers if ask is None else ask, decision)
                 case Discarded():
                     self._dismiss(decision)
-                case Hushed():
-                    self._hush()
-                case TakenUp() if self._reply and self._reply.sound:
-                    self._reply.sound.go_on(decision.heard)
-                    self._reply.moved.set()
+                case Hushed() if self._reply:
+                    self._reply.hush()
+                case TakenUp() if self._reply:
+                    self._reply.go_on(decision.heard)
                 case Interrupted():
                     self._cut(decision.heard)
                 case Idle():
                     self._emit(events.Quiet(decision.at))
+        if self._reply is None and self._later:
+            later, self._later = self._later, []
+            for item in later:
+                if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
+                    self._take(item)
 
     def _begin(self, began: Began) -> None:
         turn, self._loud = self.record.open(began.start), True
@@ -288,7 +273,6 @@ class Session:
         """The turn, if one is open, is complete."""
         self._loud = False
         record, waiting = self.record, self.record.row.waiting
-        began = perf_counter()
         if ended and record.turn is not None:
             self._emit(events.Stopped(record.turn, ended.at, ended.end, ended.why))
         caption = record.caption() if self.settings.captions else None
@@ -297,14 +281,14 @@ class Session:
         else:
             if record.turn is not None and self.settings.camera != "off":
                 self._look()
-            self._answer(_Reply(record.ask(), *self._blank(), waiting, began), ended)
+            self._answer(waiting, ended)
         if caption:
             self._spawn(self._caption(caption))
 
     def _dismiss(self, discarded: Discarded) -> None:
         turn, self._loud = self.record.turn, False
         assert turn is not None
-        if all(isinstance(entry, tape.Sound) for entry in self.record.tape.entries[turn + 1 :]):
+        if not any(isinstance(entry, tape.Typed | tape.Seen) for entry in self.record.tape.entries[turn:]):
             self.record.close(tape.Deleted(turn))
         self._emit(events.Dismissed(turn, discarded.at))
 
@@ -325,171 +309,39 @@ class Session:
         self.record.captioned(caption, text)
         if text is not None:
             self._emit(events.Captioned(caption.turn, text))
-        self._tidy()
+        if self._reply is None or self._reply.written:
+            self.record.tidy()
 
     # -- the answer
 
-    def _blank(self) -> tuple[Answer, Playback | None]:
-        return Answer(self.engine.loaded.tokenizer, self.record.thinking), Playback(self.voice.rate) if self.voice else None
-
-    def _answer(self, reply: _Reply, ended: Ended | None) -> None:
-        self._reply = reply
+    def _answer(self, waiting: int, ended: Ended | None) -> None:
+        of, loaded = self.record.ask(), self.engine.loaded
+        reply = Reply(of, self.record, loaded, self.settings, self.voice, self._picture, self._emit)
+        reply.waiting = waiting
         if ended:
-            reply.stages["speech_end"] = (ended.end - ended.at) * 1000 / RATE
+            reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)
+        self._reply = reply
         self._turns.answering()
-        self._emit(events.Answering(reply.of))
-        reply.tasks.append(self._spawn(self._write(reply)))
-        if reply.sound:
-            reply.tasks += [self._spawn(self._speak(reply, reply.sound)), self._spawn(self._play(reply, reply.sound))]
+        self._emit(events.Answering(of))
+        self._giving = self._spawn(self._give(reply))
 
-    async def _write(self, reply: _Reply) -> None:
-        settings, record, answer, clauses = self.settings, self.record, reply.answer, Clauses()
-        how, stretch = settings.how or self.engine.loaded.generation, answer.stretches[-1]
-        while True:
-            closing, newest = record.closing(), -1
-            reply.prompt, reply.finish = record.positions, "length"
-            reply.stage("closing")
-            drawing = record.row.generate(*closing, how=how, most=settings.most - answer.tokens, seed=settings.seed)
-            async with aclosing(drawing) as drawn:
-                async for token, _ in drawn:
-                    reply.stage("first_token")
-                    if newest >= 0:
-                        record.wrote(newest)  # the last one is never in the row
-                    newest = token
-                    self._tell(reply, answer.push(token), clauses)
-                    reply.finish = "stop" if token in how.stop else "length"
-            self._tell(reply, answer.flush(), clauses)
-            self._keep(reply)
-            if not stretch.calls or answer.tokens >= settings.most:
-                break
-            reply.finish = "tool"
-            for call in stretch.calls:
-                index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
-                reply.calls.add(index)
-                self._emit(events.Called(reply.of, index, call))
-            while reply.calls:
-                reply.returned.clear()
-                await reply.returned.wait()
-            stretch = answer.begin()
-        reply.written = True
-        reply.stage("written")
-        for clause in [*clauses.flush(), None]:
-            reply.clauses.put_nowait(clause)
-        self._tidy()
-        if reply.sound is None:
-            self._finish(reply)
-
-    def _tell(self, reply: _Reply, pieces: list[Piece], clauses: Clauses) -> None:
-        for piece in pieces:
-            match piece:
-                case str():
-                    reply.stage("first_text")
-                    self._emit(events.Wrote(reply.of, piece))
-                    for clause in clauses.push(piece):
-                        reply.clauses.put_nowait(clause)
-                    if reply.sound is None:
-                        self._turns.heard(len(reply.answer.text))
-                case Mark():
-                    self._emit(events.Marked(reply.of, self._picture, piece))
-                case Thought():
-                    self._emit(events.Reasoned(reply.of, piece.text))
-                case BrokenCall():
-                    self._note(f"the model called a tool in a way that cannot be read: {piece.text[:200]}")
-                case ToolCall():
-                    pass  # once the stretch is on the tape
-
-    def _keep(self, reply: _Reply) -> None:
-        """What was written since the last tools goes on the tape."""
-        stretch = reply.answer.stretches[-1]
-        stretch.entry = self.record.append(tape.Answered(tuple(stretch.ids), reply.answer.text[stretch.begun :]))
-
-    def _returned(self, item: events.Returned) -> None:
-        if self._reply and item.call in self._reply.calls:
-            self.record.append(tape.Result(item.call, item.value))
-            self._reply.calls.discard(item.call)
-            self._reply.returned.set()
-        else:
-            self._note("a tool's result came that nobody waits for")
-
-    async def _speak(self, reply: _Reply, sound: Playback) -> None:
-        """Clauses become sound, until all of it is made."""
-        voice, loop = self.voice, asyncio.get_running_loop()
-        while voice and (clause := await reply.clauses.get()):
-            start, text = clause
-            base = sound.made
-            try:
-                with voice.speak(text) as stream:
-                    while chunk := await asyncio.wait_for(loop.run_in_executor(VOICES, _next, stream), self.settings.patience):
-                        words = [events.Spoken(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
-                        sound.make(chunk.pcm, words)
-                        reply.moved.set()
-            except (TimeoutError, RuntimeError, OSError, ValueError) as error:
-                self.voice = voice = None
-                why = "it stalled" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-                self._note(f"the voice is lost, answers go on as text: {why}")
-        while not reply.written:
-            await reply.clauses.get()
-        sound.complete = True
-        reply.moved.set()
-
-    async def _play(self, reply: _Reply, sound: Playback) -> None:
-        """Sound goes out as fast as it is heard; when all of it was, the answer is over."""
-        while not sound.over:
-            reply.moved.clear()
-            while piece := sound.send(self.settings.ahead):
-                reply.stage("first_sound")
-                at, pcm, words = piece
-                self._emit(events.Said(reply.of, at, pcm, sound.rate, words))
-            await reply.moved.wait()
-        self._finish(reply)
-
-    def _tidy(self) -> None:
-        if self._reply is None or (self._reply.written and not self._reply.calls):
-            self.record.tidy()
-
-    def _finish(self, reply: _Reply) -> None:
-        self._over_with(reply, len(reply.answer.text))
+    async def _give(self, reply: Reply) -> None:
+        await reply.run()
+        self._reply, self.voice = None, reply.voice
+        reply.complete()
         self._decide(self._turns.answered())
-        self._take_up()
-
-    def _over_with(self, reply: _Reply, heard: int) -> None:
-        answer, self._reply = reply.answer, None
-        reply.stage("over")
-        self._emit(events.Answered(reply.of, answer.text, heard, reply.finish, reply.prompt, answer.tokens))
-        self._emit(events.Timed(reply.of, reply.stages, reply.waiting))
-
-    def _take_up(self) -> None:
-        later, self._later = self._later, []
-        for item in later:
-            self._take(item)
-
-    def _hush(self) -> None:
-        if self._reply and self._reply.sound and not self._reply.sound.held:
-            self._reply.sound.held = True
-            self._emit(events.Cleared(self._reply.of))
 
     def _stop(self) -> None:
         if self._reply:
-            self._cut(self._reply.sound.whole if self._reply.sound else 0)
+            self._cut(self._reply.heard)
             self._decide(self._turns.answered())
-            self._take_up()
 
     def _cut(self, heard: int) -> None:
-        """The answer ends at its sample `heard`, a whole word's end; what came after was never said. Text alone was read."""
-        reply = self._reply
-        assert reply
-        for task in reply.tasks:
-            task.cancel()
-        if reply.answer.stretches[-1].entry < 0:
-            self._keep(reply)
-        self._hush()
-        characters = reply.sound.characters(heard) if reply.sound else len(reply.answer.text)
-        for stretch in reply.answer.stretches:
-            if (ids := stretch.until(characters)) < len(stretch.ids):
-                self.record.append(tape.Heard(stretch.entry, ids))
-        self.record.stopped()
-        reply.finish = "interrupted"
-        self._over_with(reply, characters)
+        reply, self._reply = self._reply, None
+        assert reply and self._giving
+        self._giving.cancel()
+        self.voice = reply.voice
+        reply.cut(heard)
         self.record.follow()
 
     # -- the outside
@@ -498,10 +350,10 @@ class Session:
         self._emit(events.Noted(message))
 
     def _emit(self, event: Event) -> None:
-        try:
+        if self._out.qsize() < self.settings.unread:
             self._out.put_nowait(event)
-        except asyncio.QueueFull:
-            self._end_with(DoorStuck(f"the door has left {self._out.maxsize} events lying; the conversation is over"))
+        else:
+            self._end_with(DoorStuck(f"the door has left {self.settings.unread} events lying; the conversation is over"))
 
     async def _send(self, emit: Callable[[Event], Awaitable[None]]) -> None:
         while True:
@@ -522,7 +374,3 @@ class Session:
     def _end_with(self, error: BaseException | None) -> None:
         if not self._over.done():
             self._over.set_result(error)
-
-
-def _next(stream: Stream) -> Chunk | None:
-    return next(stream, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,9 @@ class Playback:
     complete: bool = False  # nothing more will be made
     held: bool = False  # nothing is sent
     words: list[Spoken] = field(default_factory=list)
+    _told: int = 0  # words that were sent
+    _ends: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)], repr=False)  # of words: sample, characters
+    _last: Spoken | None = None  # whose end is not known yet
     _chunks: list[np.ndarray] = field(default_factory=list, repr=False)
     _starts: list[int] = field(default_factory=list, repr=False)
 
@@ -63,11 +66,21 @@ class Playback:
         return self.complete and self.heard >= self.made
 
     def make(self, pcm: np.ndarray, words: list[Spoken]) -> None:
+        """The next samples, and the next words: these begin anywhere from the last one on."""
         if len(pcm):
             self._chunks.append(pcm)
             self._starts.append(self.made)
             self.made += len(pcm)
+        for word in words:
+            if self._last:
+                self._ends.append((word.sample, self._last.end))
+            self._last = word
         self.words += words
+
+    def pause(self, characters: int) -> None:
+        """All that was made is so much of the text, to the end of a word."""
+        self._ends.append((self.made, characters))
+        self._last = None
 
     def send(self, ahead: float) -> tuple[int, np.ndarray, tuple[Spoken, ...]] | None:
         """What can be sent now, at most `ahead` seconds before what was heard: where it belongs, samples, words in it."""
@@ -82,30 +95,31 @@ class Playback:
                 break
             pieces.append(chunk[max(0, start - at) : stop - at])
         last = self.complete and stop == self.made  # a word may begin where the sound ends
-        words = tuple(word for word in self.words if start <= word.sample < stop + last)
-        return start, np.concatenate(pieces), words
+        told, self._told = self._told, self._place(stop + last)
+        return start, np.concatenate(pieces), tuple(self.words[told : self._told])
 
-    def hear(self, sample: int) -> int:
-        """So much was played; returns how much of that is whole words."""
+    def hear(self, sample: int) -> None:
+        """So much was played."""
         self.heard = max(self.heard, min(sample, self.sent))
-        return self.whole
 
     @property
     def whole(self) -> int:
         """Where the last word that was heard to its end was over."""
-        if self.over:
-            return self.made
-        ends = [word.sample for word in self.words[1:] if word.sample <= self.heard]
-        return max(ends, default=0)
+        return self._end(self.heard)[0]
 
     def go_on(self, sample: int) -> None:
         """Send again from `sample` on."""
         self.sent = self.heard = min(sample, self.sent)
+        self._told = self._place(self.sent)
         self.held = False
 
     def characters(self, sample: int) -> int:
-        """How much of the text was over at `sample`, a whole word's end."""
-        if self.complete and sample >= self.made:
-            return self.words[-1].end if self.words else 0
-        ends = [a.end for a, b in zip(self.words, self.words[1:], strict=False) if b.sample <= sample]
-        return max(ends, default=0)
+        """How much of the text was over at `sample`."""
+        return self._end(sample)[1]
+
+    def _end(self, sample: int) -> tuple[int, int]:
+        return self._ends[bisect_right(self._ends, sample, key=lambda end: end[0]) - 1]
+
+    def _place(self, sample: int) -> int:
+        """How many words begin before it."""
+        return bisect_left(self.words, sample, key=lambda word: word.sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -63,6 +64,14 @@ def picture(loaded: Loaded, seed: int = 0) -> Picture:
 
 def sound(frames: int, seed: int = 0, frame: int = FRAME) -> Sound:
     return Sound.of((0.3 * np.random.default_rng(seed).uniform(-1, 1, (frames, frame))).astype(np.float32))
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """Control tokens by name."""
+    out: list[int] = []
+    for piece in re.split(r"(<[|a-z_]+>|<\|\"\|>)", text):
+        out += [TOKENIZER.special(piece)] if TOKENIZER.has(piece) else TOKENIZER.encode(piece)
+    return tuple(out)
 
 
 def words(count: int, seed: int = 0) -> tuple[int, ...]:

@@ -1,0 +1,232 @@
+"""One answer as it is given: the model writes it, the voice speaks it and the door plays it, all at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+from agent import events, tape
+from agent.answer import Answer, Piece
+from agent.calls import BrokenCall, ToolCall
+from agent.checkpoint import Loaded
+from agent.events import Event
+from agent.marks import Mark
+from agent.prompt import Thought
+from agent.record import Record
+from agent.speech import Clauses, Playback
+from streams.voice import Chunk, Stream, Voice
+
+if TYPE_CHECKING:
+    from agent.session import Settings
+
+VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one that stalls must not keep others waiting
+
+
+class Reply:
+    """The answer `of`, written on the record and told with `emit`. `run` ends when all of it was heard, or read where there is
+    no voice; whoever cancels it says with `cut` how much of it counts. `picture`: marks are on it."""
+
+    def __init__(
+        self,
+        of: int,
+        record: Record,
+        loaded: Loaded,
+        settings: Settings,
+        voice: Voice | None,
+        picture: int | None,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.of, self.voice, self.written = of, voice, False  # the voice is None once it is lost
+        self.waiting = 0  # positions that were not in the row when the turn ended
+        self._record, self._settings, self._picture, self._emit = record, settings, picture, emit
+        self._how = settings.how or loaded.generation
+        self._answer, self._clauses = Answer(loaded.tokenizer, record.thinking), Clauses()
+        self._sound = Playback(voice.rate) if voice else None
+        self._speakable: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()  # bounded by the answer's length
+        self._moved = asyncio.Event()  # something was made or heard, or may be sent again
+        self._calls: set[int] = set()  # without a result
+        self._returned = asyncio.Event()
+        self._prompt = 0  # positions in the row before it
+        self._finish: Literal["stop", "length", "interrupted"] = "length"
+        self._began, self._stages = perf_counter(), dict[str, float]()
+
+    async def run(self) -> None:
+        work = [self._write()]
+        if self._sound:
+            work += [self._speak(self._sound), self._play(self._sound)]
+        tasks = [asyncio.create_task(part) for part in work]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stage(self, name: str, milliseconds: float | None = None) -> None:
+        """When it was reached for the first time; now, if nothing is said."""
+        self._stages.setdefault(name, (perf_counter() - self._began) * 1000 if milliseconds is None else milliseconds)
+
+    # -- what the door says
+
+    @property
+    def heard(self) -> int:
+        """Samples, to the end of a whole word; characters where there is no sound."""
+        return self._sound.whole if self._sound else len(self._answer.text)
+
+    def hear(self, sample: int) -> None:
+        """So much was played."""
+        if self._sound:
+            self._sound.hear(sample)
+            self._moved.set()
+
+    def hush(self) -> None:
+        """Nothing more is played until `go_on`."""
+        if self._sound and not self._sound.held:
+            self._sound.held = True
+            self._emit(events.Cleared(self.of))
+
+    def go_on(self, sample: int) -> None:
+        if self._sound:
+            self._sound.go_on(sample)
+            self._moved.set()
+
+    def returned(self, call: int, value: object) -> bool:
+        """What came of a tool; False if nobody waits for it."""
+        if call not in self._calls:
+            return False
+        result = tape.Result(call, value)
+        if not self._record.fits(result):
+            self._emit(events.Noted("a tool's result is too long for the row; the model is told so"))
+            result = tape.Result(call, {"error": "the result is too long"})
+        self._record.append(result)
+        self._calls.discard(call)
+        self._returned.set()
+        return True
+
+    # -- how it ends
+
+    def cut(self, heard: int) -> None:
+        """The answer, which is being cancelled, ends at `heard`; what comes after was never said. Text alone was read."""
+        self.hush()
+        if self._answer.stretches[-1].entry < 0:
+            self._keep()
+        characters = self._sound.characters(heard) if self._sound else len(self._answer.text)
+        for stretch in self._answer.stretches:
+            if (ids := stretch.until(characters)) < len(stretch.ids):
+                self._record.append(tape.Heard(stretch.entry, ids))
+        self._record.stopped()
+        self._finish = "interrupted"
+        self._over(characters)
+
+    def complete(self) -> None:
+        self._over(len(self._answer.text))
+
+    def _over(self, heard: int) -> None:
+        self.stage("over")
+        answer = self._answer
+        self._emit(events.Answered(self.of, answer.text, heard, self._finish, self._prompt, answer.tokens))
+        self._emit(events.Timed(self.of, self._stages, self.waiting))
+
+    # -- the three
+
+    async def _write(self) -> None:
+        answer, record, stretch = self._answer, self._record, self._answer.stretches[-1]
+        while True:
+            await self._stretch()
+            self._keep()
+            if not stretch.calls or answer.tokens >= self._settings.most:
+                break
+            for call in stretch.calls:
+                index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
+                self._calls.add(index)
+                self._emit(events.Called(self.of, index, call))
+            while self._calls:
+                self._returned.clear()
+                await self._returned.wait()
+            stretch = answer.begin()
+        self.written = True
+        self.stage("written")
+        self._speakable.put_nowait(None)
+        record.tidy()
+
+    async def _stretch(self) -> None:
+        answer, record, settings, newest = self._answer, self._record, self._settings, -1
+        closing = record.closing()
+        self._prompt, self._finish = record.positions, "length"
+        self.stage("closing")
+        most = settings.most - answer.tokens
+        async with aclosing(record.row.generate(*closing, how=self._how, most=most, seed=settings.seed)) as drawn:
+            async for token, _ in drawn:
+                self.stage("first_token")
+                if newest >= 0:
+                    record.wrote(newest)  # the last one is never in the row
+                newest = token
+                self._tell(answer.push(token))
+                self._finish = "stop" if token in self._how.stop else "length"
+        self._tell(answer.flush())
+        self._say(self._clauses.flush())
+
+    def _tell(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            match piece:
+                case str():
+                    self.stage("first_text")
+                    self._emit(events.Wrote(self.of, piece))
+                    self._say(self._clauses.push(piece))
+                case Mark():
+                    self._emit(events.Marked(self.of, self._picture, piece))
+                case Thought():
+                    self._emit(events.Reasoned(self.of, piece.text))
+                case BrokenCall():
+                    self._emit(events.Noted(f"the model called a tool in a way that cannot be read: {piece.text[:200]}"))
+                case ToolCall():
+                    pass  # once the stretch is on the tape
+
+    def _say(self, clauses: list[tuple[int, str]]) -> None:
+        for clause in clauses:
+            self._speakable.put_nowait(clause)
+
+    def _keep(self) -> None:
+        """What was written since the last tools goes on the tape."""
+        stretch = self._answer.stretches[-1]
+        stretch.entry = self._record.append(tape.Answered(tuple(stretch.ids), self._answer.text[stretch.begun :]))
+
+    async def _speak(self, sound: Playback) -> None:
+        """Clauses become sound, until all of it is made."""
+        while clause := await self._speakable.get():
+            if self.voice:
+                try:
+                    await self._made(sound, self.voice, *clause)
+                except Exception as error:  # noqa: BLE001  a voice may fail in any way, and never fails the answer
+                    self.voice = None
+                    why = "it stalled" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+                    self._emit(events.Noted(f"the voice is lost, answers go on as text: {why}"))
+        sound.complete = True
+        self._moved.set()
+
+    async def _made(self, sound: Playback, voice: Voice, start: int, text: str) -> None:
+        base, loop = sound.made, asyncio.get_running_loop()
+        with voice.speak(text) as stream:
+            while chunk := await asyncio.wait_for(loop.run_in_executor(VOICES, _next, stream), self._settings.patience):
+                words = [events.Spoken(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
+                sound.make(chunk.pcm, words)
+                self._moved.set()
+        sound.pause(start + len(text))
+
+    async def _play(self, sound: Playback) -> None:
+        """Sound goes out as fast as it is heard."""
+        while not sound.over:
+            self._moved.clear()
+            while piece := sound.send(self._settings.ahead):
+                self.stage("first_sound")
+                at, pcm, words = piece
+                self._emit(events.Said(self.of, at, pcm, sound.rate, words))
+            await self._moved.wait()
+
+
+def _next(stream: Stream) -> Chunk | None:
+    return next(stream, None)
