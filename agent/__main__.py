@@ -8,14 +8,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import cv2
 
-from agent import ask, bench, checkpoint, marks, script
+from agent import ask, bench, checkpoint, crowd, marks, script, waits
 from agent.ask import Answer, Part
-from agent.engine import Engine
+from agent.engine import Engine, EngineStopped, RowLost
 from agent.session import Session, Settings
 from agent.tape import Setting
 from model.cache import RowFull
@@ -26,7 +28,7 @@ from model.vad import Vad, VadMissing
 from streams.frames import MediaError
 from streams.voice import VoiceMissing, open_voice
 
-COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, VoiceMissing, VadMissing)
+COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
+    talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
+    _model_options(talking)
+    talking.add_argument(
+        "--speakers", type=_positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
+    )
+    talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
+    talking.add_argument("--json", action="store_true", help="print one JSON object")
+    talking.set_defaults(run=_bench_session)
     return parser
 
 
@@ -223,6 +233,29 @@ def _progress(done: int, total: int) -> None:
 def _bench_model(given: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else print
     result = bench.model(given.shape, given.device, say)
+    if given.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _bench_session(given: argparse.Namespace) -> int:
+    from model.nano import people  # the recipe's: only here somebody must ask
+
+    if given.chart and not given.chart.parent.is_dir():
+        raise MediaError(f"{given.chart} cannot be written: its folder must exist")
+    say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
+    voice, loaded = open_voice("espeak"), checkpoint.load(given.model, given.device, given.dtype, _progress)
+
+    async def measure() -> dict[str, Any]:
+        result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say)
+        result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
+        if given.chart:
+            result["first_token"] = await waits.first_token(loaded, people.picture(0, *people.SIZE), say)
+        return result
+
+    result = asyncio.run(measure())
+    if given.chart:
+        waits.write(given.chart, result["first_token"], f"{given.model} on {result['device']}, {result['threads']} threads")
     if given.json:
         print(json.dumps(result))
     return 0

@@ -41,7 +41,9 @@ from streams.frames import FRAME, RATE, Audio, MediaError
 TAIL = 40  # frames of silence after the last answer: for its caption, and for the ear
 PATIENCE = 250  # frames of silence after which a turn that nobody answers is given up
 FORMAT = "[[turn]] with show, say, speak and voice, type, interrupt, wait; see agent/script.py"
-KEYS = {"show": str, "say": str, "speak": str, "voice": str, "type": str, "interrupt": int, "wait": (int, float)}
+KEYS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("show", "say", "speak", "voice", "type"), str), "interrupt": int, "wait": (int, float),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _spoken(text: str, voice: str, where: str) -> np.ndarray:
         speech = Espeak().say(text, voice=voice)
     except ValueError as error:
         raise MediaError(f"{where}: {error}") from error
-    return np.clip(soxr.resample(speech.pcm, speech.rate, RATE), -1, 1).astype(np.float32)
+    pcm: np.ndarray = soxr.resample(speech.pcm, speech.rate, RATE)
+    return pcm.clip(-1, 1).astype(np.float32)
 
 
 class Performance:

@@ -76,7 +76,8 @@ def test_nothing_imports_the_commands_and_only_the_recipe_imports_the_recipe():
     for path in sources(*FOLDERS):
         for name in imports(path):
             assert not name.startswith("agent.__main__"), path
-            assert is_recipe(path) or not name.startswith("model.nano"), path
+            asking = path == ROOT / "agent" / "__main__.py" and name == "model.nano.people"  # of benchmarks
+            assert is_recipe(path) or asking or not name.startswith("model.nano"), path
 
 
 # ---- the dependencies

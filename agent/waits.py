@@ -1,0 +1,197 @@
+"""What a conversation waits for, measured on this machine: others' pictures, and nothing that was said long ago."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from agent import chart
+from agent.bench import Figure, line
+from agent.checkpoint import Loaded, cut, new_cache
+from agent.engine import Engine, Feed
+from agent.segments import Picture, Segment, View
+from agent.tape import Sound
+from model.cache import SLACK, Cache
+from model.gemma import CheckpointError
+from model.pixels import target_size
+from model.sampling import Generation, draw
+from model.weights import free_memory
+from streams.files import decode_picture
+from streams.frames import FRAME, RATE, MediaError
+
+LENGTH = 4096  # positions of a row
+PICTURES, LARGE, STEPS = 8, 280, 40  # shown to one while another talks; positions of each at most; steps before the first
+SPEECH, ROUNDS = (2, 5, 10, 20, 30), 5  # seconds of sound after one picture
+EMPTY = View((), 0, 0)
+
+Say = Callable[[str], None]
+
+
+def room(loaded: Loaded, rows: int, who: str) -> None:
+    """Raises CheckpointError where rows of LENGTH do not fit into what is free."""
+    model = loaded.model
+    needed = rows * Cache.bytes_per_row(model.config, LENGTH, SLACK, model.dtype)
+    free = free_memory(model.device)
+    if free is not None and needed > free:
+        raise CheckpointError(f"{who} need {needed / 2**30:.1f} GiB for their rows, {free / 2**30:.1f} free on {model.device}")
+
+
+# ---- a picture for one, while another talks
+
+
+async def pictures(loaded: Loaded, picture: bytes, say: Say, count: int = PICTURES) -> dict[str, Any]:
+    """How long the steps of an answer wait while somebody else shows pictures, and beside what they should wait at most: one
+    picture, alone, and one step."""
+    room(loaded, 3, "two speakers")
+    prompt, segment = loaded.prompt, _picture(loaded, picture, LARGE)
+    how = replace(_endless(loaded), suppressed=(*loaded.generation.suppressed, *loaded.generation.stop))
+    stamps: list[float] = []
+
+    with Engine(loaded, 2, LENGTH) as engine:
+        talker, viewer = engine.claim(_ignore), engine.claim(_ignore)
+
+        async def talk() -> None:
+            tokens = talker.generate((*prompt.begin(), *prompt.close_turn()), how=how, most=LENGTH // 2)
+            async for _ in tokens:
+                now = perf_counter()
+                stamps.append(now)
+
+        async def show() -> tuple[float, float]:
+            viewer.rewrite(0, EMPTY)
+            begin = perf_counter()
+            await _first(viewer, how, segment, (prompt.eoi,))
+            return begin, perf_counter()
+
+        await show()
+        task = asyncio.create_task(talk())
+        while len(stamps) < STEPS and not task.done():
+            await asyncio.sleep(0.001)
+        if task.done():  # it should not be
+            await task
+        while_talking = [await show() for _ in range(count)]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        alone = [end - begin for begin, end in [await show() for _ in range(count)]]
+
+    gaps = [(a, b, 1000 * (b - a)) for a, b in pairwise(stamps)]
+    undisturbed = median(gap for _, b, gap in gaps if b < while_talking[0][0])
+    largest = max((gap for a, b, gap in gaps if any(b > begin and a < end for begin, end in while_talking)), default=0.0)
+    bound = 1000 * median(alone) + undisturbed
+    size = segment.positions
+    figures = [
+        Figure("step", "a step of one who talks", "ms", undisturbed),
+        Figure("picture", f"a picture of {size} positions, nobody talks", "ms", 1000 * median(alone)),
+        Figure("gap", f"largest gap between steps, {count} such pictures", "ms", largest),
+        Figure("over_bound", "  over one picture and one step", "×", largest / bound),
+    ]
+    say("\none talks, another shows pictures")
+    for figure in figures:
+        say(line(figure))
+    return {figure.key: asdict(figure) for figure in figures}
+
+
+# ---- first token against length of speech
+
+
+async def first_token(
+    loaded: Loaded, picture: bytes, say: Say, lengths: Sequence[int] = SPEECH, rounds: int = ROUNDS
+) -> list[dict[str, float]]:
+    """Milliseconds to the first token by seconds of speech after one picture. Streamed, frames went into the row one by one as
+    they came: timed are the last one, the closing and the draw. Sent again, everything goes into an emptied row in one pass."""
+    room(loaded, len(lengths) + 1, "conversations of several lengths")
+    prompt, rng, how = loaded.prompt, np.random.default_rng(0), _endless(loaded)
+    closing = (prompt.eoa, *prompt.close_turn())
+    opening, after = (*prompt.begin(), *prompt.open_turn(), prompt.boi), (prompt.eoi, prompt.boa)
+    head: tuple[Segment, ...] = (opening, _picture(loaded, picture, loaded.budget), after)
+    cache = new_cache(loaded, 1, LENGTH)
+    emptied = cache.claim()
+
+    @torch.inference_mode()
+    def again(sound: Sound) -> None:
+        model = loaded.model
+        cache.truncate(emptied, 0)
+        pieces, places = (x.to(model.device) for x in cut(loaded, decode_picture(picture, "the picture"), loaded.budget))
+        before, between, end = (model.embed_text(torch.tensor(ids, device=model.device)) for ids in (opening, after, closing))
+        heard = model.embed_audio(torch.from_numpy(sound.samples).to(model.device))
+        x = torch.cat((before, model.embed_image(pieces, places), between, heard, end))
+        blocks = torch.full((1, len(x)), -1, device=model.device)
+        blocks[0, len(before) : len(before) + len(pieces)] = 0
+        hidden = model.extend(cache, [emptied], x[None], blocks=blocks)
+        assert hidden is not None
+        draw(model.logits(hidden[0, -1]), how)
+
+    ours: dict[int, list[float]] = {seconds: [] for seconds in lengths}
+    theirs: dict[int, list[float]] = {seconds: [] for seconds in lengths}
+    with Engine(loaded, len(lengths), LENGTH, spares=0) as engine:
+        kept = {}
+        for seconds in lengths:
+            sound = Sound.of((0.1 * rng.standard_normal((seconds * RATE // FRAME, FRAME))).clip(-1, 1).astype(np.float32))
+            frames = [Sound(sound.data[at : at + 2 * FRAME]) for at in range(0, len(sound.data), 2 * FRAME)]
+            row = engine.claim(_ignore)
+            row.append(*head)
+            for frame in frames[:-1]:
+                row.append(frame)
+                while row.waiting:
+                    await asyncio.sleep(0.001)
+            kept[seconds] = row, View((*head, Sound(sound.data[: -2 * FRAME])), 0, 0), frames[-1], sound
+        for number in range(-1, rounds):
+            for seconds, (row, said, last, sound) in kept.items():
+                row.rewrite(said.positions, said)
+                begin = perf_counter()
+                await _first(row, how, last, closing)
+                middle = perf_counter()
+                again(sound)
+                if number >= 0:
+                    ours[seconds].append(1000 * (middle - begin))
+                    theirs[seconds].append(1000 * (perf_counter() - middle))
+    say(f"\n{'first token after a picture and speech of':<44}{'streamed':>14}{'sent again':>14}{'ratio':>8}")
+    found = []
+    for seconds in lengths:
+        a, b = median(ours[seconds]), median(theirs[seconds])
+        ratio = median(y / x for x, y in zip(ours[seconds], theirs[seconds], strict=True))
+        found.append({"seconds": seconds, "streamed": a, "sent_again": b, "ratio": ratio})
+        say(line(Figure("", f"  {seconds} s", "ms", a, b, ratio)))
+    return found
+
+
+def write(path: Path, found: Sequence[Mapping[str, float]], where: str) -> None:
+    """The chart of what `first_token` found. Raises MediaError where it cannot be written."""
+    series = {
+        "streamed while it was spoken": [(x["seconds"], x["streamed"]) for x in found],
+        "the whole prompt sent again": [(x["seconds"], x["sent_again"]) for x in found],
+    }
+    axes = ("length of speech, after one picture", "s"), ("time to first token", "ms")
+    try:
+        path.write_text(chart.lines(f"First token after the last frame: {where}", *axes, series), encoding="utf-8")
+    except OSError as error:
+        raise MediaError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _picture(loaded: Loaded, data: bytes, budget: int) -> Picture:
+    patch = loaded.model.config.patch
+    high, wide = decode_picture(data, "the picture").shape[:2]
+    height, width = target_size(high, wide, budget, patch)
+    return Picture(data, budget, height * width // patch**2)
+
+
+def _endless(loaded: Loaded) -> Generation:
+    return replace(loaded.generation, greedy=True, stop=frozenset())
+
+
+async def _first(row: Feed, how: Generation, *segments: Segment) -> None:
+    """Appends, until there is the first token after it."""
+    async for _ in row.generate(*segments, how=how, most=1):
+        pass
+
+
+def _ignore(error: Exception) -> None:
+    """A row that is lost tells whoever waits for its tokens."""
