@@ -1,27 +1,33 @@
-"""A tiny float32 model with nano's words, for an engine and sessions over it, and the plain verbs to compare with."""
+"""A tiny float32 model with nano's words, for an engine and sessions over it, the plain verbs to compare with, and a door."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any, Self, TypeVar
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from agent import checkpoint
+from agent import checkpoint, engine, events, script
 from agent.checkpoint import Loaded
 from agent.engine import Feed
 from agent.prompt import Prompt
 from agent.segments import Picture, Segment, View
+from agent.session import Session
 from agent.tape import Sound
 from model.gemma import Config, Gemma
 from model.sampling import Generation
 from streams.files import decode_picture
+from streams.voice import Chunk, Word
 from tests.tiny import FRAME, Recipe
 from tests.vocabulary import media, tokenizer
 
@@ -29,6 +35,8 @@ TOKENIZER = tokenizer("nano")
 PROMPT = Prompt(TOKENIZER, media(TOKENIZER))
 END = TOKENIZER.special("<turn|>")
 WINDOW = 8
+
+T = TypeVar("T")
 
 
 @cache
@@ -121,13 +129,13 @@ class Plain:
 
 async def settled(feed: Feed) -> None:
     """Until everything is in the row."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(8):
         while feed.waiting:
             await asyncio.sleep(0)
 
 
 async def written(feed: Feed, *closing: Segment, how: Generation, most: int = 12) -> list[tuple[int, float]]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(8):
         return [drawn async for drawn in feed.generate(*closing, how=how, most=most)]
 
 
@@ -136,3 +144,168 @@ def same(mine: list[tuple[int, float]], its: list[tuple[int, float]]) -> bool:
     return [token for token, _ in mine] == [token for token, _ in its] and np.allclose(
         [logp for _, logp in mine], [logp for _, logp in its], atol=1e-4
     )
+
+
+# ---- sessions
+
+
+class Mind:
+    """What the tiny model says, instead of what it would draw; `PROBE` draws as ever, and keeps the logits."""
+
+    PROBE = replace(greedy(tiny(640)), top_k=63)  # a Generation of its own
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._draw, self._answer, self._captions = engine.draw, deque[int](), deque[int]()
+        self._go = threading.Event()
+        self._left: int | None = None
+        self.logits: list[Tensor] = []
+        self.steps = 0  # tokens of answers
+        monkeypatch.setattr(engine, "draw", self._next)
+        self.go_on()
+
+    def says(self, *texts: str) -> None:
+        """The next answers, or stretches of one; what it was about to say is forgotten."""
+        self._answer = deque(id for text in texts for id in (*ids(text), *([] if text.endswith("|>") else [END])))
+
+    def hears(self, *texts: str) -> None:
+        self._captions = deque(id for text in texts for id in (*ids(text), END))
+
+    def stop_after(self, tokens: int) -> None:
+        """Then the model takes its time, until `go_on`."""
+        self._left = tokens
+        self._go.clear()
+
+    def go_on(self) -> None:
+        self._left = None
+        self._go.set()
+
+    def _next(self, logits: Tensor, how: Generation, generator: torch.Generator | None = None) -> tuple[int, float]:
+        if how is self.PROBE:
+            self.logits.append(logits.clone())
+            return self._draw(logits, how, generator)
+        if how.greedy:
+            return (self._captions.popleft() if self._captions else END), 0.0
+        if self._left is not None:
+            if self._left == 0:
+                assert self._go.wait(30)
+            else:
+                self._left -= 1
+        self.steps += 1
+        return (self._answer.popleft() if self._answer else END), 0.0
+
+
+class Door(script.Performance):
+    """A door whose inputs are put in one by one; it plays what it is sent, and time stands still while the model works."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__([])
+        self.session, self.keeps_up = session, True  # every frame is in the row before the next one comes
+        self._queue: asyncio.Queue[events.Input | None] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self.run(self.session))
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        assert self._task
+        if kind:
+            self._task.cancel()
+            return
+        await self.put(None)
+        async with asyncio.timeout(8):
+            await self._task
+
+    async def _inputs(self) -> AsyncIterator[events.Input]:
+        while (item := await self._queue.get()) is not None:
+            yield item
+            self._queue.task_done()
+        self._queue.task_done()
+
+    async def put(self, *items: events.Input | None) -> None:
+        """Returns when the session has taken them, or is over."""
+        assert self._task
+        for item in items:
+            self._queue.put_nowait(item)
+        taken = asyncio.create_task(self._queue.join())
+        async with asyncio.timeout(8):
+            await asyncio.wait({taken, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        taken.cancel()
+
+    async def hear(self, pcm: np.ndarray) -> None:
+        for frame in np.pad(pcm, (0, -len(pcm) % 640)).reshape(-1, 640):
+            async for item in self._frame(frame.astype(np.float32)):
+                await self.put(item)
+            if self.keeps_up:
+                await settled(self.session.record.row)
+
+    async def quiet(self, milliseconds: int) -> None:
+        await self.hear(np.zeros(milliseconds * 16, np.float32))
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def until(self, kind: type, count: int = 1) -> None:
+        """Waits without time passing."""
+        async with asyncio.timeout(8):
+            while len(self.of(kind)) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def answered(self, count: int) -> None:
+        """Time passes until so many answers are over, and all captions are there."""
+        async with asyncio.timeout(8):
+            while len(self.of(events.Answered)) < count or self.session.record.captions:
+                await self.quiet(40)
+        await settled(self.session.record.row)
+
+    @property
+    def sound(self) -> np.ndarray:
+        """Of the last answer, laid down where it belongs; what was sent twice must be the same."""
+        said = [event for event in self.of(events.Said) if event.answer == self.of(events.Said)[-1].answer]
+        track = np.full(max(event.sample + len(event.pcm) for event in said), np.nan, np.float32)
+        for event in said:
+            old = track[event.sample : event.sample + len(event.pcm)]
+            assert (np.isnan(old) | (old == event.pcm)).all()
+            old[:] = event.pcm
+        assert not np.isnan(track).any()
+        return track
+
+
+class Beeps:
+    """A voice that takes 300 ms for each word; every sample of it is another."""
+
+    rate = 8000
+
+    def __init__(self, words: int | None = None, trouble: Exception | None = None, stalls: threading.Event | None = None) -> None:
+        self._made, self._left, self._trouble, self._stalls = 0, words, trouble, stalls
+
+    def speak(self, text: str) -> Any:
+        return _Beep(self._speak(text))
+
+    def _speak(self, text: str) -> Iterator[Chunk]:
+        at = 0
+        for match in re.finditer(r"\w+", text):
+            if self._left == 0:
+                if self._stalls:
+                    assert self._stalls.wait(30)
+                raise self._trouble or RuntimeError("the voice broke")
+            self._left = None if self._left is None else self._left - 1
+            pcm = (np.arange(2400) + self._made).astype(np.float32) / (1 << 20)
+            yield Chunk(pcm, at, (Word(*match.span(), at),))
+            self._made, at = self._made + 2400, at + 2400
+
+
+class _Beep:
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)

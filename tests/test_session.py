@@ -1,0 +1,678 @@
+"""Whole conversations: nano as it speaks, and a tiny model whose words are given, behind a door that counts samples."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soxr
+import torch
+
+from agent import checkpoint, events, script, tape
+from agent.engine import Engine
+from agent.segments import View
+from agent.session import DoorStuck, Session, Settings
+from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, Sound, Tape, Transcript, Typed
+from agent.turns import Manners
+from agent.view import Budget, Policy, view
+from model.cache import NoRow
+from model.vad import Vad
+from streams.files import read_audio
+from streams.frames import Audio
+from streams.voice import Espeak, open_voice
+from tests.talk import END, PROMPT, Beeps, Door, Mind, Plain, ids, jpeg, settled, tiny, words
+from tests.test_turns import Room
+
+LOADED = tiny(640)
+WIDE = Budget(ahead=3000, row=3000)
+VAD = Vad()
+
+
+@cache
+def said(text: str, voice: str = "en-gb+f3") -> np.ndarray:
+    speech = Espeak().say(text, voice=voice, fresh=True)
+    pcm = soxr.resample(speech.pcm, speech.rate, 16000)
+    loud = np.flatnonzero(np.abs(pcm) > 0.01)
+    return pcm[loud[0] : loud[-1] + 1].clip(-1, 1).astype(np.float32)
+
+
+QUESTION = "What colour is the large circle on the left?"
+OBJECTION = "No, wait, I mean the other one."
+
+
+@pytest.fixture
+def mind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mind]:
+    mind = Mind(monkeypatch)
+    yield mind
+    mind.go_on()
+
+
+@pytest.fixture
+def running() -> Iterator[Engine]:
+    with Engine(LOADED, rows=2, length=3200) as engine:
+        yield engine
+
+
+def session(engine: Engine, voice: Any = "beeps", on: Tape | None = None, **settings: Any) -> Session:
+    given = Settings(**{"budget": WIDE, "most": 60, "how": LOADED.generation, **settings})
+    return Session(engine, VAD, Beeps() if voice == "beeps" else voice, given, on)
+
+
+def names(door: Door, *without: type) -> str:
+    skipped = (events.Said, events.Wrote, events.Timed, events.Captioned, *without)
+    return " ".join(type(event).__name__ for event in door.events if not isinstance(event, skipped))
+
+
+def sounds(session: Session) -> list[Sound]:
+    return [entry for entry in session.record.tape.entries if isinstance(entry, Sound)]
+
+
+def by_hand(entries: Sequence[Entry], policy: Policy = "transcripts", budget: Budget = WIDE) -> View:
+    return view(entries, PROMPT, budget, policy, patch=LOADED.model.config.patch)
+
+
+async def holds(session: Session, mind: Mind, expected: View) -> bool:
+    """Whether the row is a row that was fed with `expected`: the logits of what follows agree, position by position."""
+    await settled(session.record.row)
+    fork = session.record.row.fork()
+    mind.logits.clear()
+    asked = words(6)
+    async with asyncio.timeout(8):
+        drawn = [token async for token, _ in fork.generate(asked, how=mind.PROBE, most=12)]
+    fork.release()
+    plain = Plain(LOADED, expected.segments, 3200)
+    reference = plain.logits((*asked, *drawn[:-1]))[len(asked) - 1 :]
+    difference = (torch.stack(mind.logits) - reference).abs().max()
+    assert session.record.positions == expected.positions
+    return bool(difference < 1e-3)
+
+
+# ---- nano
+
+
+@pytest.mark.slow
+async def test_nano_hears_answers_and_marks_what_it_sees():
+    demo = Path(checkpoint.__file__).parents[1] / "model/nano/demo"
+    question, shown = read_audio(demo / "question.wav"), (demo / "picture.jpg").read_bytes()
+    with Engine(checkpoint.load("nano"), length=2048) as engine:
+        performance = script.Performance([script.Turn(shown, question), script.Turn(typed="how many circles are there")])
+        await performance.run(Session(engine, VAD, open_voice("espeak"), Settings(seed=0)))
+        assert engine.free == 1
+    spoken, typed = performance.exchanges
+    assert spoken.caption == "where is the orange square"
+    assert re.match("The orange square is ", spoken.text) and spoken.heard == len(spoken.text)
+    assert [mark.label for mark in spoken.marks] == ["orange square"]
+    assert re.match("There (is|are) .* circles?.", typed.text) and typed.finish == "stop" and not typed.caption
+    assert sum(len(event.pcm) for event in performance.events if isinstance(event, events.Said)) > 22050
+    assert not any(isinstance(event, events.Noted | events.Failed) for event in performance.events)
+
+
+# ---- turns
+
+
+async def test_a_spoken_turn_is_captioned_and_answered_and_every_word_of_it_is_heard(running, mind):
+    mind.says("It is red. And it is large.")
+    mind.hears("what colour is it")
+    async with Door(session(running)) as door:
+        await door.quiet(400)
+        await door.hear(said(QUESTION))
+        await door.answered(1)
+    assert names(door) == "Started Stopped Answering Answered"
+    assert [(event.turn, event.text) for event in door.of(events.Captioned)] == [(1, "what colour is it")]
+    assert "".join(event.text for event in door.of(events.Wrote)) == "It is red. And it is large."
+    (answered,) = door.of(events.Answered)
+    assert (answered.text, answered.heard, answered.finish) == ("It is red. And it is large.", 27, "stop")
+    spoken = [word for event in door.of(events.Said) for word in event.words]
+    assert [answered.text[word.start : word.end] for word in spoken] == ["It", "is", "red", "And", "it", "is", "large"]
+    assert len(door.sound) == 7 * 2400 and (np.diff(door.sound) > 0).all()
+    assert [word.sample for word in spoken] == [2400 * n for n in range(7)]
+    assert running.free == 2
+
+
+async def test_frames_go_into_the_row_while_the_user_speaks(running, mind):
+    async with Door(session(running)) as door:
+        await door.quiet(400)
+        before = door.session.record.positions
+        await door.hear(said(QUESTION))
+        heard = len(said(QUESTION)) // 640
+        assert door.session.record.positions - before > heard and not door.session.record.row.waiting
+        assert not door.of(events.Stopped)
+        await door.answered(1)
+    assert door.of(events.Timed)[0].waiting <= 1, "at the turn's end nothing is left but the closing"
+
+
+async def test_sound_is_never_sent_far_ahead_of_what_was_heard(running, mind):
+    mind.says("one two three four five six seven eight")
+    async with Door(session(running, ahead=0.3)) as door:
+        await door.put(events.Write("count"))
+        await door.until(events.Said)
+        await door.quiet(0)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert sum(len(event.pcm) for event in door.of(events.Said)) == 0.3 * 8000, "nothing was heard yet"
+        await door.answered(1)
+
+
+async def test_words_pictures_and_speech_are_one_turn(running, mind):
+    async with Door(session(running, policy="verbatim", captions=False)) as door:
+        await door.put(events.Write("look at this:", ask=False), events.Show(jpeg()))
+        await door.quiet(200)
+        await door.hear(said("What is it?"))
+        await door.put(events.Write("the red one", ask=True))
+        await door.answered(1)
+        speech, silence = sounds(door.session)
+        turn = [Opened(), Typed("look at this:"), Seen(jpeg(), 40, 60, 70), speech, Typed("the red one"), silence, Asked()]
+        kinds = [type(entry) for entry in door.session.record.tape.entries]
+        assert kinds == [Setting, *map(type, turn), Answered]
+        assert await holds(door.session, mind, by_hand([Setting(), *turn, Answered((END,))], "verbatim"))
+    assert door.of(events.Looked)[0].data == jpeg()
+
+
+async def test_a_button_opens_and_closes_the_turn(running, mind):
+    async with Door(session(running, manners=Manners(hands_free=False))) as door:
+        await door.hear(said("nobody listens to this"))
+        await door.quiet(800)
+        assert names(door) == ""
+        await door.put(events.Press())
+        await door.hear(said(QUESTION))
+        await door.quiet(900)
+        await door.hear(said("on the left"))
+        await door.put(events.Release())
+        assert names(door) == "Started Stopped Answering"
+        await door.answered(1)
+    assert door.of(events.Stopped)[0].why == "released"
+
+
+async def test_a_tap_and_what_is_forgotten_leave_no_trace(running, mind):
+    async with Door(session(running, manners=Manners(hands_free=False))) as door:
+        before = by_hand([Setting()])
+        await door.put(events.Press())
+        await door.quiet(80)
+        await door.put(events.Release(), events.Press())
+        await door.hear(said(QUESTION))
+        await door.put(events.Forget())
+        assert names(door) == "Started Dismissed Started Dismissed"
+        assert not any(sound.data for sound in sounds(door.session))
+        assert await holds(door.session, mind, before)
+
+
+async def test_nobody_answers_before_somebody_asks(running, mind):
+    async with Door(session(running, answers=False)) as door:
+        await door.quiet(400)
+        await door.hear(said(QUESTION))
+        await door.quiet(800)
+        assert names(door) == "Started Stopped"
+        await door.put(events.Write("and this", ask=False), events.Commit(ask=False))
+        assert names(door) == "Started Stopped"
+        await door.put(events.Ask())
+        await door.answered(1)
+    written = [entry for entry in door.session.record.tape.entries if not isinstance(entry, Sound | Transcript | tape.Dropped)]
+    assert [*map(type, written)] == [Setting, Opened, Closed, Opened, Typed, Closed, Asked, Answered]
+
+
+async def test_a_camera_is_looked_at_once_and_only_its_newest_picture(running, mind):
+    async with Door(session(running, camera="end")) as door:
+        await door.put(*(events.Show(jpeg(seed), live=True) for seed in range(3)))
+        await door.put(events.Write("what is it"))
+        await door.answered(1)
+        await door.put(events.Write("and now"))
+        await door.answered(2)
+    assert [event.data for event in door.of(events.Looked)] == [jpeg(2)]
+
+
+async def test_what_was_said_replaces_its_sound_in_the_row_under_transcripts(running, mind):
+    for policy in ("transcripts", "verbatim"):
+        mind.hears("what is it")
+        mind.says("It is red.")
+        async with Door(session(running, policy=policy)) as door:
+            await door.quiet(400)
+            await door.hear(said("What is it?"))
+            await door.answered(1)
+            heard = sounds(door.session)[0]
+            assert bool(heard.data) == (policy == "verbatim"), "nobody will want it again"
+            heard = heard if heard.data else Sound.of(np.zeros((9, 640), np.float32))
+            turn = [Setting(), Opened(), heard, Asked(), Answered((*ids("It is red."), END)), Transcript(1, "what is it")]
+            assert await holds(door.session, mind, by_hand(turn, policy))
+
+
+# ---- interruptions
+
+
+async def talked_over(door: Door, mind: Mind, over: np.ndarray, after: int) -> None:
+    """A question, and `over` when so many words of the answer were heard."""
+    await door.quiet(400)
+    await door.hear(said(QUESTION))
+    while not door.of(events.Said) or door._played < after * 2400 + 100:
+        await door.quiet(40)
+    await door.hear(over)
+
+
+@pytest.mark.parametrize("drawing", [False, True], ids=["all drawn", "tokens still being drawn"])
+@pytest.mark.parametrize("policy", ["transcripts", "verbatim"])
+async def test_after_an_interruption_the_unheard_words_never_existed(running, mind, policy, drawing):
+    said_ = "It is a red circle. It is large, and left of a square."
+    async with Door(session(running, policy=policy)) as door:
+        mind.says(said_)
+        mind.hears("what colour", "no wait")
+        if drawing:
+            mind.stop_after(len(ids("It is a red circle. It is large, and left")))
+            door.keeps_up = False
+        await talked_over(door, mind, said(OBJECTION), after=4)
+        interrupted = door.of(events.Answered)[0]
+        kept = said_[: interrupted.heard]
+        assert interrupted.finish == "interrupted" and kept in ("It is a red", "It is a red circle.")
+        steps = mind.steps
+        mind.says("The blue one.")
+        mind.go_on()
+        door.keeps_up = True
+        await settled(door.session.record.row)
+        first, second = sounds(door.session)
+        count = next(n for n in range(60) if LOADED.tokenizer.decode(list(ids(said_)[:n])) == kept)
+        past = [Setting(), Opened(), first, Asked(), Answered(ids(said_)[:count])]
+        if policy == "verbatim" or drawing:
+            assert await holds(door.session, mind, by_hand([*past, Opened(), second], "verbatim")), "while the user goes on"
+        assert mind.steps - steps <= 1, "it stopped at once"
+        await door.answered(2)
+        assert door.of(events.Answered)[1].text == "The blue one."
+        second = sounds(door.session)[1] if policy == "verbatim" else second
+        told = [Transcript(1, "what colour"), Transcript(5, "no wait")]
+        full = [*past, Opened(), second, Asked(), Answered((*ids("The blue one."), END)), *told]
+        assert await holds(door.session, mind, by_hand(full, policy)), "and in the end"
+        assert door.session.record.positions > 5 * LOADED.model.config.window
+    assert names(door) == "Started Stopped Answering Cleared Answered Started Stopped Answering Answered"
+
+
+async def test_typed_words_and_stop_end_an_answer_at_what_was_heard(running, mind):
+    mind.says("It is a red circle and it is large.")
+    async with Door(session(running)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Said)
+        while door._played < 3 * 2400:
+            await door.quiet(40)
+        await door.put(events.Stop())
+        assert door.of(events.Answered)[0].text[: door.of(events.Answered)[0].heard] == "It is a"
+        mind.says("Yes.")
+        await door.put(events.Write("is it"))
+        await door.until(events.Said, 1)
+        mind.says("No.")
+        await door.put(events.Write("really"))
+        await door.answered(3)
+    assert [event.finish for event in door.of(events.Answered)] == ["interrupted", "interrupted", "stop"]
+    assert door.of(events.Answered)[2].text == "No."
+
+
+async def test_text_alone_was_read_as_far_as_it_was_written(running, mind):
+    mind.says("It is a red circle and it is large.")
+    mind.stop_after(len(ids("It is a red")))
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Write("what is it"))
+        while "".join(event.text for event in door.of(events.Wrote)) != "It is a red":
+            await door.until(events.Wrote, len(door.of(events.Wrote)) + 1)
+        await door.put(events.Stop())
+        mind.go_on()
+        (answered,) = door.of(events.Answered)
+        assert answered.text == "It is a red" and answered.heard == len(answered.text)
+        taken = [Setting(), Opened(), Typed("what is it"), Asked(), Answered(ids("It is a red"))]
+        assert await holds(door.session, mind, by_hand(taken))
+
+
+async def test_a_cough_or_mm_hmm_ends_as_if_nothing_had_happened(running, mind):
+    text = "It is a red circle. It is large, and left of a square."
+    tracks = []
+    for over in (np.zeros(640, np.float32), Room(VAD, "en-us", 60).cough().astype(np.float32), said("mm-hmm")):
+        mind.says(text)
+        async with Door(session(running, captions=False)) as door:
+            await talked_over(door, mind, over, after=2)
+            await door.answered(1)
+        (answered,) = door.of(events.Answered)
+        assert (answered.text, answered.heard, answered.finish) == (text, len(text), "stop")
+        assert "".join(event.text for event in door.of(events.Wrote)) == text
+        tracks.append(door.sound)
+        again = [event.sample for before, event in pairwise(door.of(events.Said)) if event.sample < before.sample]
+        assert len(again) == len(door.of(events.Cleared)), "taken up once"
+        assert all(sample % 2400 == 0 for sample in again), "at the word that was cut"
+        assert not door.of(events.Dismissed) and len(door.of(events.Started)) == 1
+    assert all((track == tracks[0]).all() for track in tracks)
+    assert door.of(events.Cleared), "the last one was noticed"
+
+
+async def test_what_comes_during_an_answer_is_in_the_turn_that_interrupts_it(running, mind):
+    mind.says("It is a red circle and it is large, and there is a square.")
+    async with Door(session(running, captions=False)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Said)
+        await door.put(events.Show(jpeg(7)), events.Write("this one", ask=False), events.Ask())
+        assert not door.of(events.Looked)
+        while door._played < 3 * 2400:
+            await door.quiet(40)
+        await door.hear(said(OBJECTION))
+        assert len(door.of(events.Answering)) == 1
+        await door.answered(2)
+    (looked,) = door.of(events.Looked)
+    assert looked.data == jpeg(7) and looked.turn == door.of(events.Started)[0].turn
+
+
+# ---- tools and thoughts
+
+LOOK = '<|tool_call>call:look{where:<|"|>left<|"|>}<tool_call|><|tool_response>'
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+async def test_an_answer_goes_on_when_its_tool_has_returned(running, mind, thinking):
+    tools = ({"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}},)
+    setting = Setting(tools=tools, thinking=thinking)
+    first = ("<|channel>thought\nhm<channel|>" if thinking else "") + "Let me look" + LOOK
+    second = ("so<channel|>" if thinking else "") + "It is red."
+    mind.says(first, second)
+    async with Door(session(running, setting=setting)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Called)
+        await door.until(events.Said)
+        called = door.of(events.Called)[0]
+        assert (called.tool.name, called.tool.arguments) == ("look", {"where": "left"})
+        await settled(door.session.record.row)
+        await door.put(events.Returned(99, "what"), events.Returned(called.call, {"seen": "a circle"}))
+        await door.answered(1)
+        asked = [setting, Opened(), Typed("what is it"), Asked()]
+        end = () if thinking else (END,)
+        stretches = [Answered(ids(first)), tape.Called(4, "look", {"where": "left"}), tape.Result(5, {"seen": "a circle"})]
+        assert await holds(door.session, mind, by_hand([*asked, *stretches, Answered((*ids(second), *end))]))
+    (answered,) = door.of(events.Answered)
+    assert (answered.text, answered.finish) == ("Let me look It is red.", "stop")
+    assert [event.message for event in door.of(events.Noted)] == ["a tool's result came that nobody waits for"]
+    spoken = [answered.text[word.start : word.end] for event in door.of(events.Said) for word in event.words]
+    assert spoken == ["Let", "me", "look", "It", "is", "red"], "thoughts are never spoken"
+    thought = "".join(event.text for event in door.of(events.Reasoned))
+    assert thought == ("hmso" if thinking else "")
+
+
+async def test_a_call_whose_answer_was_stopped_is_forgotten_and_its_result_is_not_taken(running, mind):
+    mind.says("Let me look." + LOOK)
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Called)
+        await door.put(events.Stop(), events.Returned(door.of(events.Called)[0].call, "red"))
+        assert len(door.of(events.Noted)) == 1
+        mind.says("Fine.")
+        await door.put(events.Ask())
+        await door.answered(2)
+        past = [Setting(), Opened(), Typed("what is it"), Asked(), Answered(ids("Let me look.")), Asked()]
+        assert await holds(door.session, mind, by_hand([*past, Answered((*ids("Fine."), END))]))
+
+
+async def test_a_result_that_is_too_long_is_not_given_to_the_model(running, mind):
+    mind.says(LOOK, "Hm.")
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Called)
+        await door.put(events.Returned(door.of(events.Called)[0].call, "red " * 5000))
+        await door.answered(1)
+    assert "too long" in door.of(events.Noted)[0].message and door.of(events.Answered)[0].text == "Hm."
+
+
+# ---- long conversations
+
+
+@pytest.mark.parametrize("policy", ["transcripts", "verbatim"])
+async def test_a_long_conversation_takes_no_more_memory_than_a_short_one(running, mind, policy):
+    budget, kept, positions = Budget(ahead=300, row=700), [], []
+    async with Door(session(running, policy=policy, budget=budget, manners=Manners(hands_free=False))) as door:
+        noise = said(QUESTION)
+        for turn in range(24):
+            mind.says(f"Number {turn}.")
+            mind.hears("what colour is the large circle")
+            await door.put(events.Show(jpeg(turn)), events.Press())
+            await door.hear(noise)
+            await door.put(events.Release())
+            await door.answered(turn + 1)
+            kept.append(sum(len(getattr(entry, "data", b"")) for entry in door.session.record.tape.entries))
+            positions.append(door.session.record.positions)
+            assert door.session.record.row._seat.row
+            assert door.session.record.row._seat.row.length <= 700 + 60
+    assert max(kept[12:]) <= max(kept[:12]) and max(positions) <= 700 + 60
+    assert not door.session.dropped and not door.of(events.Noted)
+    assert [event.text for event in door.of(events.Answered)] == [f"Number {turn}." for turn in range(24)]
+
+
+async def test_a_turn_that_is_longer_than_the_row_loses_its_end_and_is_answered(running, mind):
+    manners = Manners(hands_free=False)
+    async with Door(session(running, budget=Budget(ahead=300, row=200), manners=manners, captions=False)) as door:
+        await door.put(events.Press())
+        for _ in range(5):
+            await door.hear(said(QUESTION))
+        await door.put(events.Release())
+        await door.answered(1)
+        assert door.session.dropped > 50
+        assert door.of(events.Answered)[0].finish == "stop"
+
+
+async def test_what_is_too_long_for_the_row_is_refused_and_nobody_answers(running, mind):
+    async with Door(session(running, budget=Budget(ahead=100, row=100))) as door:
+        await door.put(events.Write("word " * 500), events.Show(jpeg()), events.Show(jpeg()))
+        await door.put(events.Set(setting=Setting("word " * 500)))
+        assert names(door) == "Noted Looked Noted Noted"
+        mind.says("Yes.")
+        await door.put(events.Write("and this"))
+        await door.answered(1)
+        assert door.of(events.Answered)[0].text == "Yes."
+
+
+# ---- faults
+
+
+async def converses(door: Door, mind: Mind, answers: int = 1) -> str:
+    """One more question and its answer."""
+    mind.says("It is fine.")
+    await door.put(events.Write("how is it"))
+    await door.answered(answers)
+    return door.of(events.Answered)[-1].text
+
+
+@pytest.mark.parametrize("how", ["breaks", "stalls", "is none"])
+async def test_without_its_voice_an_answer_goes_on_as_text(running, mind, how):
+    over = threading.Event()
+    voice = {"breaks": Beeps(3), "stalls": Beeps(3, stalls=over), "is none": None}[how]
+    mind.says("It is a red circle. It is large.")
+    async with Door(session(running, voice=voice, patience=0.05)) as door:
+        await door.put(events.Write("what is it"))
+        await door.answered(1)
+        over.set()
+        (answered,) = door.of(events.Answered)
+        assert (answered.text, answered.heard, answered.finish) == ("It is a red circle. It is large.", 32, "stop")
+        before = len(door.of(events.Said))
+        assert await converses(door, mind, 2) == "It is fine." and len(door.of(events.Said)) == before
+    notes = [event.message for event in door.of(events.Noted)]
+    lost = "the voice is lost, answers go on as text: "
+    assert notes == {"breaks": [lost + "the voice broke"], "stalls": [lost + "it stalled"], "is none": []}[how]
+    if how != "is none":
+        assert len(door.sound) == 3 * 2400
+
+
+async def test_a_door_that_takes_no_events_for_a_while_harms_nobody(running, mind):
+    release = asyncio.Event()
+
+    class Slow(Door):
+        async def _emit(self, event: events.Event) -> None:
+            await release.wait()
+            await super()._emit(event)
+
+    slow, quick = Slow(session(running, voice=None)), Door(session(running, voice=None))
+    async with slow, quick:
+        mind.says("It is slow.")
+        await slow.put(events.Write("how is it"))
+        while not any(isinstance(entry, Answered) for entry in slow.session.record.tape.entries):
+            await asyncio.sleep(0)
+        assert not slow.events
+        assert await converses(quick, mind) == "It is fine."
+        release.set()
+        await slow.until(events.Answered)
+    assert slow.of(events.Answered)[0].text == "It is slow."
+
+
+async def ran(session: Session, inputs: AsyncIterator[events.Input], emit: Any = None) -> list[events.Event]:
+    seen: list[events.Event] = []
+
+    async def keep(event: events.Event) -> None:
+        seen.append(event)
+
+    async with asyncio.timeout(8):
+        await session.run(inputs, emit or keep)
+    return seen
+
+
+async def forever(*items: events.Input) -> AsyncIterator[events.Input]:
+    for item in items:
+        yield item
+    await asyncio.Event().wait()
+
+
+async def test_a_door_that_leaves_everything_lying_is_left(running, mind):
+    async def never(_: events.Event) -> None:
+        await asyncio.Event().wait()
+
+    mind.says("word " * 50)
+    with pytest.raises(DoorStuck, match="has left 20 events lying"):
+        await ran(session(running, voice=None, unread=20), forever(events.Write("what is it")), never)
+    assert running.free == 2
+
+
+async def test_what_a_door_does_wrong_is_raised_there(running, mind):
+    async def breaks(_: events.Event) -> None:
+        raise ConnectionResetError("the socket is gone")
+
+    with pytest.raises(ConnectionResetError):
+        await ran(session(running), forever(events.Write("what is it")), breaks)
+    assert running.free == 2
+
+    async def odd() -> AsyncIterator[events.Input]:
+        yield events.Write("what is it", ask=False)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await ran(session(running), odd())
+    assert running.free == 2
+
+
+async def test_a_cancelled_conversation_gives_its_row_back(running, mind):
+    mind.says("word " * 40)
+    mind.stop_after(3)
+    one, two = Door(session(running)), session(running)
+    with pytest.raises(NoRow):
+        session(running)
+    task = asyncio.create_task(one.run(one.session))
+    one._queue.put_nowait(events.Write("what is it"))
+    await one.until(events.Wrote)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    mind.go_on()
+    assert running.free == 1
+    async with Door(two) as door:
+        assert await converses(door, mind) == "It is fine."
+    async with Door(session(running)) as door, Door(session(running)) as other:
+        assert await converses(door, mind) == await converses(other, mind) == "It is fine."
+
+
+async def test_sound_that_is_none_ends_the_conversation_with_one_sentence(running, mind):
+    async def inputs() -> AsyncIterator[events.Input]:
+        yield Audio(np.zeros(640, np.float32), 0)
+        yield Audio(np.full(640, np.nan, np.float32), 640)
+
+    seen = await ran(session(running), inputs())
+    assert seen == [events.Failed("the sound at sample 640 holds NaN or infinity")]
+    assert running.free == 2
+
+
+async def test_clipped_sound_is_heard(running, mind):
+    async with Door(session(running)) as door:
+        await door.quiet(400)
+        await door.hear((20 * said(QUESTION)).clip(-1, 1))
+        await door.answered(1)
+    assert names(door) == "Started Stopped Answering Answered"
+
+
+async def test_a_picture_that_is_none_is_said_and_the_conversation_goes_on(running, mind):
+    async with Door(session(running)) as door:
+        await door.put(events.Show(b"GIF89a, or so"), events.Show(jpeg()[:200]), events.Show(b"", live=True))
+        assert len(door.of(events.Noted)) >= 2 and not door.of(events.Looked)
+        assert await converses(door, mind) == "It is fine."
+
+
+async def test_an_engine_that_fails_on_one_conversation_ends_that_one_alone(running, mind, monkeypatch):
+    extend = LOADED.model.extend
+
+    def heavy(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
+        if any(row is ill.session.record.row._seat.row for row in rows):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return extend(cache, rows, x, **how)
+
+    async with Door(session(running)) as well:
+        mind.says("word " * 30)
+        ill = Door(session(running))
+        async with ill:
+            await ill.quiet(400)
+            monkeypatch.setattr(LOADED.model, "extend", heavy)
+            ill.keeps_up = False
+            await ill.put(events.Write("what is it"))
+            await ill.until(events.Failed)
+        assert isinstance(ill.events[-1], events.Failed) and len(ill.of(events.Failed)) == 1
+        assert "ran out of memory on this conversation" in ill.of(events.Failed)[0].message
+        assert running.free == 1
+        assert await converses(well, mind) == "It is fine."
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_stops_ends_every_conversation_with_one_sentence(running, mind, monkeypatch):
+    def dies(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a mistake")
+
+    async with Door(session(running)) as one, Door(session(running)) as two:
+        await one.quiet(40)
+        monkeypatch.setattr(LOADED.model, "extend", dies)
+        one.keeps_up = two.keeps_up = False
+        await one.put(events.Write("what is it"))
+        await two.until(events.Failed)
+        await one.until(events.Failed)
+    for door in (one, two):
+        assert door.events[-1] == events.Failed("the model has stopped: a mistake") and len(door.of(events.Failed)) == 1
+
+
+async def test_a_journal_that_cannot_be_written_is_said_once_and_the_conversation_goes_on(running, mind, tmp_path):
+    on = Tape.create(tmp_path / "tape", bound=1500)
+    async with Door(session(running, on=on, voice=None)) as door:
+        for turn in range(12):
+            assert await converses(door, mind, turn + 1) == "It is fine."
+    notes = [event.message for event in door.of(events.Noted)]
+    assert len(notes) == 1 and notes[0].endswith("is full and nothing in it can be let go; the conversation goes on without it")
+    assert sum(isinstance(entry, Answered) for entry in on.entries) == 12
+
+
+async def test_a_conversation_goes_on_from_its_tape(running, mind, tmp_path):
+    mind.hears("what is it")
+    mind.says("It is red.")
+    async with Door(session(running, on=Tape.create(tmp_path / "tape"))) as door:
+        await door.quiet(400)
+        await door.hear(said("What is it?"))
+        await door.answered(1)
+    again = Tape.load(tmp_path / "tape")
+    mind.says("Large.")
+    async with Door(session(running, on=again)) as door:
+        await door.put(events.Write("how large"))
+        await door.answered(1)
+        turn = [Opened(), Typed("what is it"), Asked(), Answered((*ids("It is red."), END))]
+        more = [Opened(), Typed("how large"), Asked(), Answered((*ids("Large."), END))]
+        assert await holds(door.session, mind, by_hand([Setting(), *turn, *more]))
+
+
+async def test_a_system_prompt_that_is_longer_than_the_row_is_said_at_once(running, mind):
+    seen = await ran(session(running, setting=Setting("word " * 5000)), forever())
+    assert len(seen) == 1 and isinstance(seen[0], events.Failed) and "the system prompt" in seen[0].message
+    assert running.free == 2
