@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -199,7 +200,13 @@ class Record:
         return target
 
     def _view(self, entries: Sequence[Entry], upto: int) -> View:
-        return view(entries, self.prompt, self.budget, self.policy, upto=upto, patch=self.config.patch)
+        """With a quarter of the row free, or it would be written anew with every frame that comes. Where the open turn alone
+        takes more than the rest, it is all that stays."""
+        compose = partial(view, entries, self.prompt, upto=upto, patch=self.config.patch)
+        try:
+            return compose(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
+        except RowFull:
+            return compose(Budget(ahead=0, row=self.budget.row), "transcripts")
 
     def _settled(self) -> View:
         self._held, self._pieces = self._held.then(*self._pieces), []
