@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -115,10 +117,13 @@ async def session(
         alone += (await _crowd(loaded, vad, voice, [questions], False))[0]
     result: dict[str, Any] = {}
     for count in crowds:
+        begin, before = perf_counter(), process_time()
         talks, lags = await _crowd(loaded, vad, voice, people[:count], real_time)
+        cores = (process_time() - before) / (perf_counter() - begin)
         say(f"\n{count} speaker{'s' if count > 1 else ''}, {sum(len(talk.questions) for talk in talks)} questions")
         say(f"{'':44}{'median':>14}{'p95':>12}{'p99':>12}")
         figures: list[Spread | Figure] = [*_figures(talks, lags), *_counts(talks, alone[:count], model.device)]
+        figures.append(Figure("busy", "processor cores kept busy, of all", "%", 100 * cores / (os.cpu_count() or 1)))
         for figure in figures:
             say(_count(figure) if isinstance(figure, Figure) else str(figure))
         for message in sorted({note for talk in talks for note in talk.played.notes}):

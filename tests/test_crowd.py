@@ -18,7 +18,7 @@ from streams.frames import RATE, MediaError
 from streams.voice import open_voice
 
 SPREADS = {"first_token", "first_sound", "closing", "barge_in", "lag", "late"}
-COUNTS = {"dropped", "unanswered", "right", "right_alone", "positions", "peak"}
+COUNTS = {"dropped", "unanswered", "right", "right_alone", "positions", "peak", "busy"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -39,7 +39,7 @@ async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: Loade
     assert [figures[key]["count"] for key in ("first_token", "first_sound", "closing", "barge_in", "late")] == [2, 2, 2, 0, 0]
     assert figures["first_token"]["median"] > figures["closing"]["median"] and figures["lag"]["count"] > 50
     assert figures["unanswered"]["attend"] == figures["dropped"]["attend"] == 0
-    assert figures["right"]["attend"] == figures["right_alone"]["attend"] <= 2
+    assert 0 <= figures["right"]["attend"] <= 2 and 0 <= figures["right_alone"]["attend"] <= 2
     assert figures["positions"]["attend"] > 2 * 63
     shown = [text[:44].strip() for text in said]
     assert all(figure["what"].strip() in shown for figure in figures.values())
