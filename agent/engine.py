@@ -226,7 +226,7 @@ class Engine:
         def take() -> None:
             if seat.gone or (seat.parent and seat.parent.gone):
                 for op in ops:
-                    _cancel(op, RowLost("the conversation has no row any more"))
+                    _cancel(op, self._dead or RowLost("the conversation has no row any more"))
             else:
                 if seat not in self._seats:
                     self._seats.append(seat)
