@@ -129,13 +129,13 @@ class Plain:
 
 async def settled(feed: Feed) -> None:
     """Until everything is in the row."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         while feed.waiting:
             await asyncio.sleep(0)
 
 
 async def written(feed: Feed, *closing: Segment, how: Generation, most: int = 12) -> list[tuple[int, float]]:
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         return [drawn async for drawn in feed.generate(*closing, how=how, most=most)]
 
 
@@ -159,7 +159,7 @@ class Mind:
         self._go = threading.Event()
         self._left: int | None = None
         self.logits: list[Tensor] = []
-        self.steps = 0  # tokens of answers
+        self.steps, self.thinks = 0, False  # tokens of answers; whether it takes its time
         monkeypatch.setattr(engine, "draw", self._next)
         self.go_on()
 
@@ -185,13 +185,15 @@ class Mind:
             return self._draw(logits, how, generator)
         if how.greedy:
             return (self._captions.popleft() if self._captions else END), 0.0
-        if self._left is not None:
-            if self._left == 0:
-                assert self._go.wait(30)
-            else:
-                self._left -= 1
+        id = self._answer.popleft() if self._answer else END
+        if self._left == 0:
+            self.thinks = True
+            assert self._go.wait(30)
+            self.thinks = False
+        elif self._left:
+            self._left -= 1
         self.steps += 1
-        return (self._answer.popleft() if self._answer else END), 0.0
+        return id, 0.0
 
 
 class Door(script.Performance):
@@ -214,7 +216,7 @@ class Door(script.Performance):
             self._task.cancel()
             return
         await self.put(None)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await self._task
 
     async def _inputs(self) -> AsyncIterator[events.Input]:
@@ -229,7 +231,7 @@ class Door(script.Performance):
         for item in items:
             self._queue.put_nowait(item)
         taken = asyncio.create_task(self._queue.join())
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await asyncio.wait({taken, self._task}, return_when=asyncio.FIRST_COMPLETED)
         taken.cancel()
 
@@ -248,14 +250,14 @@ class Door(script.Performance):
 
     async def until(self, kind: type, count: int = 1) -> None:
         """Waits without time passing."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             while len(self.of(kind)) < count:
                 self._changed.clear()
                 await self._changed.wait()
 
     async def answered(self, count: int) -> None:
         """Time passes until so many answers are over, and all captions are there."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             while len(self.of(events.Answered)) < count or self.session.record.captions:
                 await self.quiet(40)
         await settled(self.session.record.row)

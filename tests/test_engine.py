@@ -48,7 +48,7 @@ def held(engine: Engine) -> threading.Event:
 
 async def are(told: list[Exception], count: int) -> bool:
     """So many were told, and no more."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         while len(told) < count:
             await asyncio.sleep(0)
     return len(told) == count

@@ -72,7 +72,14 @@ def names(door: Door, *without: type) -> str:
 
 
 def sounds(session: Session) -> list[Sound]:
-    return [entry for entry in session.record.tape.entries if isinstance(entry, Sound)]
+    """Each turn's, in one piece: a caption that comes late stands between two on the tape."""
+    turns: list[bytes] = []
+    for entry in session.record.tape.entries:
+        if isinstance(entry, Opened):
+            turns.append(b"")
+        elif isinstance(entry, Sound):
+            turns[-1] += entry.data
+    return [Sound(data, 640) for data in turns]
 
 
 def by_hand(entries: Sequence[Entry], policy: Policy = "transcripts", budget: Budget = WIDE) -> View:
@@ -85,7 +92,7 @@ async def holds(session: Session, mind: Mind, expected: View) -> bool:
     fork = session.record.row.fork()
     mind.logits.clear()
     asked = words(6)
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         drawn = [token async for token, _ in fork.generate(asked, how=mind.PROBE, most=12)]
     fork.release()
     plain = Plain(LOADED, expected.segments, 3200)
@@ -168,7 +175,7 @@ async def test_words_pictures_and_speech_are_one_turn(running, mind):
         await door.hear(said("What is it?"))
         await door.put(events.Write("the red one", ask=True))
         await door.answered(1)
-        speech, silence = sounds(door.session)
+        speech, silence = (entry for entry in door.session.record.tape.entries if isinstance(entry, Sound))
         turn = [Opened(), Typed("look at this:"), Seen(jpeg(), 40, 60, 70), speech, Typed("the red one"), silence, Asked()]
         kinds = [type(entry) for entry in door.session.record.tape.entries]
         assert kinds == [Setting, *map(type, turn), Answered]
@@ -246,11 +253,17 @@ async def test_what_was_said_replaces_its_sound_in_the_row_under_transcripts(run
 # ---- interruptions
 
 
-async def talked_over(door: Door, mind: Mind, over: np.ndarray, after: int) -> None:
-    """A question, and `over` when so many words of the answer were heard."""
+async def talked_over(door: Door, mind: Mind, over: np.ndarray, after: int, drawing: bool = False) -> None:
+    """A question, and `over` when so many words of the answer were heard; while the model is stopped, if it is `drawing`."""
     await door.quiet(400)
     await door.hear(said(QUESTION))
-    while not door.of(events.Said) or door._played < after * 2400 + 100:
+    while not door.of(events.Answering):
+        await door.quiet(40)
+    while drawing and not mind.thinks:
+        await asyncio.sleep(0)
+    door.keeps_up = not drawing
+    await door.until(events.Said)
+    while door._played < after * 2400 + 100:
         await door.quiet(40)
     await door.hear(over)
 
@@ -264,8 +277,8 @@ async def test_after_an_interruption_the_unheard_words_never_existed(running, mi
         mind.hears("what colour", "no wait")
         if drawing:
             mind.stop_after(len(ids("It is a red circle. It is large, and left")))
-            door.keeps_up = False
-        await talked_over(door, mind, said(OBJECTION), after=4)
+        await talked_over(door, mind, said(OBJECTION), 4, drawing)
+        assert mind.thinks == drawing
         interrupted = door.of(events.Answered)[0]
         kept = said_[: interrupted.heard]
         assert interrupted.finish == "interrupted" and kept in ("It is a red", "It is a red circle.")
@@ -523,7 +536,7 @@ async def ran(session: Session, inputs: AsyncIterator[events.Input], emit: Any =
     async def keep(event: events.Event) -> None:
         seen.append(event)
 
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         await session.run(inputs, emit or keep)
     return seen
 
