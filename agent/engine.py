@@ -336,11 +336,8 @@ class Engine:
         """The position to which the row was cut back: `keep`, or where the rings do not reach back so far, 0."""
         assert seat.row
         at = min(keep, seat.row.length)
-        if at >= self._cache.earliest(seat.row):
-            self._cache.truncate(seat.row, at)
-        else:
-            self._cache.release(seat.row)
-            at, seat.row = 0, self._cache.claim()
+        at = at if at >= self._cache.earliest(seat.row) else 0
+        self._cache.truncate(seat.row, at)
         for child in [other for other in self._seats if other.parent is seat and other.row is None]:
             if child.at is not None and child.at > at:
                 self._leave(child, RowFull("the row was cut back before a fork of it could be made"))
