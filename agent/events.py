@@ -94,7 +94,32 @@ class Set:
     camera: Literal["off", "end", "live"] | None = None
 
 
-Input = Audio | Write | Show | Press | Release | Commit | Forget | Ask | Stop | Heard | Returned | Set
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Of `answer`, be it over or not, only so many samples were heard: what came after was never said. The door knows better
+    than the `Heard` that it told before."""
+
+    answer: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Words of an answer from an earlier conversation, which the door brings along."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """The turn or answer never was."""
+
+    of: int
+
+
+Input = (
+    Audio | Write | Show | Press | Release | Commit | Forget | Ask | Stop | Heard | Returned | Set | Truncate | Recall | Delete
+)
 
 
 # ---- events
@@ -204,6 +229,7 @@ class Called:
     answer: int
     call: int
     tool: ToolCall
+    more: int = 0  # so many follow before the answer waits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,836 @@
+"""The protocol without a socket: order, ids and fields of what is sent, what a session gets, and any junk."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import events
+from agent.calls import ToolCall
+from agent.events import Answered, Answering, Called, Captioned, Said, Started, Stopped, Wrote
+from agent.marks import Mark
+from agent.tape import Setting
+from streams.frames import Audio
+from tests.realtime import Client, kinds
+from web.audio import Format, Playback, Resampler
+from web.buffer import LONGEST
+from web.items import PICTURE, SPOKEN
+from web.protocol import Conversation, Tune
+
+RATE = 16_000
+JPEG = b"\xff\xd8\xff" + bytes(20)
+
+
+def client(voice: str | None = "espeak", *extensions: str, strict: bool = True) -> Client:
+    return Client(Conversation("x", "nano", voice, frozenset(extensions)), strict)
+
+
+def manual() -> Client:
+    c = client()
+    c.say("session.update", session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+    c.inputs.clear()
+    return c
+
+
+def pcm(seconds: float, rate: int = 24_000) -> str:
+    wave = 8000 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)
+    return base64.b64encode(wave.astype("<i2").tobytes()).decode()
+
+
+def uri(file: bytes, kind: str = "jpeg") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def text(words: str, **more: Any) -> dict[str, Any]:
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}], **more}
+
+
+def said(answer: int, sample: int, seconds: float, rate: int = RATE) -> Said:
+    return Said(answer, sample, np.full(round(seconds * rate), 0.1, np.float32), rate)
+
+
+def answered(answer: int, words: str, finish: Any = "stop", heard: int | None = None) -> Answered:
+    return Answered(answer, words, len(words) if heard is None else heard, finish, 50, 4)
+
+
+def refused(sent: list[dict[str, Any]]) -> dict[str, Any]:
+    assert kinds(sent) == ["error"], sent
+    error: dict[str, Any] = sent[0]["error"]
+    assert error["type"] == "invalid_request_error" and error["message"][-1] != "."
+    return error
+
+
+MESSAGE = ["response.output_item.added", "conversation.item.added", "conversation.item.created", "response.content_part.added"]
+AUDIO_DONE = [
+    "response.output_audio.done", "response.output_audio_transcript.done", "response.content_part.done",
+    "conversation.item.done", "response.output_item.done", "response.done",
+]  # fmt: skip
+TEXT_DONE = ["response.output_text.done", *AUDIO_DONE[2:]]
+ITEM = ["conversation.item.added", "conversation.item.created", "conversation.item.done"]
+
+
+# ---- a session
+
+
+def test_a_session_begins_with_what_holds():
+    c = client()
+    assert kinds(c.first) == ["session.created"]
+    session = c.first[0]["session"]
+    assert session["id"] == "x" and session["model"] == "nano"
+    assert session["audio"]["input"]["turn_detection"]["type"] == "server_vad"
+    assert session["audio"]["output"]["format"] == {"type": "audio/pcm", "rate": 24000}
+    assert c.inputs == [events.Set(setting=Setting()), Tune(True, True, None)]
+
+
+def test_without_a_voice_answers_are_text():
+    c = client(voice=None)
+    assert c.first[0]["session"]["output_modalities"] == ["text"]
+    updated = c.say("session.update", session={"type": "realtime", "output_modalities": ["audio"]})
+    assert updated[0]["session"]["output_modalities"] == ["text"]
+
+
+def test_an_update_says_what_holds_and_tells_the_session():
+    c = client()
+    tool = {"type": "function", "name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    updated = c.say(
+        "session.update",
+        session={
+            "type": "realtime",
+            "instructions": "Be brief.",
+            "tools": [tool],
+            "output_modalities": ["text"],
+            "max_output_tokens": 99,
+            "voice": "alloy",
+            "audio": {
+                "input": {"transcription": {"model": "whisper-1"}, "noise_reduction": {"type": "near_field"}},
+                "output": {"voice": "marin", "speed": 1.5, "format": {"type": "audio/pcmu"}},
+            },
+        },
+    )
+    session = updated[0]["session"]
+    assert session["instructions"] == "Be brief." and session["tools"] == [tool] and session["max_output_tokens"] == 99
+    assert session["audio"]["input"]["noise_reduction"] is None and session["audio"]["output"]["speed"] == 1
+    assert session["audio"]["output"]["voice"] == "espeak" and session["audio"]["output"]["format"] == {"type": "audio/pcmu"}
+    assert c.inputs[-2:] == [events.Set(setting=Setting("Be brief.", (tool,))), Tune(True, False, 99)]
+
+
+@pytest.mark.parametrize(
+    ("detection", "manners"),
+    [
+        ({"type": "server_vad"}, {"threshold": 0.5, "pre_roll": 300, "silence": 500, "idle": None, "hands_free": True}),
+        ({"type": "server_vad", "threshold": 0.0, "prefix_padding_ms": 0}, {"threshold": 0.16, "pre_roll": 1}),
+        ({"type": "server_vad", "threshold": 1, "silence_duration_ms": 200}, {"threshold": 0.99, "silence": 200}),
+        ({"type": "server_vad", "idle_timeout_ms": 6000, "interrupt_response": False}, {"idle": 6000, "interrupt": False}),
+        ({"type": "semantic_vad"}, {"silence": 500, "hands_free": True}),
+        ({"type": "semantic_vad", "eagerness": "low"}, {"silence": 1000}),
+        ({"type": "semantic_vad", "eagerness": "high", "interrupt_response": False}, {"silence": 300, "interrupt": False}),
+        (None, {"hands_free": False, "idle": None}),
+    ],
+)
+def test_turn_detection_becomes_manners(detection, manners):
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "medium"}}}})
+    sent = c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
+    told = [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners][-1]
+    assert {name: getattr(told, name) for name in manners} == manners
+    echo = sent[0]["session"]["audio"]["input"]["turn_detection"]
+    assert echo is None if detection is None else echo == {**echo, **detection}
+
+
+def test_a_part_of_turn_detection_leaves_the_rest():
+    c = client()
+    for detection in ({"type": "server_vad", "silence_duration_ms": 900}, {"create_response": False}):
+        sent = c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
+    echo = sent[0]["session"]["audio"]["input"]["turn_detection"]
+    assert echo["silence_duration_ms"] == 900 and echo["create_response"] is False
+    assert c.inputs[-1] == Tune(False, True, None)
+
+
+@pytest.mark.parametrize(
+    ("session", "param"),
+    [
+        (3, "session"),
+        ({"type": "transcription"}, "session.type"),
+        ({"instructions": 3}, "session.instructions"),
+        ({"instructions": "x" * 40_000}, "session.instructions"),
+        ({"instructions": "\ud800"}, "session.instructions"),
+        ({"output_modalities": []}, "session.output_modalities"),
+        ({"output_modalities": ["smell"]}, "session.output_modalities"),
+        ({"max_output_tokens": 0}, "session.max_output_tokens"),
+        ({"max_output_tokens": True}, "session.max_output_tokens"),
+        ({"tools": {}}, "session.tools"),
+        ({"tools": [{"type": "mcp"}]}, "session.tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "session.tools[0].name"),
+        ({"tools": [{"name": "a b"}]}, "session.tools[0].name"),
+        ({"tools": [{"name": "a", "parameters": {"type": 5}}]}, "session.tools[0].parameters"),
+        ({"tools": [{"name": "a", "description": 5}]}, "session.tools[0].description"),
+        ({"tool_choice": 5}, "session.tool_choice"),
+        ({"audio": []}, "session.audio"),
+        ({"audio": {"input": {"format": {"type": "audio/opus"}}}}, "session.audio.input.format.type"),
+        ({"audio": {"input": {"format": {"type": "audio/pcm", "rate": 44100}}}}, "session.audio.input.format.rate"),
+        ({"audio": {"input": {"turn_detection": {"type": "magic"}}}}, "session.audio.input.turn_detection.type"),
+        ({"audio": {"input": {"turn_detection": {"threshold": 2}}}}, "session.audio.input.turn_detection.threshold"),
+        ({"audio": {"input": {"turn_detection": {"threshold": "a"}}}}, "session.audio.input.turn_detection.threshold"),
+        (
+            {"audio": {"input": {"turn_detection": {"create_response": 1}}}},
+            "session.audio.input.turn_detection.create_response",
+        ),
+    ],
+)
+def test_an_update_that_cannot_be_done_changes_nothing(session, param):
+    c = client()
+    before = c.conversation.config
+    error = refused(c.say("session.update", session=session, event_id="e1"))
+    assert (error["event_id"], error["param"]) == ("e1", param)
+    assert c.conversation.config == before and len(c.inputs) == 2
+
+
+# ---- speech
+
+
+def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"transcription": {"model": "whisper-1"}}}})
+    sent = c.hear(Started(1, 8000, 3200))
+    assert sent == [{**sent[0], "type": "input_audio_buffer.speech_started", "audio_start_ms": 200}]
+    user = sent[0]["item_id"]
+    sent = c.hear(Stopped(1, 32000, 24000, "silence"))
+    assert kinds(sent) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.committed", *ITEM]
+    assert sent[0]["audio_end_ms"] == 1500 and {sent[0]["item_id"], sent[1]["item_id"], sent[2]["item"]["id"]} == {user}
+    assert sent[1]["previous_item_id"] is None and sent[2]["previous_item_id"] is None
+
+    assert kinds(c.hear(Answering(4))) == ["response.created", "rate_limits.updated"]
+    sent = c.hear(Wrote(4, "Two "), Wrote(4, "balls."), said(4, 0, 0.3))
+    deltas = ["response.output_audio_transcript.delta"] * 2 + ["response.output_audio.delta"]
+    assert kinds(sent) == MESSAGE + deltas
+    message = sent[0]["item"]["id"]
+    assert sent[1]["previous_item_id"] == user and sent[3]["part"] == {"type": "audio", "transcript": ""}
+    sent = c.hear(Captioned(1, "How many balls?"))
+    kind = "conversation.item.input_audio_transcription"
+    assert kinds(sent) == [f"{kind}.delta", f"{kind}.completed"] and sent[1]["transcript"] == "How many balls?"
+    sent = c.hear(answered(4, "Two balls."))
+    assert kinds(sent) == ["response.output_audio.delta", *AUDIO_DONE]  # what the resampler kept inside
+    response = sent[-1]["response"]
+    assert response["status"] == "completed" and response["usage"]["total_tokens"] == 54
+    assert response["usage"]["input_token_details"] == {"text_tokens": 5, "audio_tokens": 45}
+    assert response["output"] == [sent[-2]["item"]] == [sent[-3]["item"]]
+    assert response["output"][0]["content"] == [{"type": "output_audio", "transcript": "Two balls."}]
+    assert sent[-3]["previous_item_id"] == user
+    for id, words in ((user, "How many balls?"), (message, "Two balls.")):
+        item = c.say("conversation.item.retrieve", item_id=id)[0]["item"]
+        assert item["content"][0]["transcript"] == words
+
+
+def test_captions_are_sent_to_who_asks_for_them():
+    c = client()
+    c.hear(Started(1, 8000, 3200), Stopped(1, 32000, 24000, "silence"))
+    assert c.hear(Captioned(1, "Hello.")) == []
+
+
+def test_a_cough_is_no_item():
+    c = client()
+    c.hear(Started(1, 8000, 3200))
+    assert kinds(c.hear(events.Dismissed(1, 12000))) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"]
+    assert c.hear(Captioned(1, "?")) == []
+
+
+def test_text_alone():
+    c = client()
+    c.say("session.update", session={"output_modalities": ["text"]})
+    c.say("conversation.item.create", item=text("hello"))
+    assert c.inputs[-1] == events.Write("hello", ask=False)
+    assert kinds(c.say("response.create")) == ["response.created", "rate_limits.updated"]
+    assert c.inputs[-1] == events.Ask()
+    sent = c.hear(Answering(3), Wrote(3, "Hi"), Wrote(3, "."), answered(3, "Hi."))
+    assert kinds(sent) == MESSAGE + ["response.output_text.delta"] * 2 + TEXT_DONE
+    assert sent[-1]["response"]["output"][0]["content"] == [{"type": "output_text", "text": "Hi."}]
+
+
+def test_what_was_said_and_not_heard_is_not_kept():
+    c = client()
+    c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 0.2))
+    sent = c.hear(answered(2, "One two three.", "interrupted", 4))
+    response = sent[-1]["response"]
+    assert response["status"] == "cancelled" and response["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
+    assert response["output"][0]["status"] == "incomplete" and response["output"][0]["content"][0]["transcript"] == "One "
+
+
+def test_an_answer_cut_by_its_length_says_so():
+    c = client()
+    response = c.hear(Answering(2), Wrote(2, "One"), answered(2, "One", "length"))[-1]["response"]
+    assert (response["status"], response["status_details"]["reason"]) == ("incomplete", "max_output_tokens")
+
+
+def test_an_answer_of_no_words():
+    c = client()
+    sent = c.hear(Answering(2), answered(2, ""))
+    assert kinds(sent) == ["response.created", "rate_limits.updated", "response.done"] and sent[-1]["response"]["output"] == []
+
+
+def test_cancel():
+    c = client()
+    assert refused(c.say("response.cancel"))["code"] == "response_cancel_not_active"
+    response = c.say("response.create", response={"metadata": {"a": "b"}})[0]["response"]
+    assert refused(c.say("response.cancel", response_id="other"))["code"] == "response_cancel_not_active"
+    assert c.say("response.cancel", response_id=response["id"]) == [] and c.inputs[-1] == events.Stop()
+    done = c.hear(Answering(2), answered(2, "", "interrupted"))[-1]["response"]
+    assert done["status_details"]["reason"] == "client_cancelled" and done["metadata"] == {"a": "b"}
+
+
+def test_one_response_at_a_time():
+    c = client()
+    c.say("response.create")
+    assert refused(c.say("response.create", event_id="e"))["code"] == "conversation_already_has_active_response"
+    c.hear(Answering(2), answered(2, "x"))
+    assert kinds(c.say("response.create"))[0] == "response.created"
+
+
+def test_a_response_may_have_settings_of_its_own():
+    c = client()
+    c.say("session.update", session={"instructions": "A"})
+    c.inputs.clear()
+    given = {"instructions": "B", "output_modalities": ["text"], "max_output_tokens": 7, "metadata": {"k": "v"}}
+    response = c.say("response.create", response=given)[0]["response"]
+    assert c.inputs == [events.Set(setting=Setting("B")), Tune(True, False, 7), events.Ask()]
+    assert response["output_modalities"] == ["text"] and response["max_output_tokens"] == 7
+    c.inputs.clear()
+    done = c.hear(Answering(2), Wrote(2, "x"), answered(2, "x"))[-1]["response"]
+    assert done["id"] == response["id"] and done["metadata"] == {"k": "v"}
+    assert c.inputs == [events.Set(setting=Setting("A")), Tune(True, True, None)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"conversation": "none"},
+        {"input": []},
+        {"metadata": {"a": 1}},
+        {"metadata": {str(n): "" for n in range(17)}},
+        {"metadata": {"k" * 65: ""}},
+        {"max_output_tokens": 5000},
+        [1],
+        "x",
+    ],
+)
+def test_a_response_that_cannot_be_given(given):
+    c = client()
+    refused(c.say("response.create", response=given))
+    assert events.Ask() not in c.inputs
+
+
+# ---- push to talk
+
+
+def test_push_to_talk():
+    c = manual()
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    assert isinstance(c.inputs[0], events.Press) and all(isinstance(put, Audio) for put in c.inputs[1:])
+    sent = c.say("input_audio_buffer.commit")
+    assert kinds(sent) == ["input_audio_buffer.committed", *ITEM]
+    assert c.inputs[-1] == events.Commit(ask=False)
+    heard = [put for put in c.inputs if isinstance(put, Audio)]
+    assert heard[-1].end % 640 == 0 and 9600 <= heard[-1].end < 9600 + 640
+    assert [put.at for put in heard] == [0, *[put.end for put in heard[:-1]]]
+    assert c.hear(Started(1, 640, 0), Stopped(1, 9600, 9600, "committed")) == []
+    c.hear(Captioned(1, "Hello."))
+    assert c.say("conversation.item.retrieve", item_id=sent[0]["item_id"])[0]["item"]["content"][0]["transcript"] == "Hello."
+    c.say("conversation.item.delete", item_id=sent[0]["item_id"])
+    assert c.inputs[-1] == events.Delete(1)
+
+
+def test_a_commit_of_nothing():
+    c = manual()
+    assert refused(c.say("input_audio_buffer.commit"))["code"] == "input_audio_buffer_commit_empty"
+    c.say("input_audio_buffer.append", audio=pcm(0.05))
+    assert refused(c.say("input_audio_buffer.commit"))["code"] == "input_audio_buffer_commit_empty"
+    c.say("input_audio_buffer.append", audio=pcm(0.06))
+    assert kinds(c.say("input_audio_buffer.commit"))[0] == "input_audio_buffer.committed"
+
+
+def test_what_is_cleared_was_never_said():
+    c = manual()
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    assert kinds(c.say("input_audio_buffer.clear")) == ["input_audio_buffer.cleared"] and c.inputs[-1] == events.Forget()
+    c.hear(Started(1, 640, 0), events.Dismissed(1, 9600))
+    assert refused(c.say("input_audio_buffer.commit"))
+    c.inputs.clear()
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    assert c.inputs[0] == events.Press()
+
+
+def test_speech_while_an_answer_is_given_does_not_interrupt_it_without_turn_detection():
+    c = manual()
+    c.hear(Answering(2))
+    c.inputs.clear()
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    assert kinds(c.say("input_audio_buffer.commit"))[0] == "input_audio_buffer.committed"
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    c.say("input_audio_buffer.clear")
+    assert c.inputs == []
+    c.hear(answered(2, "x"))
+    held = [put for put in c.inputs if not isinstance(put, Tune)]
+    assert held[0] == events.Press() and held[-1] == events.Commit(ask=False) and len(held) >= 3
+
+
+def test_with_turn_detection_a_commit_ends_the_open_turn():
+    c = client()
+    assert refused(c.say("input_audio_buffer.commit"))["code"] == "input_audio_buffer_commit_empty"
+    c.hear(Started(1, 8000, 3200))
+    assert c.say("input_audio_buffer.commit") == [] and c.inputs[-1] == events.Commit(ask=False)
+    assert "input_audio_buffer.committed" in kinds(c.hear(Stopped(1, 9000, 9000, "committed")))
+
+
+def test_uncommitted_audio_is_bounded():
+    c = manual()
+    for _ in range(LONGEST // 50):
+        assert c.say("input_audio_buffer.append", audio=pcm(50)) == []
+    c.say("input_audio_buffer.append", audio=pcm(LONGEST % 50 - 1))
+    assert refused(c.say("input_audio_buffer.append", audio=pcm(2)))["code"] == "input_audio_buffer_full"
+    assert kinds(c.say("input_audio_buffer.commit"))[0] == "input_audio_buffer.committed"
+
+
+def test_leaving_push_to_talk_forgets_what_was_not_committed():
+    c = manual()
+    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad"}}}})
+    assert events.Forget() in c.inputs
+
+
+@pytest.mark.parametrize("audio", [None, 5, "§", "AAA", base64.b64encode(b"odd").decode(), "A" * 4 * SPOKEN * 24_000])
+def test_audio_that_is_none(audio):
+    c = client()
+    refused(c.say("input_audio_buffer.append", audio=audio))
+    assert not any(isinstance(put, Audio) for put in c.inputs)
+
+
+def test_silence_brings_a_turn_of_its_own():
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 5000}}}})
+    sent = c.hear(events.Quiet(160_000))
+    assert kinds(sent)[:2] == ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed"]
+    assert (sent[0]["audio_start_ms"], sent[0]["audio_end_ms"]) == (5000, 10000)
+    assert kinds(sent)[-2:] == ["response.created", "rate_limits.updated"] and c.inputs[-1] == events.Ask()
+
+
+# ---- items
+
+
+def test_items_know_their_place():
+    c = client()
+    made = [c.say("conversation.item.create", item=text(str(n), id=f"i{n}")) for n in range(3)]
+    assert all(kinds(sent) == ITEM for sent in made)
+    assert [sent[0]["previous_item_id"] for sent in made] == [None, "i0", "i1"]
+    sent = c.say("conversation.item.create", item=text("x", id="ix"), previous_item_id="i0")
+    assert [event["previous_item_id"] for event in sent] == ["i0"] * 3
+    sent = c.say("conversation.item.create", item=text("y", id="iy"), previous_item_id="root")
+    assert [event["previous_item_id"] for event in sent] == [None] * 3
+    assert c.say("conversation.item.create", item=text("z"))[0]["previous_item_id"] == "i2"
+    assert refused(c.say("conversation.item.create", item=text("z"), previous_item_id="no"))["code"] == "item_not_found"
+    assert refused(c.say("conversation.item.create", item=text("z", id="i1")))["param"] == "item.id"
+
+
+def test_a_picture_with_words():
+    c = client()
+    content = [{"type": "input_image", "image_url": uri(JPEG)}, {"type": "input_text", "text": "What is it?"}]
+    sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
+    assert c.inputs[-2:] == [events.Show(JPEG), events.Write("What is it?", ask=False)]
+    assert sent[0]["item"]["content"][0] == {"type": "input_image", "detail": "auto"}
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.org/x.jpg",
+        "file:///etc/passwd",
+        "data:image/svg+xml;base64,PHN2Zz4=",
+        "data:image/gif;base64,R0lGODlh",
+        "data:image/png,raw",
+        uri(b"GIF89a"),
+        uri(b""),
+        "data:image/png;base64,§",
+        5,
+        None,
+        "data:image/png;base64," + "A" * (PICTURE * 4 // 3 + 100),
+    ],
+)
+def test_pictures_that_are_none(address):
+    c = client()
+    content = [{"type": "input_image", "image_url": address}]
+    refused(c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content}))
+    assert not any(isinstance(put, events.Show) for put in c.inputs)
+
+
+def test_sound_as_an_item_is_a_turn_of_its_own():
+    c = client()
+    content = [{"type": "input_audio", "audio": pcm(1)}]
+    sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
+    assert c.inputs[2] == events.Press() and c.inputs[-1] == events.Commit(ask=False)
+    assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) == RATE
+    assert c.hear(Started(1, 640, 0), Stopped(1, RATE, RATE, "committed")) == []
+    assert kinds(sent) == ITEM
+
+
+def test_history_that_a_client_brings_along():
+    c = client()
+    part = {"type": "output_text", "text": "Earlier."}
+    c.say("conversation.item.create", item={"type": "message", "role": "assistant", "content": [part]})
+    assert c.inputs[-1] == events.Recall("Earlier.")
+    c.say("session.update", session={"instructions": "A"})
+    part = {"type": "input_text", "text": "It is night."}
+    c.say("conversation.item.create", item={"type": "message", "role": "system", "content": [part]})
+    assert c.inputs[-2] == events.Set(setting=Setting("A\n\nIt is night."))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        None, [], {}, {"type": "message"}, {"type": "message", "role": "user"}, {"type": "message", "role": "dog", "content": []},
+        {"type": "message", "role": "user", "content": [1]}, {"type": "message", "role": "user", "content": [{"type": "x"}]},
+        text(5), text("x" * 40_000), text("\udfff"), text("x", id=5), text("x", id="x" * 100),
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}] * 65},
+        {"type": "function_call_output", "call_id": "no", "output": "x"},
+        {"type": "function_call", "name": "f", "arguments": "{}"},
+        {"type": "item_reference", "id": "x"},
+    ],
+)  # fmt: skip
+def test_items_that_are_none(item):
+    c = client()
+    refused(c.say("conversation.item.create", item=item))
+    assert len(c.inputs) == 2
+
+
+def test_the_oldest_items_are_forgotten():
+    c = client()
+    for n in range(1005):
+        c.say("conversation.item.create", item=text("x", id=f"i{n}"))
+    assert refused(c.say("conversation.item.retrieve", item_id="i4"))["code"] == "item_not_found"
+    assert kinds(c.say("conversation.item.retrieve", item_id="i5")) == ["conversation.item.retrieved"]
+
+
+def test_delete():
+    c = client()
+    c.hear(Answering(2))
+    sent = c.hear(Wrote(2, "x"))
+    item = sent[0]["item"]["id"]
+    assert refused(c.say("conversation.item.delete", item_id=item))
+    c.hear(answered(2, "x"))
+    assert kinds(c.say("conversation.item.delete", item_id=item)) == ["conversation.item.deleted"]
+    assert c.inputs[-1] == events.Delete(2)
+    for kind in ("delete", "retrieve", "truncate"):
+        assert refused(c.say(f"conversation.item.{kind}", item_id=item, audio_end_ms=0))["code"] == "item_not_found"
+
+
+# ---- what was heard
+
+
+def test_playback_is_counted_from_when_sound_was_sent():
+    c = client()
+    c.hear(Answering(2), Wrote(2, "x"), said(2, 0, 0.3))
+    c.inputs.clear()
+    for seconds in (0.1, 0.1, 0.5, 0.5):
+        c.wait(seconds)
+    assert c.inputs == [events.Heard(2, 1600), events.Heard(2, 3200), events.Heard(2, 4800)]
+    c.hear(said(2, 4800, 0.2), said(2, 8000, 0.2))
+    c.wait(0.3)
+    assert c.inputs[-1] == events.Heard(2, 9600)
+    c.hear(answered(2, "x", "interrupted", 0))
+    c.inputs.clear()
+    c.wait(9)
+    assert c.inputs == []
+
+
+def test_truncate_says_where_in_the_answer_it_was():
+    c = client()
+    sent = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5), said(2, 4000, 0.5))  # taken up again at 250 ms
+    item = sent[2]["item"]["id"]
+    c.hear(answered(2, "One two"))
+    for ms, clamped, sample in ((100, 100, 1600), (500, 500, 4000), (600, 600, 5600), (5000, 1000, 12000), (0, 0, 0)):
+        sent = c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=ms)
+        assert kinds(sent) == ["conversation.item.truncated"] and sent[0]["audio_end_ms"] == clamped
+        assert c.inputs[-1] == events.Truncate(2, sample)
+
+
+def test_truncate_stops_an_answer_that_is_being_given():
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5))[2]["item"]["id"]
+    c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=200)
+    assert c.inputs[-2:] == [events.Truncate(2, 3200), events.Stop()]
+    done = c.hear(answered(2, "One two", "interrupted", 3))[-1]["response"]
+    assert done["status_details"]["reason"] == "client_cancelled"
+
+
+@pytest.mark.parametrize("more", [{}, {"audio_end_ms": -1}, {"audio_end_ms": "x"}, {"audio_end_ms": 1, "content_index": 2}])
+def test_truncations_that_are_none(more):
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "x"), said(2, 0, 0.5), answered(2, "x"))[2]["item"]["id"]
+    refused(c.say("conversation.item.truncate", item_id=item, **more))
+    c.say("conversation.item.create", item=text("x", id="mine"))
+    refused(c.say("conversation.item.truncate", item_id="mine", content_index=0, audio_end_ms=5))
+
+
+def test_playback_forgets_old_items():
+    playback = Playback()
+    for n in range(100):
+        playback.send(0.0, f"i{n}", n, 0, 160, RATE)
+    assert playback.place("i0", 5) is None and playback.place("i99", 5) == (99, 80, 5)
+
+
+# ---- functions
+
+
+def test_a_call_ends_a_response_and_its_result_begins_the_next():
+    c = client()
+    c.say("response.create", response={"metadata": {"n": "1"}})
+    c.hear(Answering(3))
+    sent = c.hear(Wrote(3, "Wait."), Called(3, 5, ToolCall("look", {"at": "ä"})))
+    call = ["response.output_item.added", "conversation.item.added", "conversation.item.created"]
+    call += ["response.function_call_arguments.delta", "response.function_call_arguments.done"]
+    call += ["conversation.item.done", "response.output_item.done", "response.done"]
+    assert kinds(sent) == [*MESSAGE, "response.output_audio_transcript.delta", *AUDIO_DONE[:-1], *call]
+    output = sent[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["message", "function_call"] and output[1]["arguments"] == '{"at": "ä"}'
+    assert sent[-1]["response"]["status"] == "completed"
+    assert c.hear(said(3, 0, 0.3)) == []  # the voice is not so fast: its sound comes with the next response
+
+    result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "a ball"}
+    assert kinds(c.say("conversation.item.create", item=result)) == ITEM
+    assert not any(isinstance(put, events.Returned) for put in c.inputs)
+    sent = c.say("response.create")
+    assert kinds(sent) == ["response.created", "rate_limits.updated", *MESSAGE, "response.output_audio.delta"]
+    assert events.Returned(5, "a ball") in c.inputs
+    done = c.hear(Wrote(3, "A ball."), answered(3, "Wait.A ball."))[-1]["response"]
+    assert done["output"][0]["content"][0]["transcript"] == "A ball." and done["metadata"] is None
+
+
+def test_calls_of_one_breath_are_one_response():
+    c = client()
+    sent = c.hear(Answering(3), Called(3, 5, ToolCall("f", {}), more=1), Called(3, 6, ToolCall("g", {})))
+    assert kinds(sent).count("response.done") == 1
+    items = sent[-1]["response"]["output"]
+    assert [item["name"] for item in items] == ["f", "g"]
+    c.say("conversation.item.create", item={"type": "function_call_output", "call_id": items[1]["call_id"], "output": "{}"})
+    c.say("response.create")
+    told = [put for put in c.inputs if isinstance(put, events.Returned)]
+    assert told == [events.Returned(5, {"error": "there is no result"}), events.Returned(6, "{}")]
+
+
+def test_a_result_that_nobody_waits_for_any_more():
+    c = client()
+    call = c.hear(Answering(3), Called(3, 5, ToolCall("f", {})))[-1]["response"]["output"][0]["call_id"]
+    assert c.hear(answered(3, "", "interrupted")) == []
+    result = {"type": "function_call_output", "call_id": call, "output": "late"}
+    assert kinds(c.say("conversation.item.create", item=result)) == ITEM
+    c.say("response.create")
+    assert c.inputs[-1] == events.Ask()
+
+
+# ---- sound
+
+
+@pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
+def test_g711_keeps_what_it_can_say(kind):
+    format = Format(kind, 8000)
+    every = bytes(range(256))
+    assert np.isin(np.frombuffer(format.encode(format.decode(every)), np.uint8) ^ np.frombuffer(every, np.uint8), [0, 0x80]).all()
+    samples = np.linspace(-1, 1, 65536, dtype=np.float32).clip(-1, 32767 / 32768)
+    wrong = np.abs(format.decode(format.encode(samples)) - samples)
+    assert (wrong <= np.abs(samples) / 32 + 0.0005).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "value"),
+    [
+        ("audio/pcmu", 0x00, -32124),
+        ("audio/pcmu", 0xFF, 0),
+        ("audio/pcmu", 0x80, 32124),
+        ("audio/pcma", 0xD5, 8),
+        ("audio/pcma", 0xAA, 32256),
+    ],
+)
+def test_g711_by_the_book(kind, code, value):
+    assert Format(kind, 8000).decode(bytes([code])) * 32768 == value
+
+
+@pytest.mark.parametrize(
+    ("given", "echo"),
+    [
+        ({"type": "audio/pcm", "rate": 24000}, {"type": "audio/pcm", "rate": 24000}),
+        ({"type": "audio/pcm"}, {"type": "audio/pcm", "rate": 24000}),
+        ({"type": "audio/pcm", "rate": 16000}, {"type": "audio/pcm", "rate": 16000}),
+        ({"type": "audio/pcmu"}, {"type": "audio/pcmu"}),
+        ({"type": "audio/pcma"}, {"type": "audio/pcma"}),
+    ],
+)
+def test_a_second_of_sound_stays_a_second_in_any_format(given, echo):
+    c = client(strict=given.get("rate") != 16000)  # the types know 24,000 alone
+    format = Format.read(given, "f")
+    sent = c.say("session.update", session={"audio": {"input": {"format": given}, "output": {"format": given}}})
+    assert sent[0]["session"]["audio"]["input"]["format"] == sent[0]["session"]["audio"]["output"]["format"] == echo
+    wave = (0.5 * np.sin(np.arange(format.rate) * 2 * np.pi * 440 / format.rate)).astype(np.float32)
+    c.inputs.clear()
+    for part in np.array_split(wave, 10):
+        c.say("input_audio_buffer.append", audio=base64.b64encode(format.encode(part)).decode())
+    heard = np.concatenate([put.samples for put in c.inputs if isinstance(put, Audio)])
+    assert 0.9 * RATE < len(heard) <= RATE and abs(np.abs(heard[2000:-2000]).max() - 0.5) < 0.02
+    tone = (0.5 * np.sin(np.arange(RATE) * 2 * np.pi * 440 / RATE)).astype(np.float32)
+    c.hear(Answering(2), Wrote(2, "x"), *(Said(2, n * 1600, tone[n * 1600 :][:1600], RATE) for n in range(10)))
+    c.hear(answered(2, "x"))
+    back = b"".join(base64.b64decode(event["delta"]) for event in c.sent if event["type"] == "response.output_audio.delta")
+    assert len(back) == format.rate * format.width
+    spectrum = np.abs(np.fft.rfft(format.decode(back)))
+    assert spectrum.argmax() == 440
+
+
+def test_resampling_in_pieces_is_resampling_at_once():
+    wave = np.sin(np.arange(24_000) / 7).astype(np.float32) / 2
+    pieces, whole = Resampler(24_000, RATE), Resampler(24_000, RATE)
+    got = np.concatenate([*(pieces.push(part) for part in np.array_split(wave, 13)), pieces.flush()])
+    assert np.allclose(got, whole.push(wave, last=True), atol=1e-6)
+
+
+# ---- our own
+
+
+def test_extensions_are_for_who_asks():
+    c = client()
+    assert refused(c.say("attend.camera.frame", image_url=uri(JPEG)))
+    looked = events.Looked(5, 4, JPEG)
+    mark = events.Marked(6, 5, Mark((1, 2, 3, 4), "ball"))
+    timed = events.Timed(6, {"first_token": 12.5}, 3)
+    assert c.hear(looked, Answering(6)) and c.hear(mark, timed) == []
+
+    c = client("espeak", "camera", "marks", "timeline")
+    assert c.say("attend.camera.frame", image_url=uri(JPEG), frame_id="f1") == []
+    show = c.inputs[-1]
+    assert isinstance(show, events.Show) and show.live
+    assert c.hear(events.Looked(5, 4, show.data)) == [
+        {"type": "attend.camera.looked", "event_id": c.sent[-1]["event_id"], "frame_id": "f1"}
+    ]
+    c.hear(Answering(6))
+    sent = c.hear(mark, timed)
+    assert sent[0]["frame_id"] == "f1" and sent[0]["mark"] == {"box_2d": [1, 2, 3, 4], "label": "ball"}
+    assert sent[1]["stages_ms"] == {"first_token": 12.5}
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "", "[]", "null", "5", "{", b"{}",
+        '{"a": NaN}', '{"a": Infinity}', "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud800"',
+    ],
+)  # fmt: skip
+def test_messages_that_are_none(message):
+    c = client()
+    assert refused(c.raw(message))["code"] == "invalid_json"
+
+
+def test_unknown_events_are_answered_with_their_id():
+    c = client()
+    assert refused(c.say("input_audio_buffer.explode", event_id="abc"))["event_id"] == "abc"
+    assert refused(c.say("nope", event_id=5))["event_id"] is None
+    assert refused(c.raw('{"type": "x", "event_id": "\\ud800"}'))["event_id"] == "?"
+    for type in (None, 5, [], {}):
+        assert refused(c.raw(json.dumps({"type": type})))["param"] == "type"
+    assert kinds(c.say("conversation.item.create", item=text("and on"))) == ITEM
+
+
+def test_what_goes_wrong_is_said():
+    c = client()
+    assert c.hear(events.Noted("The voice is lost"))[0]["error"]["code"] == "noted"
+    assert c.hear(events.Failed("The row is lost"))[0]["error"]["type"] == "server_error"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+TYPES = [
+    "session.update", "input_audio_buffer.append", "input_audio_buffer.commit", "input_audio_buffer.clear",
+    "conversation.item.create", "conversation.item.retrieve", "conversation.item.truncate", "conversation.item.delete",
+    "response.create", "response.cancel", "attend.camera.frame",
+]  # fmt: skip
+WORDS = [
+    "session", "audio", "item", "response", "input", "output", "format", "turn_detection", "type", "role", "content", "user",
+    "message", "text", "input_text", "input_audio", "input_image", "image_url", "server_vad", "semantic_vad", "tools", "name",
+    "parameters", "properties", "function", "metadata", "event_id", "item_id", "call_id", "audio_end_ms", "instructions",
+    "output_modalities", "max_output_tokens", "previous_item_id", "tool_choice", "transcription", "function_call_output",
+]  # fmt: skip
+knowing = st.recursive(
+    st.sampled_from(WORDS) | st.none() | st.booleans() | st.integers(-1, 9999) | st.just("AAAA") | st.floats(0, 1),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(TYPES), st.dictionaries(st.sampled_from(WORDS), json_values | knowing, max_size=6)), max_size=8
+    )
+)
+def test_any_junk_is_answered_and_the_conversation_goes_on(said):
+    c = client("espeak", "camera", strict=False)
+    for type, fields in said:
+        sent = c.say(**{**fields, "type": type})
+        json.dumps(sent, allow_nan=False)
+    assert kinds(c.say("conversation.item.create", item=text("and on")))[-1] in ("conversation.item.done", "error")
+    assert kinds(c.say("conversation.item.retrieve", item_id="nobody")) == ["error"]
+
+
+@given(st.text() | st.binary())
+def test_any_bytes_are_answered(message):
+    c = client()
+    assert kinds(c.raw(message)) == ["error"]
+
+
+@given(st.data())
+def test_whatever_the_order_every_event_is_valid(data):
+    """Events of a session in any order that can be, between those of a client."""
+    c = client("espeak", "marks", "camera", "timeline")
+    clock = answer = turn = 0
+    open = giving = False
+    for _ in range(data.draw(st.integers(0, 25))):
+        match data.draw(st.sampled_from(["turn", "answer", "write", "say", "call", "create", "cancel", "text", "wait", "clear"])):
+            case "turn" if not open:
+                turn, clock, open = turn + 10, clock + RATE, True
+                c.hear(Started(turn, clock, clock - 4000))
+            case "turn":
+                clock, open = clock + RATE, False
+                c.hear(Stopped(turn, clock, clock - 8000, "silence"), Captioned(turn, "hm"))
+            case "answer" if not giving:
+                answer, giving = answer + 10, True
+                c.hear(Answering(answer))
+            case "answer":
+                giving = False
+                c.hear(answered(answer, "a b", data.draw(st.sampled_from(["stop", "length", "interrupted"])), 2))
+            case "write" if giving:
+                c.hear(Wrote(answer, "a "))
+            case "say" if giving:
+                c.hear(said(answer, data.draw(st.integers(0, 4)) * 1600, 0.1))
+            case "call" if giving:
+                c.hear(Called(answer, answer + 5, ToolCall("f", {}), more=data.draw(st.integers(0, 1))))
+            case "create":
+                c.say("response.create")
+            case "cancel":
+                c.say("response.cancel")
+            case "text":
+                c.say("conversation.item.create", item=text("hello"))
+            case "clear":
+                c.say("input_audio_buffer.clear")
+            case "wait":
+                c.wait(0.05)
+    ids = [event["event_id"] for event in c.sent]
+    assert len(ids) == len(set(ids))
+    begun = [event["response"]["id"] for event in c.sent if event["type"] == "response.created"]
+    ended = [event["response"]["id"] for event in c.sent if event["type"] == "response.done"]
+    assert ended == begun[: len(ended)] and len(begun) <= len(ended) + 1

@@ -1,0 +1,105 @@
+"""What a client gave, looked at before it is believed: types, lengths and ranges. Refused says in one sentence what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TEXT = 32_768  # characters of one text: a row holds fewer
+ID = 64  # characters of an id
+
+
+class Refused(ValueError):
+    """A client's event that cannot be done. The conversation goes on."""
+
+    def __init__(self, message: str, code: str = "invalid_value", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+def parse(message: str | bytes) -> dict[str, Any]:
+    """A JSON object without NaN and infinity."""
+    if isinstance(message, bytes):
+        raise Refused("a message is JSON text; binary frames are not read", "invalid_json")
+    try:
+        event = json.loads(message, parse_constant=_no_number)
+    except RecursionError:
+        raise Refused("the message is nested too deeply", "invalid_json") from None
+    except ValueError:
+        raise Refused("the message is not JSON", "invalid_json") from None
+    if not isinstance(event, dict):
+        raise Refused("a message is a JSON object", "invalid_json")
+    return event
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+def text(given: Any, param: str, most: int = TEXT) -> str:
+    if not isinstance(given, str):
+        raise Refused(f"{param} must be a string", "invalid_type", param)
+    if len(given) > most:
+        raise Refused(f"{param} has {len(given):,} characters, more than {most:,}", "string_above_max_length", param)
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"{param} holds half a character (a lone surrogate)", param=param) from None
+    return given
+
+
+def number(given: Any, param: str, least: float, most: float) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise Refused(f"{param} must be a number", "invalid_type", param)
+    if not least <= given <= most:
+        raise Refused(f"{param} must be between {least:g} and {most:g}", param=param)
+    return given
+
+
+def whole(given: Any, param: str, least: int, most: int) -> int:
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)  # JavaScript knows no integers
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise Refused(f"{param} must be an integer", "invalid_type", param)
+    return int(number(given, param, least, most))
+
+
+def truth(given: Any, param: str) -> bool:
+    if not isinstance(given, bool):
+        raise Refused(f"{param} must be true or false", "invalid_type", param)
+    return given
+
+
+def choice(given: Any, param: str, known: Sequence[str]) -> str:
+    if not isinstance(given, str) or given not in known:
+        raise Refused(f"{param} must be one of {', '.join(known)}", param=param)
+    return given
+
+
+def mapping(given: Any, param: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise Refused(f"{param} must be an object", "invalid_type", param)
+    return given
+
+
+def sequence(given: Any, param: str, most: int) -> list[Any]:
+    if not isinstance(given, list):
+        raise Refused(f"{param} must be an array", "invalid_type", param)
+    if len(given) > most:
+        raise Refused(f"{param} has {len(given):,} elements, more than {most:,}", "array_above_max_length", param)
+    return given
+
+
+def data(given: Any, param: str, most: int) -> bytes:
+    """Base64, whose length is looked at before it is decoded."""
+    if not isinstance(given, str):
+        raise Refused(f"{param} must be a string", "invalid_type", param)
+    if len(given) > (most + 2) // 3 * 4:
+        raise Refused(f"{param} holds more than {most:,} bytes", "string_above_max_length", param)
+    try:
+        return base64.b64decode(given, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(f"{param} is not base64", param=param) from None
