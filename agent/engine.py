@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -24,9 +23,10 @@ import torch
 from torch import Tensor
 
 from agent.checkpoint import Loaded, cut, new_cache
+from agent.orders import Fork, Generate, Op, Rewrite, Seat, Take
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
-from model.cache import NoRow, Row, RowFull
+from model.cache import NoRow, RowFull
 from model.sampling import Generation, draw
 from streams.files import decode_picture
 from streams.frames import MediaError
@@ -44,86 +44,13 @@ class RowLost(RuntimeError):
     """A pass failed on one conversation, and its row is gone."""
 
 
-# ---- what a row is to do
-
-
-@dataclass(eq=False)
-class _Take:
-    segment: Segment
-    cut: Future[tuple[Tensor, Tensor]] | None = None  # of a picture, which another thread decodes
-    drawn: _Generate | None = None  # whose token it is
-    since: float = field(default_factory=perf_counter)
-    done: int = 0  # positions that are in the row
-
-    @property
-    def left(self) -> int:
-        return size(self.segment) - self.done
-
-
-@dataclass(eq=False)
-class _Rewrite:
-    keep: int
-    view: View
-
-
-@dataclass(eq=False)
-class _Fork:
-    child: _Seat
-
-
-@dataclass(eq=False)
-class _Generate:
-    how: Generation
-    most: int
-    generator: torch.Generator | None
-    tell: Callable[[tuple[int, float] | Exception | None], None]
-    cancelled: bool = False
-    count: int = 0
-
-
-_Op = _Take | _Rewrite | _Fork | _Generate
-
-
-@dataclass(eq=False)
-class _Seat:
-    """A row and what it is to do. The thread's own, but for `asked`, which the conversation counts."""
-
-    tell: Callable[[Exception], None]
-    parent: _Seat | None = None  # of a fork: it works in the background
-    row: Row | None = None
-    at: int | None = None  # of a fork: the position of its parent where it begins, once the parent has come there
-    todo: deque[_Op] = field(default_factory=deque)
-    asked: int = 0  # positions
-    taken: int = 0
-    gone: bool = False
-
-    def due(self, most: int) -> list[tuple[_Take, int, int]]:
-        """What can go into the row in one pass: takes with first and last position. A picture goes whole."""
-        parts, count = [], 0
-        for op in self.todo if self.row else ():
-            if not isinstance(op, _Take) or count >= most or (op.cut and not op.cut.done()):
-                break
-            if op.cut and count and count + op.left > most:
-                break
-            stop = op.done + (op.left if op.cut else min(op.left, most - count))
-            parts.append((op, op.done, stop))
-            count += stop - op.done
-        return parts
-
-    def wanted(self, parts: list[tuple[_Take, int, int]]) -> _Generate | None:
-        """Who waits for the last of these positions."""
-        last, _, stop = parts[-1]
-        following = self.todo[len(parts)] if len(self.todo) > len(parts) and stop == size(last.segment) else None
-        return following if isinstance(following, _Generate) else None
-
-
 # ---- the conversation's side
 
 
 class Feed:
     """A row as its conversation sees it. Use it on the event loop; a failure ends it and is told once."""
 
-    def __init__(self, engine: Engine, seat: _Seat) -> None:
+    def __init__(self, engine: Engine, seat: Seat) -> None:
         self._engine, self._seat, self._released = engine, seat, False
 
     @property
@@ -137,12 +64,12 @@ class Feed:
     def rewrite(self, keep: int, view: View) -> None:
         """Makes the row hold `view`, of which it holds the first `keep` positions already. Where the rings do not reach back
         that far it begins anew."""
-        self._engine._order(self._seat, _Rewrite(keep, view))
+        self._engine._order(self._seat, Rewrite(keep, view))
 
     def fork(self) -> Feed:
         """A second row that goes on from here, in the background. It waits while no spare row is free."""
-        child = _Seat(self._seat.tell, self._seat)
-        self._engine._order(self._seat, _Fork(child))
+        child = Seat(self._seat.tell, self._seat)
+        self._engine._order(self._seat, Fork(child))
         return Feed(self._engine, child)
 
     async def generate(
@@ -154,7 +81,7 @@ class Feed:
         loop, drawn = asyncio.get_running_loop(), asyncio.Queue[tuple[int, float] | Exception | None]()
         generator = None if seed is None else torch.Generator(self._engine.loaded.model.device).manual_seed(seed)
 
-        run = _Generate(how, most, generator, partial(_tell, loop, drawn.put_nowait))
+        run = Generate(how, most, generator, partial(_tell, loop, drawn.put_nowait))
         self._engine._order(self._seat, *self._takes(closing), run)
         try:
             while (item := await drawn.get()) is not None:
@@ -170,8 +97,8 @@ class Feed:
             self._released = True
             self._engine._release(self._seat)
 
-    def _takes(self, segments: tuple[Segment, ...]) -> list[_Take]:
-        takes = [_Take(segment, self._engine._cut(segment)) for segment in segments if size(segment)]
+    def _takes(self, segments: tuple[Segment, ...]) -> list[Take]:
+        takes = [Take(segment, self._engine._cut(segment)) for segment in segments if size(segment)]
         self._seat.asked += sum(size(take.segment) for take in takes)
         return takes
 
@@ -186,7 +113,7 @@ class Engine:
         self._cache = new_cache(loaded, rows + self.spares, length)
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.waiting
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._left = rows
         self._dead: EngineStopped | None = None
         self._ending = threading.Lock()
@@ -207,7 +134,7 @@ class Engine:
             raise NoRow(f"all {self.rows} places are taken; try again when a conversation has ended")
         self._left -= 1
         loop = asyncio.get_running_loop()
-        seat = _Seat(partial(_tell, loop, failed))
+        seat = Seat(partial(_tell, loop, failed))
         self._order(seat)
         return Feed(self, seat)
 
@@ -222,7 +149,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _order(self, seat: _Seat, *ops: _Op) -> None:
+    def _order(self, seat: Seat, *ops: Op) -> None:
         def take() -> None:
             if seat.gone or (seat.parent and seat.parent.gone):
                 for op in ops:
@@ -236,7 +163,7 @@ class Engine:
         if self._dead:
             self._end(self._dead)
 
-    def _release(self, seat: _Seat) -> None:
+    def _release(self, seat: Seat) -> None:
         if seat.parent is None:
             self._left += 1
         self._orders.put(lambda: self._leave(seat, None))
@@ -300,7 +227,7 @@ class Engine:
             self._pass([min(chunks, key=lambda chunk: (chunk[0].parent is not None, chunk[1][0][0].since))])
         return moved or bool(due)
 
-    def _settle(self, seat: _Seat) -> bool:
+    def _settle(self, seat: Seat) -> bool:
         """Does what costs no pass."""
         moved = False
         if seat.row is None and not self._sit(seat):
@@ -308,31 +235,31 @@ class Engine:
         assert seat.row
         while seat.todo:
             match op := seat.todo[0]:
-                case _Rewrite():
+                case Rewrite():
                     seat.todo.popleft()
                     at = self._cut_back(seat, op.keep)
-                    takes = [_Take(segment, self._cut(segment)) for segment in op.view.rest(at)]
+                    takes = [Take(segment, self._cut(segment), again=True) for segment in op.view.rest(at)]
                     seat.taken -= sum(size(take.segment) for take in takes)
                     seat.todo.extendleft(reversed(takes))
-                case _Fork():
+                case Fork():
                     seat.todo.popleft()
                     op.child.at = seat.row.length
                     if not op.child.gone:
                         self._seats += [] if op.child in self._seats else [op.child]
                         self._sit(op.child)
-                case _Generate(cancelled=True):
+                case Generate(cancelled=True):
                     seat.todo.popleft()
-                case _Take(drawn=_Generate(cancelled=True)):
+                case Take(drawn=Generate(cancelled=True)):
                     seat.todo.popleft()
                     seat.taken += 1
-                case _Take():
+                case Take():
                     break
-                case _Generate():
+                case Generate():
                     raise AssertionError("what is generated follows something")
             moved = True
         return moved
 
-    def _cut_back(self, seat: _Seat, keep: int) -> int:
+    def _cut_back(self, seat: Seat, keep: int) -> int:
         """The position to which the row was cut back: `keep`, or where the rings do not reach back so far, 0."""
         assert seat.row
         at = min(keep, seat.row.length)
@@ -343,7 +270,7 @@ class Engine:
                 self._leave(child, RowFull("the row was cut back before a fork of it could be made"))
         return at
 
-    def _sit(self, seat: _Seat) -> bool:
+    def _sit(self, seat: Seat) -> bool:
         """Gives a seat its row: a conversation at once, a fork when its parent has come so far and a spare one is free."""
         if seat.gone:
             return False
@@ -362,7 +289,7 @@ class Engine:
         self._cache.truncate(seat.row, seat.at)
         return True
 
-    def _pass(self, group: list[tuple[_Seat, list[tuple[_Take, int, int]]]]) -> None:
+    def _pass(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> None:
         try:
             hidden = self._extend(group)
         except FAULTS as error:
@@ -382,7 +309,7 @@ class Engine:
                 except FAULTS as error:
                     self._leave(seat, _lost(error))
 
-    def _extend(self, group: list[tuple[_Seat, list[tuple[_Take, int, int]]]]) -> Tensor | None:
+    def _extend(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> Tensor | None:
         rows, embedded, blocks = [], [], None
         for seat, parts in group:
             assert seat.row
@@ -394,7 +321,7 @@ class Engine:
         wanted = any(seat.wanted(parts) for seat, parts in group)
         return self.loaded.model.extend(self._cache, rows, torch.stack(embedded), blocks=blocks, wanted=wanted)
 
-    def _embed(self, take: _Take, start: int, stop: int) -> Tensor:
+    def _embed(self, take: Take, start: int, stop: int) -> Tensor:
         model = self.loaded.model
         if take.cut:
             pieces, places = take.cut.result()
@@ -404,17 +331,17 @@ class Engine:
         assert isinstance(take.segment, tuple)
         return model.embed_text(torch.tensor(take.segment[start:stop], device=model.device))
 
-    def _took(self, seat: _Seat, parts: list[tuple[_Take, int, int]]) -> None:
+    def _took(self, seat: Seat, parts: list[tuple[Take, int, int]]) -> None:
         now = perf_counter()
         for take, start, stop in parts:
             take.done = stop
             seat.taken += stop - start
-            if isinstance(take.segment, Sound):
+            if isinstance(take.segment, Sound) and not take.again:
                 self.lags.append(now - take.since)
             if take.left == 0:
                 seat.todo.popleft()
 
-    def _draw(self, seat: _Seat, run: _Generate, hidden: Tensor) -> None:
+    def _draw(self, seat: Seat, run: Generate, hidden: Tensor) -> None:
         assert seat.row and seat.todo[0] is run
         token, logp = draw(self.loaded.model.logits(hidden), run.how, run.generator)
         run.count += 1
@@ -423,10 +350,10 @@ class Engine:
             seat.todo.popleft()
             run.tell(None)
         else:
-            seat.todo.appendleft(_Take((token,), drawn=run))
+            seat.todo.appendleft(Take((token,), drawn=run))
             seat.taken -= 1
 
-    def _leave(self, seat: _Seat, error: Exception | None) -> None:
+    def _leave(self, seat: Seat, error: Exception | None) -> None:
         """The row is free again, whatever happened."""
         if seat.gone:
             return
@@ -453,8 +380,8 @@ def _lost(error: Exception) -> Exception:
     return RowLost(f"the model failed on this conversation: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
-def _cancel(op: _Op, error: Exception) -> None:
-    if isinstance(op, _Generate):
+def _cancel(op: Op, error: Exception) -> None:
+    if isinstance(op, Generate):
         op.tell(error)
 
 
