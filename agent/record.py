@@ -114,6 +114,26 @@ class Record:
         self.turn = self._run = None
         return self.append(tape.Asked())
 
+    def recall(self, text: str) -> None:
+        """An answer that was given elsewhere."""
+        if self.turn is not None:
+            self.close(tape.Closed())
+        self.append(tape.Answered((), text))
+        self.follow()
+
+    def delete(self, of: int) -> None:
+        """The turn, or the answer to what was Asked there, never was. The open turn stays."""
+        entries = self.tape.entries
+        if of == self.turn or not 0 <= of < len(entries):
+            return
+        if isinstance(entries[of], tape.Asked):
+            end = next((n for n in range(of + 1, len(entries)) if isinstance(entries[n], tape.Asked | tape.Opened)), len(entries))
+            for index in [n for n in range(of, end) if isinstance(entries[n], tape.Answered)]:
+                self.append(tape.Deleted(index))
+        elif isinstance(entries[of], tape.Opened | tape.Answered):
+            self.append(tape.Deleted(of))
+        self.follow()
+
     def spoken(self, turn: int) -> bool:
         return any(isinstance(entry, tape.Sound) for entry in self.tape.entries[turn + 1 :])
 

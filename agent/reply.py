@@ -114,13 +114,17 @@ class Reply:
         self.hush()
         if self._answer.stretches[-1].entry < 0:
             self._keep()
+        self._record.stopped()
+        self._finish = "interrupted"
+        self._over(self.shorten(heard))
+
+    def shorten(self, heard: int) -> int:
+        """Of what was written only so much counts, here or once the answer is over; returns how many characters that is."""
         characters = self._sound.characters(heard) if self._sound else len(self._answer.text)
         for stretch in self._answer.stretches:
             if (ids := stretch.until(characters)) < len(stretch.ids):
                 self._record.append(tape.Heard(stretch.entry, ids))
-        self._record.stopped()
-        self._finish = "interrupted"
-        self._over(characters)
+        return characters
 
     def complete(self) -> None:
         self._over(len(self._answer.text))

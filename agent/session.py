@@ -85,6 +85,7 @@ class Session:
         self._camera: _Picture | None = None
         self._reply: Reply | None = None
         self._giving: asyncio.Task[None] | None = None
+        self._given: deque[Reply] = deque(maxlen=8)  # of which a door may still say how much was heard
         self._later: list[Input | _Picture] = []  # until the answer is over
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
@@ -161,6 +162,8 @@ class Session:
             case events.Returned():
                 if not (reply and reply.returned(item.call, item.value)):
                     self._note("a tool's result came that nobody waits for")
+            case events.Truncate():
+                self._truncate(item)
             case _Picture() if item.show.live:
                 self._camera = item
             case events.Write() if reply and item.ask:
@@ -183,6 +186,11 @@ class Session:
                 self._commit(True)
             case events.Set():
                 self._set(item)
+            case events.Recall():
+                if self._turns.floor is None:
+                    self.record.recall(item.text)
+            case events.Delete():
+                self.record.delete(item.of)
 
     def _hear(self, frame: np.ndarray) -> None:
         manners, at, loud = self._turns.manners, self._turns.now, self._loud
@@ -321,6 +329,7 @@ class Session:
         if ended:
             reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)
         self._reply = reply
+        self._given.append(reply)
         self._turns.answering()
         self._emit(events.Answering(of))
         self._giving = self._spawn(self._give(reply))
@@ -335,6 +344,15 @@ class Session:
         if self._reply:
             self._cut(self._reply.heard)
             self._decide(self._turns.answered())
+
+    def _truncate(self, item: events.Truncate) -> None:
+        if self._reply and self._reply.of == item.answer:
+            self._cut(item.sample)
+            self._decide(self._turns.answered())
+        elif given := next((reply for reply in self._given if reply.of == item.answer), None):
+            given.shorten(item.sample)
+            if self._reply is None:
+                self.record.follow()
 
     def _cut(self, heard: int) -> None:
         reply, self._reply = self._reply, None

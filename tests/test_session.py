@@ -322,6 +322,51 @@ async def test_typed_words_and_stop_end_an_answer_at_what_was_heard(running, min
     assert door.of(events.Answered)[2].text == "No."
 
 
+async def test_a_door_may_say_later_how_much_of_an_answer_was_heard(running, mind):
+    text = "It is a red circle and it is large."
+    mind.says(text)
+    async with Door(session(running)) as door:
+        await door.put(events.Write("what is it"))
+        await door.answered(1)
+        (given,) = door.of(events.Answered)
+        assert given.heard == len(text)
+        await door.put(events.Truncate(given.answer, 3 * 2400 + 100))
+        kept = next(n for n in range(60) if LOADED.tokenizer.decode(list(ids(text)[:n])) == "It is a")
+        past = [Setting(), Opened(), Typed("what is it"), Asked(), Answered(ids(text)[:kept])]
+        assert await holds(door.session, mind, by_hand(past))
+        await door.put(events.Truncate(given.answer + 1000, 0))
+        assert await holds(door.session, mind, by_hand(past)), "nobody knows that answer"
+
+
+async def test_an_answer_is_cut_where_the_door_says_it_was_heard(running, mind):
+    mind.says("It is a red circle and it is large.")
+    async with Door(session(running)) as door:
+        await door.put(events.Write("what is it"))
+        await door.until(events.Said)
+        while door._played < 5 * 2400:
+            await door.quiet(40)
+        (answering,) = door.of(events.Answering)
+        await door.put(events.Truncate(answering.answer, 2 * 2400 + 10))
+        (given,) = door.of(events.Answered)
+        assert (given.finish, given.text[: given.heard]) == ("interrupted", "It is")
+
+
+async def test_what_was_deleted_never_was_and_what_is_brought_along_was(running, mind):
+    mind.says("It is red.")
+    async with Door(session(running)) as door:
+        await door.put(events.Write("what is it"))
+        await door.answered(1)
+        answer, turn = door.of(events.Answering)[0].answer, 1
+        await door.put(events.Delete(answer))
+        asked = [Setting(), Opened(), Typed("what is it"), Closed()]
+        assert await holds(door.session, mind, by_hand(asked))
+        await door.put(events.Delete(turn), events.Delete(10**6), events.Delete(0))
+        assert await holds(door.session, mind, by_hand([Setting()]))
+        await door.put(events.Write("who are you", ask=False), events.Recall("I am attend."))
+        brought = [Setting(), Opened(), Typed("who are you"), Closed(), Answered((), "I am attend.")]
+        assert await holds(door.session, mind, by_hand(brought))
+
+
 async def test_text_alone_was_read_as_far_as_it_was_written(running, mind):
     mind.says("It is a red circle and it is large.")
     mind.stop_after(len(ids("It is a red")))
