@@ -87,7 +87,7 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """New settings; None leaves one as it is. They hold from the next turn on."""
+    """New settings; None leaves one as it is. They hold at once, or as soon as the answer that is being given is over."""
 
     setting: Setting | None = None
     manners: Manners | None = None
