@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 
 from model.nano.draw import draw
-from model.nano.world import COLOURS, KINDS, NUMBERS, SHAPES, Scene, corpus, patch_labels, sample_ask, sample_scene, spoken
+from model.nano.world import (
+    COLOURS,
+    KINDS,
+    NUMBERS,
+    SHAPES,
+    Scene,
+    corpus,
+    patch_boxes,
+    patch_labels,
+    sample_ask,
+    sample_scene,
+    spoken,
+    tens,
+)
 
 SIZES = [(432, 336), (528, 288), (384, 384), (336, 432), (640, 480), (1280, 720)]
 QUESTIONS = ("describe", "count", "colour", "exists", "where")
@@ -124,6 +137,19 @@ def test_labels_agree_with_the_outlines():
             first, second = np.sort(shares, 0)[-1], np.sort(shares, 0)[-2]
             clear &= first - second > 0.04
         assert (labels == np.where(shares.max(0) >= 0.25, codes[best], 0))[clear].all()
+
+
+def test_a_patch_knows_the_box_of_the_thing_that_covers_it():
+    for seed in range(20):
+        scene = sample_scene(np.random.default_rng(seed), 432, 336)
+        labels, boxes = patch_labels(scene), patch_boxes(scene)
+        assert boxes.shape == (len(labels), 4)
+        assert ((boxes == -1).all(1) == (labels == 0)).all() and ((boxes >= 0).all(1) == (labels > 0)).all()
+        for label, box in zip(labels[labels > 0], boxes[labels > 0], strict=True):
+            assert (int(label), *box) in [
+                (1 + COLOURS.index(t.colour) * len(SHAPES) + SHAPES.index(t.shape), *(tens(v) // 10 for v in t.box))
+                for t in scene.things
+            ]
 
 
 # The truth is worked out again here from the words of the question alone.
