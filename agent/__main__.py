@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
+import signal
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 
@@ -20,6 +23,7 @@ from agent.ask import Answer, Part
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.session import Session, Settings
 from agent.tape import Setting
+from agent.view import Policy
 from model.cache import RowFull
 from model.gemma import CheckpointError
 from model.pixels import BUDGETS
@@ -27,8 +31,10 @@ from model.tokenizer import TokenizerError
 from model.vad import Vad, VadMissing
 from streams.frames import MediaError
 from streams.voice import VoiceMissing, open_voice
+from web import server
+from web.access import Access, NotServed
 
-COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing)
+COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing, NotServed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--mark-image", type=Path, metavar="OUT.png", help="write the last picture with the answer's marks drawn")
     asking.add_argument("--json", action="store_true", help="print one JSON object")
     asking.set_defaults(run=_ask, parts=None)
+
+    serving = commands.add_parser("serve", help="OpenAI Realtime over a websocket", description=server.__doc__)
+    _model_options(serving)
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); any other needs a token")
+    serving.add_argument("--port", type=int, default=8765, metavar="N", help="default 8765")
+    serving.add_argument("--rows", type=_positive, default=4, metavar="N", help="conversations at once (default 4)")
+    serving.add_argument("--voice", default="auto", help="auto, none, or a voice's name")
+    serving.add_argument("--policy", default="transcripts", choices=get_args(Policy), help="what a row keeps of finished turns")
+    serving.add_argument("--token-file", type=Path, metavar="F", help="a file with the token that clients must have")
+    serving.add_argument("--allow-origin", action="append", metavar="O", help="a page elsewhere that may connect; repeatable")
+    serving.add_argument("--tls-cert", type=Path, metavar="F", help="certificate chain (PEM)")
+    serving.add_argument("--tls-key", type=Path, metavar="F", help="its key (PEM)")
+    serving.add_argument("--log-content", action="store_true", help="log what is said too")
+    serving.add_argument("--log-json", action="store_true", help="log lines of JSON")
+    serving.set_defaults(run=_serve)
 
     benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
     kinds = benching.add_subparsers(required=True, metavar="WHAT")
@@ -188,6 +209,39 @@ def _play(given: argparse.Namespace) -> int:
         print("   after the turn's end  " + ", ".join(f"{name.replace('_', ' ')} {ms}" for name, ms in first.items()))
     for note in performance.notes:
         print(f"attend: {note}", file=sys.stderr)
+    return 0
+
+
+def _serve(given: argparse.Namespace) -> int:
+    token = tls = None
+    try:
+        if given.token_file:
+            token = given.token_file.read_text(encoding="utf-8").strip()
+        if given.tls_cert:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(given.tls_cert, given.tls_key)
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotServed(f"the token file or the certificate cannot be read: {error}") from error
+    if given.token_file and not token:
+        raise NotServed(f"{given.token_file} holds no token")
+    access = Access(given.host, token, tuple(given.allow_origin or ()))
+    voice = open_voice(given.voice)
+    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
+    options = server.Options(
+        access, given.port, given.model, given.voice, Settings(policy=given.policy), tls, given.log_content, given.log_json
+    )
+
+    async def listen() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        with Engine(loaded, given.rows) as engine:
+            async with server.Door(engine, Vad(), voice, options).open() as port:
+                print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
+                await stop.wait()
+
+    asyncio.run(listen())
     return 0
 
 

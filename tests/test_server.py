@@ -1,0 +1,636 @@
+"""A real server on a real socket: stock clients, who may come in, and what happens to others when one misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openai import AsyncOpenAI
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from agent import checkpoint
+from agent.__main__ import main
+from agent.engine import Engine
+from agent.session import Session, Settings
+from agent.view import Budget
+from model.vad import Vad
+from streams.files import read_audio
+from streams.voice import open_voice
+from tests.talk import Beeps, Mind, jpeg, tiny
+from web import server
+from web.access import Access, NotServed
+from web.server import Door, Options
+
+LOADED = tiny(640)
+VAD = Vad()
+DEMO = Path(checkpoint.__file__).parents[1] / "model/nano/demo"
+TOKEN = "a long secret"
+SETTINGS = Settings(budget=Budget(ahead=3000, row=3000), most=60, how=LOADED.generation)
+
+
+@pytest.fixture
+def mind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mind]:
+    mind = Mind(monkeypatch)
+    yield mind
+    mind.go_on()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(LOADED, rows=2, length=3200) as engine:
+        yield engine
+
+
+def fast() -> float:
+    """A clock by which a second of sound is played in a fiftieth."""
+    return time.monotonic() * 50
+
+
+@asynccontextmanager
+async def serving(engine: Engine, voice: Any = "beeps", **options: Any) -> AsyncIterator[int]:
+    given = {"port": 0, "settings": SETTINGS, "clock": fast, "voice": "beeps", **options}
+    async with asyncio.timeout(120), Door(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port:
+        yield port
+
+
+def stock(port: int) -> Any:
+    client = AsyncOpenAI(api_key="anything", websocket_base_url=f"ws://127.0.0.1:{port}/v1", base_url="http://localhost")
+    return client.realtime.connect(model="nano")
+
+
+def plain(port: int, query: str = "", **more: Any) -> connect:
+    return connect(f"ws://127.0.0.1:{port}/v1/realtime{query}", compression=None, proxy=None, **more)
+
+
+async def say(connection: ClientConnection, type: str, **fields: Any) -> None:
+    await connection.send(json.dumps({"type": type, **fields}))
+
+
+async def until(connection: ClientConnection, type: str) -> list[dict[str, Any]]:
+    """All events up to the first of this type."""
+    heard: list[dict[str, Any]] = []
+    while not heard or heard[-1]["type"] != type:
+        heard.append(json.loads(await connection.recv()))
+    return heard
+
+
+async def works(port: int, mind: Mind) -> None:
+    """A fresh conversation, from a question to its answer."""
+    mind.says("Yes.")
+    async with plain(port) as connection:
+        await say(connection, "conversation.item.create", item=text("Well?"))
+        await say(connection, "response.create", response={"output_modalities": ["text"]})
+        done = (await until(connection, "response.done"))[-1]["response"]
+        assert done["status"] == "completed" and done["output"][0]["content"][0]["text"] == "Yes."
+
+
+async def free(engine: Engine, rows: int = 2) -> None:
+    while engine.free < rows:
+        await asyncio.sleep(0)
+
+
+async def get(port: int, target: str, *headers: str, host: str | None = None, method: str = "GET") -> tuple[int, bytes]:
+    """Status and all that came, by hand: a client would mend what is wrong."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host or f'127.0.0.1:{port}'}", *headers, "", ""]
+    writer.write("\r\n".join(lines).encode())
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return int(answer.split()[1]), answer
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
+
+
+def question(silence: float = 1.0, rate: int = 24_000) -> list[str]:
+    """The demo's spoken question and silence after it, in pieces of 100 ms, as base64."""
+    import soxr
+
+    heard = np.concatenate(
+        [np.zeros(8000, np.float32), read_audio(DEMO / "question.wav"), np.zeros(round(silence * 16_000), np.float32)]
+    )
+    pcm = (soxr.resample(heard, 16_000, rate).clip(-1, 1) * 32767).astype("<i2").tobytes()
+    return [base64.b64encode(pcm[at : at + rate // 5]).decode() for at in range(0, len(pcm), rate // 5)]
+
+
+UPGRADE = (
+    "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)  # fmt: skip
+
+
+# ---- stock clients
+
+
+async def test_a_typed_question_is_answered_aloud(engine, mind):
+    mind.says("There are two red balls.")
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.conversation.item.create(item=text("How many?"))
+        await connection.response.create(response={"metadata": {"n": "1"}})
+        kinds, sound = [], b""
+        async for event in connection:
+            kinds.append(event.type)
+            sound += base64.b64decode(event.delta) if event.type == "response.output_audio.delta" else b""
+            if event.type == "response.done":
+                break
+        assert event.response.status == "completed" and event.response.metadata == {"n": "1"}
+        assert event.response.output[0].content[0].transcript == "There are two red balls."
+        assert event.response.usage.output_tokens == mind.steps
+        assert len(sound) == 5 * 2400 * 3 * 2  # 300 ms for each word, at 24 kHz
+        assert kinds[:5] == [
+            "session.created",
+            "conversation.item.added",
+            "conversation.item.created",
+            "conversation.item.done",
+            "response.created",
+        ]
+
+
+async def test_a_spoken_question_with_a_picture_by_server_vad(engine, mind):
+    mind.says("Red.")
+    mind.hears("What is on the left?")
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.session.update(
+            session={"type": "realtime", "audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+        )
+        address = "data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()
+        picture = {"type": "input_image", "image_url": address}
+        await connection.conversation.item.create(item={"type": "message", "role": "user", "content": [picture]})
+        for piece in question():
+            await connection.input_audio_buffer.append(audio=piece)
+        seen, transcripts = {}, []
+        while not {"response.done", "conversation.item.input_audio_transcription.completed"} <= seen.keys():
+            event = await connection.recv()
+            seen.setdefault(event.type, event)
+        assert 0 < seen["input_audio_buffer.speech_started"].audio_start_ms < 1000
+        assert seen["input_audio_buffer.speech_stopped"].item_id == seen["input_audio_buffer.committed"].item_id
+        assert seen["conversation.item.input_audio_transcription.completed"].transcript == "What is on the left?"
+        assert seen["response.done"].response.output[0].content[0].transcript == "Red."
+        assert "error" not in seen and not transcripts
+
+
+async def test_push_to_talk(engine, mind):
+    mind.says("Red.")
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        for piece in question(silence=0):
+            await connection.input_audio_buffer.append(audio=piece)
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        async for event in connection:
+            assert event.type not in ("error", "input_audio_buffer.speech_started")
+            if event.type == "response.done":
+                break
+        assert event.response.output[0].content[0].transcript == "Red."
+        assert event.response.usage.input_token_details.audio_tokens > 20
+
+
+async def test_a_function_is_called_and_its_result_used(engine, mind):
+    mind.says('<|tool_call>call:look{at:<|"|>left<|"|>}<tool_call|><|tool_response>')
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.session.update(session={"type": "realtime", "tools": [tool]})
+        await connection.conversation.item.create(item=text("Look left."))
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        call = event.response.output[0]
+        assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "look", {"at": "left"})
+        mind.says("A ball.")
+        await connection.conversation.item.create(
+            item={"type": "function_call_output", "call_id": call.call_id, "output": "a ball"}
+        )
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        assert event.response.output[0].content[0].transcript == "A ball."
+
+
+async def test_cancel_and_on(engine, mind):
+    async with serving(engine) as port, stock(port) as connection:
+        mind.says("One two three four five.")
+        mind.stop_after(2)
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.output_audio_transcript.delta":
+                await connection.response.cancel()
+            if event.type == "response.done":
+                break
+        mind.go_on()
+        assert event.response.status == "cancelled" and event.response.status_details.reason == "client_cancelled"
+        await connection.send({"type": "nonsense", "event_id": "mine"})
+        async for event in connection:
+            if event.type == "error":
+                break
+        assert event.error.event_id == "mine"
+        mind.says("Yes.")
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        assert event.response.output[0].content[0].transcript == "Yes."
+
+
+# ---- who may come in
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
+def test_nobody_listens_to_a_network_without_a_token(host):
+    with pytest.raises(NotServed, match="token"):
+        Access(host)
+    assert Access(host, TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("127.0.0.1:8765", True), ("localhost:8765", True), ("[::1]:8765", True), ("localhost", True),
+        ("attend.example.org", True), ("evil.example", False), ("127.0.0.1.evil.example", False),
+        ("192.168.1.5", False), ("", False), (None, False), ("[", False),
+    ],
+)  # fmt: skip
+def test_the_host_is_one_that_was_meant(host, known):
+    assert Access(origins=("https://attend.example.org",)).host_known(host) is known
+
+
+def test_a_server_on_a_network_is_known_by_its_address():
+    access = Access("0.0.0.0", TOKEN)
+    assert access.host_known("192.168.1.5:8765") and access.host_known("attend.local") and not access.host_known("evil.example")
+
+
+@pytest.mark.parametrize(
+    ("origins", "known"),
+    [
+        ([], True), (["http://127.0.0.1:8765"], True), (["https://127.0.0.1:8765"], True), (["https://friend.example"], True),
+        (["http://127.0.0.1:9999"], False), (["http://evil.example"], False), (["null"], False), ([""], False),
+        (["file://"], False), (["http://127.0.0.1:8765.evil.example"], False), (["http://127.0.0.1:8765"] * 2, False),
+    ],
+)  # fmt: skip
+def test_origins(origins, known):
+    assert Access(origins=("https://friend.example",)).origin_known(origins, "127.0.0.1:8765") is known
+
+
+async def test_pages_of_others_stay_outside(engine, mind):
+    async with serving(engine) as port:
+        for origin in ("http://evil.example", "null", f"http://localhost:{port}"):
+            with pytest.raises(InvalidStatus) as refused:
+                await plain(port, origin=origin)
+            assert refused.value.response.status_code == 403
+        assert (await get(port, "/v1/realtime", *UPGRADE, host="evil.example"))[0] == 403
+        async with plain(port, origin=f"http://127.0.0.1:{port}") as connection:
+            await until(connection, "session.created")
+        await free(engine)
+        assert b'attend_refused_total{why="origin"} 3.0' in (await get(port, "/metrics"))[1]
+
+
+async def test_a_token_in_each_of_its_forms(engine, caplog):
+    caplog.set_level(logging.DEBUG)
+    access = Access(token=TOKEN.replace(" ", "-"))
+    key = access.token
+    async with serving(engine, access=access) as port:
+        wrong: list[dict[str, Any]] = [
+            {},
+            {"additional_headers": {"Authorization": "Bearer wrong"}},
+            {"additional_headers": {"Authorization": f"Basic {key}"}},
+            {"additional_headers": {"Cookie": f"attend={key}"}},
+            {"subprotocols": ["realtime", "openai-insecure-api-key.wrong"]},
+        ]
+        for given in wrong:
+            with pytest.raises(InvalidStatus) as refused:
+                await plain(port, **given)
+            assert refused.value.response.status_code == 401
+        status, answer = await get(port, f"/?token={key}")
+        cookie = answer.split(b"Set-Cookie: ")[1].split(b"\r\n")[0].decode()
+        assert status == 303 and "HttpOnly; SameSite=Strict" in cookie and str(key) not in cookie
+        right: list[dict[str, Any]] = [
+            {"additional_headers": {"Authorization": f"Bearer {key}"}},
+            {"additional_headers": {"Cookie": cookie.split(";")[0]}},
+            {"subprotocols": ["realtime", f"openai-insecure-api-key.{key}", "openai-beta.realtime-v1"]},
+        ]
+        for given in right:
+            async with plain(port, **given) as connection:
+                await until(connection, "session.created")
+                assert connection.subprotocol == ("realtime" if "subprotocols" in given else None)
+            await free(engine)
+        assert (await get(port, "/?token=wrong"))[0] == 401
+        assert (await get(port, "/metrics"))[0] == 401 and (await get(port, "/healthz"))[0] == 200
+    ours = [record.getMessage() for record in caplog.records if record.name != "websockets.client"]
+    assert any("start" in line for line in ours) and not any(str(key) in line for line in ours)
+
+
+# ---- pages
+
+
+async def test_health_readiness_and_metrics(engine, mind):
+    async with serving(engine) as port:
+        assert (await get(port, "/healthz"))[0] == 200
+        status, answer = await get(port, "/readyz")
+        assert status == 200 and json.loads(answer.split(b"\r\n\r\n")[1]) == {"ready": True, "rows": 2, "free": 2}
+        async with plain(port), plain(port) as second:
+            await until(second, "session.created")
+            assert (await get(port, "/readyz"))[0] == 503
+        await free(engine)
+        await works(port, mind)
+        page = (await get(port, "/metrics"))[1]
+        assert b"attend_conversations_total 3.0" in page and b"attend_first_token_seconds_count 1.0" in page
+
+
+async def test_nothing_but_the_page_is_given_away(engine, tmp_path):
+    folder = tmp_path / "static"
+    folder.mkdir()
+    (folder / "index.html").write_text("<h1>attend</h1>")
+    (folder / "app.js").write_text("let a")
+    (tmp_path / "secret").write_text("secret")
+    async with serving(engine, static=folder) as port:
+        status, answer = await get(port, "/")
+        assert status == 200 and answer.endswith(b"<h1>attend</h1>") and b"Content-Security-Policy: default-src 'self'" in answer
+        assert b"Content-Type: text/javascript" in (await get(port, "/app.js"))[1]
+        for path in (
+            "/../secret",
+            "/%2e%2e/secret",
+            "//secret",
+            "/..%2fsecret",
+            "/static/../../secret",
+            "/" + "a/../" * 9 + "secret",
+        ):
+            status, answer = await get(port, path)
+            assert status == 404 and b"secret" not in answer.replace(path.encode(), b"")
+        assert (await get(port, "/", method="HEAD"))[1].endswith(b"\r\n\r\n")
+        assert (await get(port, "/", method="DELETE"))[0] == 405
+
+
+# ---- faults and attacks: afterwards a fresh conversation works
+
+
+JUNK = [
+    "",
+    "[]",
+    "null",
+    "{",
+    '{"type": 5}',
+    '{"a": NaN}',
+    "[" * 50_000,
+    '{"type": "session.update", "session": 5}',
+    "\u2028",
+    "x" * 9999,
+]
+
+
+async def test_junk_is_answered_and_the_conversation_goes_on(engine, mind):
+    async with serving(engine) as port:
+        async with plain(port) as connection:
+            await until(connection, "session.created")
+            for message in [*JUNK, b"binary", b"\xff" * 1000]:
+                await connection.send(message)
+                assert (await until(connection, "error"))[-1]["error"]["type"] == "invalid_request_error"
+            mind.says("Yes.")
+            await say(connection, "response.create")
+            await until(connection, "response.done")
+        await free(engine)
+        await works(port, mind)
+
+
+async def test_a_message_that_is_too_long_ends_its_conversation_alone(engine, mind):
+    async with serving(engine) as port, plain(port) as other:
+        await until(other, "session.created")
+        connection = await plain(port)
+        await until(connection, "session.created")
+        with pytest.raises(ConnectionClosed) as closed:
+            await connection.send("x" * (server.MESSAGE + 1))
+            await connection.recv()
+        assert closed.value.rcvd and closed.value.rcvd.code == 1009
+        await free(engine, 1)
+        await works(port, mind)
+        await say(other, "input_audio_buffer.clear")
+        await until(other, "input_audio_buffer.cleared")
+
+
+async def test_pictures_that_are_bombs(engine, mind):
+    def png(width: int, height: int) -> bytes:
+        import zlib
+
+        def chunk(kind: bytes, body: bytes) -> bytes:
+            return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+        head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+    async with serving(engine) as port:
+        async with plain(port) as connection:
+            for bomb in (png(60_000, 60_000), png(1 << 31, 1), png(1, 1)[:40], b"\xff\xd8\xff" + bytes(99), b"RIFF" + bytes(40)):
+                address = "data:image/png;base64," + base64.b64encode(bomb).decode()
+                item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
+                await say(connection, "conversation.item.create", item=item)
+                assert "picture" in (await until(connection, "error"))[-1]["error"]["message"]
+        await free(engine)
+        await works(port, mind)
+
+
+async def test_more_conversations_than_rows(engine, mind):
+    async with serving(engine) as port:
+        async with plain(port) as one, plain(port) as two:
+            await until(one, "session.created")
+            await until(two, "session.created")
+            async with plain(port) as three:
+                error = (await until(three, "error"))[-1]["error"]
+                assert error["code"] == "session_limit_reached" and "2 places" in error["message"]
+                with pytest.raises(ConnectionClosed) as closed:
+                    await three.recv()
+                assert closed.value.rcvd and closed.value.rcvd.code == 1013
+        await free(engine)
+        await works(port, mind)
+
+
+async def test_a_client_that_goes_in_mid_answer_gives_its_row_back(engine, mind):
+    async with serving(engine) as port:
+        for rudely in (False, True):
+            mind.says("One two three four five.")
+            mind.stop_after(2)
+            async with plain(port) as connection:
+                await say(connection, "response.create")
+                await until(connection, "response.output_audio_transcript.delta")
+                if rudely:
+                    connection.transport.abort()
+            mind.go_on()
+            await free(engine)
+        await works(port, mind)
+
+
+async def test_who_sends_and_does_not_read_waits_alone(engine, mind):
+    async with serving(engine) as port:
+        async with plain(port) as connection:
+            connection.transport.pause_reading()
+            flood = asyncio.create_task(_flood(connection))
+            await works(port, mind)
+            flood.cancel()
+            connection.transport.abort()
+        await free(engine)
+        await works(port, mind)
+
+
+async def _flood(connection: ClientConnection) -> None:
+    while True:
+        await say(connection, "nonsense", event_id="x" * 500)
+
+
+async def test_a_storm_of_sockets_leaves_the_door_open(engine, mind):
+    async with serving(engine) as port:
+        storm = [await asyncio.open_connection("127.0.0.1", port) for _ in range(server.WAITING + 40)]
+        gone = [reader for reader, _ in storm[engine.rows + server.WAITING :]]
+        assert {await reader.read() for reader in gone} <= {b""}
+        for _, writer in storm:
+            writer.transport.abort()
+        status = 0
+        while status != 200:
+            try:
+                status, _ = await get(port, "/healthz")
+            except (ConnectionError, IndexError):
+                await asyncio.sleep(0)
+        await works(port, mind)
+
+
+async def test_a_fault_of_ours_ends_one_conversation_with_one_error(engine, mind, monkeypatch, caplog):
+    async def broken(self: Session, inputs: Any, emit: Any) -> None:
+        raise ZeroDivisionError("a secret of ours")
+
+    async with serving(engine) as port:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "run", broken)
+            async with plain(port) as connection:
+                heard = await until(connection, "error")
+                assert heard[-1]["error"]["code"] == "fault" and "secret" not in json.dumps(heard)
+                with pytest.raises(ConnectionClosed) as closed:
+                    await connection.recv()
+                assert closed.value.rcvd and closed.value.rcvd.code == 1011
+        assert "a secret of ours" in caplog.text
+
+
+async def test_a_server_that_goes_says_so_in_mid_answer(engine, mind):
+    mind.says("One two three four five.")
+    mind.stop_after(2)
+    door = Door(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
+    async with asyncio.timeout(60):
+        async with door.open() as port:
+            connection = await plain(port)
+            await say(connection, "response.create")
+            await until(connection, "response.output_audio_transcript.delta")
+        with pytest.raises(ConnectionClosed) as closed:
+            await until(connection, "response.done")
+        assert closed.value.rcvd and closed.value.rcvd.code == 1012
+        mind.go_on()
+        await free(engine)
+
+
+async def test_a_port_that_is_taken(engine):
+    async with serving(engine) as port:
+        with pytest.raises(NotServed, match=f"port {port}"):
+            async with serving(engine, port=port):
+                pass
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--host", "0.0.0.0"], "give a --token-file"),
+        (["--token-file", "no/such/file"], "cannot be read"),
+        (["--tls-cert", "no/such/file"], "cannot be read"),
+    ],
+)
+def test_a_server_that_cannot_begin_says_why(arguments, complaint, capsys):
+    assert main(["serve", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("attend: ") and complaint in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+async def test_the_command_answers_and_goes_when_it_is_told():
+    """Also after it was killed."""
+    command = [sys.executable, "-m", "agent", "serve", "--port", "0", "--voice", "none", "--rows", "1", "--log-json"]
+    root, quiet = Path(checkpoint.__file__).parents[1], asyncio.subprocess.DEVNULL
+    async with asyncio.timeout(120):
+        for end in (signal.SIGKILL, signal.SIGTERM):
+            serve = await asyncio.create_subprocess_exec(*command, cwd=root, stdout=asyncio.subprocess.PIPE, stderr=quiet)
+            assert serve.stdout
+            address = (await serve.stdout.readline()).decode().strip()
+            async with connect(address, compression=None, proxy=None) as connection:
+                for words in ("How many circles are there?", "And how many squares?"):
+                    await say(connection, "conversation.item.create", item=text(words))
+                    await say(connection, "response.create")
+                    done = (await until(connection, "response.done"))[-1]["response"]
+                    assert done["status"] == "completed" and done["output"][0]["content"][0]["text"]
+                serve.send_signal(end)
+                with pytest.raises(ConnectionClosed) as closed:
+                    await connection.recv()
+                assert end == signal.SIGKILL or (closed.value.rcvd and closed.value.rcvd.code == 1012)
+            async with asyncio.timeout(5):
+                assert await serve.wait() == (0 if end == signal.SIGTERM else -end)
+
+
+@pytest.mark.slow
+async def test_nano_answers_a_spoken_question_about_a_picture():
+    with Engine(checkpoint.load("nano"), length=2048) as engine:
+        voice = open_voice("espeak")
+        async with serving(engine, voice, settings=Settings(seed=0)) as port, stock(port) as connection:
+            address = "data:image/jpeg;base64," + base64.b64encode((DEMO / "picture.jpg").read_bytes()).decode()
+            item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
+            await connection.session.update(
+                session={"type": "realtime", "audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+            )
+            await connection.conversation.item.create(item=item)
+            for piece in question():
+                await connection.input_audio_buffer.append(audio=piece)
+            seen, sound = {}, 0
+            while not {"response.done", "conversation.item.input_audio_transcription.completed"} <= seen.keys():
+                event = await connection.recv()
+                seen[event.type] = event
+                sound += len(base64.b64decode(event.delta)) // 2 if event.type == "response.output_audio.delta" else 0
+        assert seen["conversation.item.input_audio_transcription.completed"].transcript == "where is the orange square"
+        answer = seen["response.done"].response.output[0].content[0].transcript
+        assert answer.startswith("The orange square is ") and sound > 24_000
+
+
+# ---- extensions and the log
+
+
+async def test_extensions_by_the_address(engine, mind):
+    mind.says("Yes.")
+    async with serving(engine) as port, plain(port, "?model=nano&extensions=camera,timeline,no") as connection:
+        address = "data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()
+        await say(connection, "attend.camera.frame", image_url=address, frame_id="f1")
+        for piece in question():
+            await say(connection, "input_audio_buffer.append", audio=piece)
+        heard = await until(connection, "attend.timeline")
+        assert "f1" in [event["frame_id"] for event in heard if event["type"] == "attend.camera.looked"]
+        assert heard[-1]["stages_ms"]["first_token"] > 0
+
+
+async def test_the_log_tells_times_and_no_content(engine, mind, caplog):
+    caplog.set_level(logging.INFO, "attend.serve")
+    for content in (False, True):
+        async with serving(engine, log_json=True, log_content=content) as port:
+            await works(port, mind)
+            await free(engine)
+        lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "attend.serve"]
+        assert [line["event"] for line in lines] == ["start", "answer", "times", "end"] and len(
+            {line["session"] for line in lines}
+        ) == 1
+        assert lines[1].get("text") == ("Yes." if content else None)
+        caplog.clear()
