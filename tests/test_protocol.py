@@ -557,6 +557,14 @@ def test_truncate_says_where_in_the_answer_it_was():
         assert c.inputs[-1] == events.Truncate(2, sample)
 
 
+def test_what_was_truncated_has_no_transcript():
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5), answered(2, "One two"))[2]["item"]["id"]
+    for ms, transcript in ((900, "One two"), (200, None)):
+        c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=ms)
+        assert c.say("conversation.item.retrieve", item_id=item)[0]["item"]["content"][0]["transcript"] == transcript
+
+
 def test_truncate_stops_an_answer_that_is_being_given():
     c = client()
     item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5))[2]["item"]["id"]

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from agent import checkpoint
 from agent.__main__ import main
 from agent.engine import Engine
 from agent.session import Session, Settings
+from agent.tape import Answered, Heard
 from agent.view import Budget
 from model.vad import Vad
 from streams.files import read_audio
@@ -607,7 +609,39 @@ async def test_nano_answers_a_spoken_question_about_a_picture():
         assert answer.startswith("The orange square is ") and sound > 24_000
 
 
+# ---- what was heard
+
+
+async def test_what_a_client_says_was_heard_is_what_the_tape_keeps(engine, mind):
+    mind.says("One two three four.")
+    door = Door(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
+    async with asyncio.timeout(60), door.open() as port, plain(port) as connection:
+        await say(connection, "response.create")
+        item = (await until(connection, "response.done"))[-1]["response"]["output"][0]["id"]
+        await say(connection, "conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=650)
+        assert (await until(connection, "conversation.item.truncated"))[-1]["audio_end_ms"] == 650
+        (session,) = door.sessions
+        while not (heard := [entry for entry in session.record.tape.entries if isinstance(entry, Heard)]):
+            await asyncio.sleep(0)
+        answer = session.record.tape.entries[heard[-1].of]
+        assert isinstance(answer, Answered)
+        assert LOADED.tokenizer.decode(list(answer.ids[: heard[-1].ids])).strip() == "One two"
+
+
 # ---- extensions and the log
+
+
+@pytest.mark.slow
+async def test_the_example_of_the_readme(capsys):
+    root = DEMO.parents[2]
+    (code,) = re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    with Engine(checkpoint.load("nano"), length=2048) as engine:
+        async with serving(engine, None, settings=Settings(seed=0)) as port:
+            code = code.replace(":8765/", f":{port}/").replace("model/nano/demo", str(DEMO))
+            await asyncio.to_thread(exec, code, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "looked at table" and lines[-1].startswith("first token after ")
+    assert [line.split(" [")[0] for line in lines[1:-1]] == ["mark on table orange square"]
 
 
 async def test_extensions_by_the_address(engine, mind):

@@ -221,6 +221,8 @@ class Conversation:
         if answer == self._answer:
             self.playback.stop()
             self._stop()
+        if self.playback.place(item.id, ms + 1) != (answer, sample, ms):  # not all was heard: which words, the session knows
+            item.json = {**item.json, "status": "incomplete", "content": [{"type": "output_audio", "transcript": None}]}
         self._send("conversation.item.truncated", item_id=item.id, content_index=index, audio_end_ms=ms)
 
     def _frame(self, event: Json) -> None:

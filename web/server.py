@@ -45,7 +45,8 @@ PATH = "/v1/realtime"
 STATIC = Path(__file__).parent / "static"
 MESSAGE = 8 << 20  # bytes of one: a telephone's photo in base64
 FRAMES = 4  # messages that are read ahead
-EVENTS = 500  # of a client in a second; who sends more waits
+EVENTS = 500  # of a client in a second; who sends more waits, and
+SHARE = 16 << 10  # bytes count as one more
 UNSENT = 256  # events
 BEHIND = 400  # positions that may wait for the model before more sound is taken
 TICK = 0.02  # seconds
@@ -261,7 +262,7 @@ class Line:
         allowed, last = float(EVENTS), time.monotonic()
         async for message in self.connection:
             now = time.monotonic()
-            allowed, last = min(EVENTS, allowed + (now - last) * EVENTS) - 1, now
+            allowed, last = min(EVENTS, allowed + (now - last) * EVENTS) - 1 - len(message) / SHARE, now
             if allowed < 0:
                 await asyncio.sleep(-allowed / EVENTS)
             self.conversation.receive(message, self.door.options.clock())
