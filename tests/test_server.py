@@ -248,6 +248,34 @@ async def test_cancel_and_on(engine, mind):
         assert event.response.output[0].content[0].transcript == "Yes."
 
 
+async def test_talk_over_an_answer_interrupts_it(engine, mind):
+    mind.says("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.")
+    async with serving(engine, clock=time.monotonic) as port, stock(port) as connection:
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.output_audio.delta":
+                break
+        mind.hears("where is it")
+        for piece in question():
+            await connection.input_audio_buffer.append(audio=piece)
+        kinds = []
+        async for event in connection:
+            kinds.append(event.type)
+            if event.type == "response.done":
+                break
+        assert event.response.status_details.reason == "turn_detected"
+        said = event.response.output[0]
+        assert said.status == "incomplete" and len(said.content[0].transcript.split()) < 15
+        mind.says("Yes.")
+        async for event in connection:
+            kinds.append(event.type)
+            if event.type == "response.done":
+                break
+        assert event.response.status == "completed"
+        order = ["response.done", "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "response.created"]
+        assert [kind for kind in kinds if kind in order] == [*order, "response.done"]
+
+
 # ---- who may come in
 
 
