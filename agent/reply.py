@@ -144,10 +144,10 @@ class Reply:
             self._keep()
             if not stretch.calls or answer.tokens >= self._settings.most:
                 break
-            for call in stretch.calls:
+            for more, call in reversed([*enumerate(reversed(stretch.calls))]):
                 index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
                 self._calls.add(index)
-                self._emit(events.Called(self.of, index, call))
+                self._emit(events.Called(self.of, index, call, more))
             while self._calls:
                 self._returned.clear()
                 await self._returned.wait()

@@ -186,9 +186,10 @@ class Session:
                 self._commit(True)
             case events.Set():
                 self._set(item)
+            case events.Recall() if self._turns.floor == "user":
+                self._note("an earlier answer cannot be brought along while the user speaks")
             case events.Recall():
-                if self._turns.floor is None:
-                    self.record.recall(item.text)
+                self.record.recall(item.text)
             case events.Delete():
                 self.record.delete(item.of)
 
