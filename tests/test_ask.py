@@ -46,7 +46,7 @@ def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(
     assert answer["heard"] == "where is the orange square"
     (mark,) = answer["marks"]
     assert mark["label"] == "orange square"
-    assert np.abs(np.array(mark["box_2d"]) - [73, 324, 431, 592]).max() <= 60
+    assert np.abs(np.array(mark["box_2d"]) - [83, 231, 518, 570]).max() <= 60
     drawn, plain = files.read_picture(marked), files.read_picture(PICTURE)
     assert drawn.shape == plain.shape and (drawn != plain).any()
 
