@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import checkpoint
-from agent.calls import BrokenCall, ToolCall
+from agent.answer import Answer as Written
+from agent.answer import Piece
 from agent.checkpoint import Loaded
-from agent.marks import Mark, MarkReader
-from agent.prompt import AnswerReader, Event, Text, Thought
+from agent.marks import Mark
+from agent.prompt import Thought
 from model.cache import RowFull
 from streams import files
 from streams.frames import RATE, Framer
@@ -138,7 +139,7 @@ async def ask(
     listened = row.length
     hidden = write(closing, wanted=True)
     assert hidden is not None
-    _read_answer(loaded, answer, checkpoint.generate(loaded, cache, row, hidden, how, most, seed), thinking, say, asked)
+    _read_answer(loaded, answer, checkpoint.generate(loaded, cache, row, hidden, how, most, seed), say, asked)
     answer.timings_ms["append"] = (asked - begun) * 1000
     if answer.audio_seconds and listened >= cache.earliest(row):
         cache.truncate(row, listened)
@@ -163,27 +164,21 @@ def _check_room(loaded: Loaded, media: Sequence[Medium], cuts: list[list[tuple[T
         )
 
 
-def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, thinking: bool, say: Callable[[str], None], asked: float) -> None:
-    reader, marks = AnswerReader(loaded.tokenizer), MarkReader()
+def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, say: Callable[[str], None], asked: float) -> None:
+    written = Written(loaded.tokenizer)
     first = last = asked
 
-    def take(events: Sequence[Event]) -> None:
-        for event in events:
-            match event:
-                case Thought():
-                    answer.thought += event.text
-                case Text():
-                    tell(marks.push(event.text))
-                case ToolCall() | BrokenCall():
-                    answer.finish = "tool_call"
-
-    def tell(pieces: Sequence[str | Mark]) -> None:
+    def take(pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            if isinstance(piece, Mark):
-                answer.marks.append(piece)
-            else:
-                answer.text += piece
-                say(piece)
+            match piece:
+                case str():
+                    say(piece)
+                case Mark():
+                    answer.marks.append(piece)
+                case Thought():
+                    answer.thought += piece.text
+                case _:
+                    answer.finish = "tool_call"
 
     for token, logp in tokens:
         last = perf_counter()
@@ -192,10 +187,9 @@ def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, thinking: bool, sa
         answer.logprobs.append(logp)
         if token in loaded.generation.stop:
             answer.finish = "stop"
-        take(reader.push(token))
-    take(reader.flush())
-    tell(marks.flush())
-    answer.text = answer.text.strip()
+        take(written.push(token))
+    take(written.flush())
+    answer.text = written.text.strip()
     count = len(answer.answer_ids)
     answer.timings_ms["last_frame_to_first_token"] = (first - asked) * 1000
     answer.timings_ms["per_token"] = (last - first) * 1000 / max(1, count - 1)

@@ -112,7 +112,7 @@ class Setting:
     """What one shape is measured with; `prompts` and `rows` by seconds of speech. `beside` is None without transformers."""
 
     model: Gemma
-    library: Any
+    transformers: Any
     beside: Any
     cache: Cache
     rows: Mapping[int, Row]
@@ -124,14 +124,14 @@ def model(shapes: list[str] | None, device: str, say: Callable[[str], None], eff
     """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures.
 
     Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
-    place, library = _device(device), _library(say)
-    version, threads = library.__version__ if library else None, torch.get_num_threads()
+    place, transformers = _device(device), _library(say)
+    version, threads = transformers.__version__ if transformers else None, torch.get_num_threads()
     say(f"on {place}, {threads} threads, torch {torch.__version__}; medians of contenders taking turns")
-    say(f"beside transformers {version}" if library else "transformers is not installed here: attend's column alone")
+    say(f"beside transformers {version}" if transformers else "transformers is not installed here: attend's column alone")
     result = {}
     for name in shapes or ["nano", "mid", *(["12b"] if place.type == "cuda" else [])]:
         with torch.inference_mode():
-            result[name] = _measure(name, _prepare(name, place, library, effort or Effort()), say)
+            result[name] = _measure(name, _prepare(name, place, transformers, effort or Effort()), say)
     return {"device": str(place), "threads": threads, "torch": torch.__version__, "transformers": version, "shapes": result}
 
 
@@ -147,7 +147,7 @@ def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any
         differ = float((_whole(s, SPEECH[0], seen=False) - theirs).abs().max())
         same = differ < (1e-2 if s.model.dtype == torch.float32 else 0.5)
         say(f"both give the same logits to {differ:.0e}" if same else f"NOT COMPARABLE: their logits differ by {differ:.2g}")
-    elif s.library:
+    elif s.transformers:
         say("transformers' copy of the weights does not fit beside: attend's column alone")
     say(f"{'':44}{'attend':>14}{'transformers':>14}{'ratio':>8}")
     figures = {}
@@ -180,10 +180,10 @@ def _device(name: str) -> torch.device:
 def _library(say: Callable[[str], None]) -> Any:
     """transformers, where a version is installed that knows Gemma 4 Unified; else None."""
     try:
-        library: Any = import_module("transformers")
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-        return library if library.Gemma4UnifiedForConditionalGeneration else None
+        transformers: Any = import_module("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        return transformers if transformers.Gemma4UnifiedForConditionalGeneration else None
     except AttributeError:
         return None
     except (ImportError, RuntimeError) as broken:  # RuntimeError: beside a torchvision that was built for another torch
@@ -192,7 +192,7 @@ def _library(say: Callable[[str], None]) -> Any:
         return None
 
 
-def _prepare(name: str, device: torch.device, library: Any, effort: Effort) -> Setting:
+def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort) -> Setting:
     raw, dtype = SHAPES[name](), torch.bfloat16 if device.type == "cuda" else torch.float32
     config = Config.from_json(raw)
     with torch.device("meta"):
@@ -214,16 +214,16 @@ def _prepare(name: str, device: torch.device, library: Any, effort: Effort) -> S
             p.fill_(0 if key.endswith("bias") else p.numel() ** -0.5 if key.endswith("q_norm") else 1)
     # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
     room = min(weights.free_memory(torch.device("cpu")) or 0, (free or 0) - needed)
-    beside = _beside(gemma, raw, library) if library and (device.type == "cpu" or room > 1.1 * size) else None
+    beside = _beside(gemma, raw, transformers) if transformers and (device.type == "cpu" or room > 1.1 * size) else None
     cache = Cache(config, ROWS, LENGTH, device=device, dtype=dtype)
     prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
-    return Setting(gemma, library, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
+    return Setting(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
 
 
-def _beside(gemma: Gemma, raw: dict[str, Any], library: Any) -> Any:
-    own, config = dict(gemma.named_parameters()), library.Gemma4UnifiedConfig.from_dict(raw)
+def _beside(gemma: Gemma, raw: dict[str, Any], transformers: Any) -> Any:
+    own, config = dict(gemma.named_parameters()), transformers.Gemma4UnifiedConfig.from_dict(raw)
     state = {key: own[place.parameter][place.start : place.stop] for key, place in weights.layout(gemma.config).items()}
-    kind = library.Gemma4UnifiedForConditionalGeneration
+    kind = transformers.Gemma4UnifiedForConditionalGeneration
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=gemma.dtype).to(gemma.device).eval()
 
 
@@ -327,7 +327,7 @@ def _step(s: Setting) -> Iterator[Figure]:
     needed = [p for name, p in s.model.named_parameters() if not name.startswith(("vision.", "audio."))]
     pasts = {}
     if s.beside:  # a static cache is read whole: no longer than it must be
-        static = s.library.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.most + s.effort.least + 1)
+        static = s.transformers.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.most + s.effort.least + 1)
         pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
 
     def step() -> None:

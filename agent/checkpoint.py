@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agent.prompt import AnswerReader, Prompt, Text
+from agent.answer import Answer
+from agent.prompt import Prompt
 from model import weights
 from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Gemma
@@ -126,10 +127,10 @@ def transcribe(loaded: Loaded, cache: Cache, row: Row, most: int = 200) -> str:
             return ""
         hidden = append_ids(loaded, cache, fork, closing, wanted=True)
         assert hidden is not None
-        reader, text = AnswerReader(loaded.tokenizer), ""
+        answer = Answer(loaded.tokenizer)
         for token, _ in generate(loaded, cache, fork, hidden, replace(loaded.generation, greedy=True), most):
-            text += "".join(event.text for event in reader.push(token) if isinstance(event, Text))
-        text += "".join(event.text for event in reader.flush() if isinstance(event, Text))
-        return text.strip()
+            answer.push(token)
+        answer.flush()
+        return answer.text.strip()
     finally:
         cache.release(fork)

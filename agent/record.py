@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from agent import tape
+from agent.checkpoint import TRANSCRIBE
 from agent.engine import Feed
 from agent.journal import JournalError
 from agent.prompt import Prompt
@@ -23,7 +24,6 @@ from model.cache import RowFull
 from model.gemma import Config
 from model.sampling import Generation
 
-TRANSCRIBE = "Transcribe the speech."
 CAPTION = 200  # tokens
 
 
