@@ -170,7 +170,7 @@ def _ask(given: argparse.Namespace) -> int:
     )
     answer.timings_ms["load"] = load_ms
     if given.mark_image:
-        picture = [picture for medium in media for _, picture in medium.pictures][-1]
+        picture = [shown.pixels for medium in media for shown in medium.pictures][-1]
         _write_picture(given.mark_image, marks.draw(picture, answer.marks)[:, :, ::-1])
     if given.json:
         print(json.dumps(answer.as_json()))

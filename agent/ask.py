@@ -1,29 +1,34 @@
-"""One question from files, by the way that live frames take: sound goes into the row frame by frame, in the order given."""
+"""One question from files, by the way that a live turn takes: the tape, the engine and its row, sound frame by frame, in the
+order given. Only nobody has to tell when the turn ends, and the answer is read and not spoken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent import checkpoint
 from agent.answer import Answer as Written
 from agent.answer import Piece
 from agent.checkpoint import Loaded
+from agent.engine import Engine
 from agent.marks import Mark
 from agent.prompt import Thought
+from agent.record import Record
+from agent.segments import Picture, Segment
+from agent.tape import Asked, Entry, Opened, Seen, Setting, Sound, Tape, Typed
+from agent.view import Budget, view
 from model.cache import RowFull
 from streams import files
-from streams.frames import RATE, Framer
+from streams.frames import FRAME, RATE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from model.sampling import Generation
 
 LENGTH = 8192  # positions of the row; 128 MiB beside the rings for the 12B
@@ -39,13 +44,21 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Medium:
-    """A part that has been read: text, samples, or pictures with their seconds."""
+class Shown:
+    """A picture: its file, what is in it, and its seconds where it is one of a video."""
 
-    kind: str
+    data: bytes
+    pixels: NDArray[np.uint8]
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A part that has been read: text, samples, or pictures."""
+
     text: str = ""
     samples: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    pictures: Sequence[tuple[float, NDArray[np.uint8]]] = ()
+    pictures: Sequence[Shown] = ()
 
 
 @dataclass
@@ -75,14 +88,19 @@ def read(parts: Sequence[Part]) -> list[Medium]:
         path = Path(part.value)
         match part.kind:
             case "text":
-                media.append(Medium("text", text=part.value))
+                media.append(Medium(text=part.value))
             case "audio":
-                media.append(Medium("audio", samples=files.read_audio(path)))
+                media.append(Medium(samples=files.read_audio(path)))
             case "image":
-                media.append(Medium("image", pictures=[(0.0, files.read_picture(path))]))
+                pixels = files.read_picture(path)
+                media.append(Medium(pictures=[Shown(path.read_bytes(), pixels)]))
             case "video":
-                media.append(Medium("video", pictures=files.read_video(path)))
+                media.append(Medium(pictures=[Shown(_png(pixels), pixels, at) for at, pixels in files.read_video(path)]))
     return media
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    return bytes(cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
 
 
 async def ask(
@@ -99,72 +117,83 @@ async def ask(
     say: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Feeds the question and generates. `say` is told the answer's text as it comes. Raises RowFull if it does not fit."""
-    prompt, answer = loaded.prompt, Answer()
-    cache = checkpoint.new_cache(loaded, 2, LENGTH)  # the second row is for the transcript
-    row = cache.claim()
-    begun = perf_counter()
-
-    def write(ids: list[int], wanted: bool = False) -> Tensor | None:
-        answer.prompt_ids += ids
-        return checkpoint.append_ids(loaded, cache, row, ids, wanted=wanted)
-
-    cuts = [_cut(loaded, medium, budget or loaded.budget) for medium in media]
-    opening = prompt.begin(system, thinking=thinking) + prompt.open_turn()
-    closing = prompt.close_turn(thinking)
-    _check_room(loaded, media, cuts, len(opening) + len(closing), cache.length)
-    write(opening)
-    for medium, cut in zip(media, cuts, strict=True):
-        match medium.kind:
-            case "text":
-                write(prompt.text(medium.text))
-            case "audio":
-                write([prompt.boa])
-                framer = Framer(loaded.model.config.frame)
-                async for sound in files.play(medium.samples, real_time=real_time):
-                    for frame in framer.push(sound.samples):
-                        checkpoint.append_frame(loaded, cache, row, frame)
-                        answer.prompt_ids.append(prompt.media.audio)
-                assert not framer.flush(), "a frame of the checkpoint divides 640 samples"
-                answer.audio_seconds += len(medium.samples) / RATE
-                write([prompt.eoa])
-            case _:
-                for number, ((seconds, _), (pieces, places)) in enumerate(zip(medium.pictures, cut, strict=True)):
-                    if medium.kind == "video":
-                        write(prompt.timestamp(seconds, first=number == 0))
-                    write([prompt.boi])
-                    checkpoint.append_picture(loaded, cache, row, pieces, places)
-                    answer.prompt_ids += [prompt.media.video if medium.kind == "video" else prompt.media.image] * len(pieces)
-                    write([prompt.eoi])
-    asked = perf_counter()
-    listened = row.length
-    hidden = write(closing, wanted=True)
-    assert hidden is not None
-    _read_answer(loaded, answer, checkpoint.generate(loaded, cache, row, hidden, how, most, seed), say, asked)
-    answer.timings_ms["append"] = (asked - begun) * 1000
-    if answer.audio_seconds and listened >= cache.earliest(row):
-        cache.truncate(row, listened)
-        answer.heard = checkpoint.transcribe(loaded, cache, row)
+    answer, setting = Answer(), Setting(system, thinking=thinking)
+    answer.audio_seconds = sum(len(medium.samples) for medium in media) / RATE
+    parts = [part for medium in media for part in _parts(medium, budget or loaded.budget)]
+    with Engine(loaded, length=LENGTH) as engine:
+        answer.prompt_ids = _prompt(loaded, setting, parts, engine.length)
+        row = engine.claim(lambda error: None)  # every wait below is told too
+        room = Budget(ahead=engine.length, row=engine.length - 1)
+        config = loaded.model.config
+        record = Record(Tape(), row, loaded.prompt, config, room, "verbatim", room.row, lambda note: None)  # no journal, no notes
+        begun = perf_counter()
+        record.append(setting)
+        record.open(0)
+        for part in parts:
+            if isinstance(part, Sound):
+                async for sound in files.play(part.samples.reshape(-1), real_time=real_time):
+                    assert record.sound(sound.samples), "_prompt has counted"
+            else:
+                record.part(part)
+        await row.drained()
+        asked = perf_counter()
+        answer.timings_ms["append"] = (asked - begun) * 1000
+        caption = record.caption()
+        record.ask()
+        await _read_answer(loaded, answer, row.generate(*record.closing(), how=how, most=most, seed=seed), say, asked)
+        if caption:
+            heard = Written(loaded.tokenizer)
+            with suppress(RowFull):  # a prompt that leaves no room to ask for it
+                async for token, _ in caption.generate(loaded.generation):
+                    heard.push(token)
+                heard.flush()
+                answer.heard = heard.text.strip()
     return answer
 
 
-def _cut(loaded: Loaded, medium: Medium, budget: int) -> list[tuple[Tensor, Tensor]]:
-    return [checkpoint.cut(loaded, picture, VIDEO_BUDGET if medium.kind == "video" else budget) for _, picture in medium.pictures]
+def _parts(medium: Medium, budget: int) -> list[Typed | Sound | Seen]:
+    if medium.text:
+        return [Typed(medium.text)]
+    if len(medium.samples):
+        return [Sound.of(np.pad(medium.samples, (0, -len(medium.samples) % FRAME)).reshape(-1, FRAME))]
+    return [_seen(shown, budget if shown.seconds is None else VIDEO_BUDGET) for shown in medium.pictures]
 
 
-def _check_room(loaded: Loaded, media: Sequence[Medium], cuts: list[list[tuple[Tensor, Tensor]]], around: int, room: int) -> None:
-    """Before anything is fed: a prompt that cannot fit should not first take minutes."""
-    needed = around
-    for medium, cut in zip(media, cuts, strict=True):
-        needed += len(loaded.prompt.text(medium.text)) if medium.text else 0
-        needed += -(-len(medium.samples) // loaded.model.config.frame) + 2 if medium.kind == "audio" else 0
-        needed += sum(len(pieces) + 2 for pieces, _ in cut)
-    if needed >= room:
-        raise RowFull(
-            f"the prompt takes {needed} positions and a row holds {room}; give it less sound, fewer pictures or a smaller budget"
-        )
+def _seen(shown: Shown, budget: int) -> Seen:
+    height, width = shown.pixels.shape[:2]
+    return Seen(shown.data, height, width, budget, seconds=shown.seconds)
 
 
-def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, say: Callable[[str], None], asked: float) -> None:
+def _prompt(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound | Seen], room: int) -> list[int]:
+    """The whole of it in ids, soft tokens as placeholders. Raises RowFull: what cannot fit should not first take minutes."""
+    prompt = loaded.prompt
+    videos = iter([isinstance(part, Seen) and part.seconds is not None for part in parts if isinstance(part, Seen)])
+
+    def ids(segment: Segment) -> tuple[int, ...]:
+        match segment:
+            case Picture():
+                return (prompt.media.video if next(videos) else prompt.media.image,) * segment.positions
+            case Sound():
+                return (prompt.media.audio,) * segment.positions
+        return segment
+
+    entries: list[Entry] = [setting, Opened(), *parts, Asked()]
+    wide = Budget(ahead=1 << 30, row=1 << 30)
+    segments = view(entries, prompt, wide, "verbatim", patch=loaded.model.config.patch).segments
+    whole = [id for segment in segments for id in ids(segment)]
+    if len(whole) + 2 >= room:  # with a place for the end of a run of sound, and one for the answer
+        less = "give it less sound, fewer pictures or a smaller budget"
+        raise RowFull(f"the prompt takes {len(whole)} positions and a row holds {room}; {less}")
+    return whole
+
+
+async def _read_answer(
+    loaded: Loaded,
+    answer: Answer,
+    tokens: AsyncIterable[tuple[int, float]],
+    say: Callable[[str], None],
+    asked: float,
+) -> None:
     written = Written(loaded.tokenizer)
     first = last = asked
 
@@ -180,7 +209,7 @@ def _read_answer(loaded: Loaded, answer: Answer, tokens: Any, say: Callable[[str
                 case _:
                     answer.finish = "tool_call"
 
-    for token, logp in tokens:
+    async for token, logp in tokens:
         last = perf_counter()
         first = last if first == asked else first
         answer.answer_ids.append(token)

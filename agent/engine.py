@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from agent.checkpoint import Loaded, cut, new_cache
-from agent.orders import Fork, Generate, Op, Rewrite, Seat, Take
+from agent.orders import Fork, Generate, Op, Reach, Rewrite, Seat, Take
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
 from model.cache import NoRow, RowFull
@@ -71,6 +71,18 @@ class Feed:
         child = Seat(self._seat.tell, self._seat)
         self._engine._order(self._seat, Fork(child))
         return Feed(self._engine, child)
+
+    async def drained(self) -> None:
+        """Until everything that was ordered is in the row. Raises what the row was lost to."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            if not done.done():
+                done.set_exception(error) if error else done.set_result(None)
+
+        self._engine._order(self._seat, Reach(partial(_tell, loop, tell)))
+        await done
 
     async def generate(
         self, *closing: Segment, how: Generation, most: int, seed: int | None = None
@@ -153,7 +165,7 @@ class Engine:
         def take() -> None:
             if seat.gone or (seat.parent and seat.parent.gone):
                 for op in ops:
-                    _cancel(op, self._dead or RowLost("the conversation has no row any more"))
+                    _cancel(op, self._dead or seat.error or RowLost("the conversation has no row any more"))
             else:
                 if seat not in self._seats:
                     self._seats.append(seat)
@@ -252,6 +264,9 @@ class Engine:
                 case Take(drawn=Generate(cancelled=True)):
                     seat.todo.popleft()
                     seat.taken += 1
+                case Reach():
+                    seat.todo.popleft()
+                    op.tell(None)
                 case Take():
                     break
                 case Generate():
@@ -357,7 +372,7 @@ class Engine:
         """The row is free again, whatever happened."""
         if seat.gone:
             return
-        seat.gone = True
+        seat.gone, seat.error = True, error
         if seat in self._seats:
             self._seats.remove(seat)
         if seat.row:
@@ -381,7 +396,7 @@ def _lost(error: Exception) -> Exception:
 
 
 def _cancel(op: Op, error: Exception) -> None:
-    if isinstance(op, Generate):
+    if isinstance(op, Generate | Reach):
         op.tell(error)
 
 

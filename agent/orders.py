@@ -42,6 +42,13 @@ class Fork:
 
 
 @dataclass(eq=False)
+class Reach:
+    """Somebody wants to know when all before it is done."""
+
+    tell: Callable[[Exception | None], None]
+
+
+@dataclass(eq=False)
 class Generate:
     how: Generation
     most: int
@@ -51,7 +58,7 @@ class Generate:
     count: int = 0
 
 
-Op = Take | Rewrite | Fork | Generate
+Op = Take | Rewrite | Fork | Reach | Generate
 
 
 @dataclass(eq=False)
@@ -66,6 +73,7 @@ class Seat:
     asked: int = 0  # positions
     taken: int = 0
     gone: bool = False
+    error: Exception | None = None  # what it was lost to
 
     def due(self, most: int) -> list[tuple[Take, int, int]]:
         """What can go into the row in one pass: takes with first and last position. A picture goes whole."""

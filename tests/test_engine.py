@@ -312,6 +312,20 @@ async def test_a_bad_part_ends_its_conversation_alone_and_its_row_is_free(bad, s
         assert same(await written(again), expected())
 
 
+async def test_whoever_waits_for_a_row_is_told_when_all_is_in_it_or_what_it_was_lost_to():
+    with Engine(LOADED, rows=2, length=60) as running:
+        told: list[Exception] = []
+        well, ill = running.claim(nobody), running.claim(told.append)
+        well.append(words(40), sound(3))
+        await well.drained()
+        assert well.waiting == 0
+        ill.append(words(70))
+        for _ in range(2):  # while it is being lost, and long after
+            with pytest.raises(RowFull):
+                await ill.drained()
+        assert await are(told, 1)
+
+
 async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypatch):
     told: list[Exception] = []
     extend, full = LOADED.model.extend, threading.Event()
