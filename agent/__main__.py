@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import cv2
 
-from agent import ask, bench, checkpoint, crowd, marks, script, waits
+from agent import ask, bench, checkpoint, crowd, hours, marks, script, waits
 from agent.ask import Answer, Part
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.session import Session, Settings
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
     talking.add_argument("--json", action="store_true", help="print one JSON object")
+    talking.add_argument("--hours", type=float, metavar="H", help="instead: one conversation of so long, simulated")
     talking.set_defaults(run=_bench_session)
     return parser
 
@@ -301,6 +302,8 @@ def _bench_session(given: argparse.Namespace) -> int:
     voice, loaded = open_voice("espeak"), checkpoint.load(given.model, given.device, given.dtype, _progress)
 
     async def measure() -> dict[str, Any]:
+        if given.hours:
+            return await hours.conversation(loaded, voice, people.person, given.hours, say)
         result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say)
         result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
         if given.chart:
@@ -308,7 +311,7 @@ def _bench_session(given: argparse.Namespace) -> int:
         return result
 
     result = asyncio.run(measure())
-    if given.chart:
+    if given.chart and not given.hours:
         waits.write(given.chart, result["first_token"], f"{given.model} on {result['device']}, {result['threads']} threads")
     if given.json:
         print(json.dumps(result))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import time
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def _spoken(text: str, voice: str, where: str) -> np.ndarray:
 class Performance:
     """Plays `turns` to a session and keeps what comes back. `quiet`: a little noise instead of digital silence."""
 
-    def __init__(self, turns: list[Turn], real_time: bool = False, quiet: float = 1e-4) -> None:
+    def __init__(self, turns: Iterable[Turn], real_time: bool = False, quiet: float = 1e-4) -> None:
         self.turns, self.real_time = turns, real_time
         self.exchanges: list[Exchange] = []
         self.events: list[Event] = []
@@ -154,6 +154,13 @@ class Performance:
     def clock(self) -> float:
         """Seconds of the microphone's time."""
         return time.monotonic() - self._begun if self.real_time else self._frames * FRAME / RATE
+
+    def forget(self) -> None:
+        """Between two turns: what was told and played so far is let go of, the recording too."""
+        for kept in (self.exchanges, self.events, self.times, self.asked, self.late, self.answers, self._user, self._agent):
+            kept.clear()
+        self._captions.clear()
+        self._asked.clear()
 
     async def run(self, session: Session) -> None:
         await session.run(self._inputs(), self._emit)

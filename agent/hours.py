@@ -1,0 +1,112 @@
+"""Hours of one conversation, simulated as fast as the model goes: memory and waiting must not grow with them.
+
+People come one after the other; each shows a picture, asks about it aloud, listens, and interrupts one answer. Time is the
+microphone's and stands still while the model computes (agent/script.py).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, get_args
+
+from agent import waits
+from agent.checkpoint import Loaded
+from agent.crowd import Person, Talk
+from agent.engine import Engine
+from agent.script import Performance, Turn
+from agent.session import Session, Settings
+from agent.view import Policy
+from model.vad import Vad
+from streams.voice import Voice
+
+STRETCHES = 8  # lines of the table
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the conversation; `first_token` in milliseconds after the turn's end, `memory` in MiB as it ended."""
+
+    minutes: float
+    asked: int
+    unanswered: int
+    right: int
+    first_token: float
+    slowest: float
+    positions: int
+    entries: int
+    memory: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.minutes:>8.0f}{self.asked:>10}{self.unanswered:>12}{self.right:>8}{self.first_token:>13.1f}"
+            f"{self.slowest:>10.1f}{self.positions:>11,}{self.entries:>10,}{self.memory:>10,.0f}"
+        )
+
+
+HEAD = "{:>8}{:>10}{:>12}{:>8}{:>13}{:>10}{:>11}{:>10}{:>10}".format(
+    "minutes", "asked", "unanswered", "right", "first token", "slowest", "positions", "entries", "MiB"
+)
+
+
+async def conversation(loaded: Loaded, voice: Voice | None, person: Person, hours: float, say: waits.Say) -> dict[str, Any]:
+    """Measures `hours` of simulated time under each policy and tells `say` the table, line by line; returns all figures."""
+    result = {}
+    for policy in get_args(Policy):
+        begun = perf_counter()
+        say(f"\n{policy}\n{HEAD}")
+        with Engine(loaded) as engine:
+            settings = Settings(policy=policy, how=replace(loaded.generation, greedy=True))
+            visits = _Visits(Session(engine, Vad(), voice, settings), person, 3600 * hours, say)
+            await visits.played.run(visits.session)
+        say(f"{hours:g} hours in {(perf_counter() - begun) / 60:.1f} minutes, {visits.session.dropped} frames dropped")
+        for message in sorted(visits.notes):
+            say(f"  said by the session: {message}")
+        result[policy] = {"dropped": visits.session.dropped, "stretches": [asdict(stretch) for stretch in visits.stretches]}
+    return result
+
+
+class _Visits:
+    """One person after the other; nothing of them is kept but what is counted."""
+
+    def __init__(self, session: Session, person: Person, seconds: float, say: waits.Say) -> None:
+        self.session, self.stretches, self.notes = session, list[Stretch](), set[str]()
+        self._person, self._seconds, self._say = person, seconds, say
+        self.played = Performance(self._turns())
+
+    def _turns(self) -> Iterator[Turn]:
+        asked = unanswered = right = 0
+        waited: list[float] = []
+        for seed in count():
+            questions = self._person(seed)
+            yield from (question.turn for question in questions)
+            talk = Talk(questions, self.played, 0, 0)
+            right += sum(talk.right())
+            asked += len(questions)
+            unanswered += sum(exchange is None for exchange in talk.exchanges())
+            waited += [x.stages["first_token"] for x in self.played.exchanges if "first_token" in x.stages]
+            self.notes.update(self.played.notes)
+            self.played.forget()
+            if self.played.clock * STRETCHES >= self._seconds * (len(self.stretches) + 1):
+                record = self.session.record
+                figures = asked, unanswered, right, median(waited), max(waited), record.positions, len(record.tape.entries)
+                self.stretches.append(Stretch(self.played.clock / 60, *figures, _memory()))
+                self._say(str(self.stretches[-1]))
+                asked = unanswered = right = 0
+                waited = []
+            if len(self.stretches) >= STRETCHES:
+                return
+
+
+def _memory() -> float:
+    """MiB that this process holds now; where the system does not say, the most it ever held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

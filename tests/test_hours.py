@@ -1,0 +1,29 @@
+"""Hours of one conversation, in small: what is counted, and what is let go of."""
+
+from agent import checkpoint, hours
+from agent.crowd import Question
+from agent.marks import Mark
+from agent.script import Turn
+from model.nano import people
+
+
+def greeting(seed: int) -> list[Question]:
+    """Shows a picture and says hello, typed."""
+
+    def right(text: str, marks: list[Mark]) -> bool:
+        return text.strip().startswith("Hello")
+
+    return [Question(Turn(people.picture(seed, 96, 96), typed="Hello", wait=0.1), 0, right)]
+
+
+async def test_both_policies_are_told_stretch_by_stretch_and_nothing_grows() -> None:
+    told: list[str] = []
+    result = await hours.conversation(checkpoint.load("nano"), None, greeting, 0.0005, told.append)
+    assert list(result) == ["transcripts", "verbatim"]
+    for figures in result.values():
+        assert figures["dropped"] == 0 and len(figures["stretches"]) == hours.STRETCHES
+        assert [stretch["minutes"] for stretch in figures["stretches"]] == sorted(s["minutes"] for s in figures["stretches"])
+        assert all(s["asked"] == s["right"] > 0 and s["unanswered"] == 0 < s["first_token"] for s in figures["stretches"])
+        entries = [stretch["entries"] for stretch in figures["stretches"]]
+        assert entries == sorted(entries), "the tape is append-only"
+    assert len([line for line in told if line.strip()]) == 2 * (1 + hours.STRETCHES + 1)
