@@ -53,8 +53,8 @@ def step(
 
 
 def compile_steps(model: Gemma, tell: Callable[[], object] = lambda: None) -> None:
-    """From here on `model` takes a step of one row compiled. `tell` is called before it takes long: 10 to 20 s a kind of layer
-    on two cores, less once the compiler's cache on disk (~/.cache/attend) knows it. Raises NotCompiled and leaves the model as it is."""
+    """From here on `model` takes a step of one row compiled. `tell` is called before it takes long; the second time is shorter,
+    since the compiler keeps its work in ~/.cache/attend. Raises NotCompiled, and then leaves the model as it is."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise NotCompiled("steps are compiled on a CPU in float32 alone")
     compiler = os.environ.get("CXX", "g++")
@@ -93,7 +93,8 @@ def _compile(block: Block) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         torch._dynamo.mark_dynamic(tensor, 2)
     turn = [torch.zeros(1, 1, 1, layer.head_dim) for _ in range(2)]
     example = (*_weights(block), torch.zeros(1, 1, hidden), *turn, *past)
-    made: Any = torch.compile(step, fullgraph=True, dynamic=False)
+    # One thread: these loops are short, and a second one costs more than it does.
+    made: Any = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp.threads": 1})
     made = made.aot_compile((example, {}))
     made.disable_guard_check()
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = made.fn

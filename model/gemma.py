@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
 
-
 FEW = 3  # positions up to which a step runs uncompiled: a compiler takes one of them for a special case
 
 
