@@ -25,6 +25,7 @@ from agent.session import Session, Settings
 from agent.tape import Setting
 from agent.view import Policy
 from model.cache import RowFull
+from model.compiled import NotCompiled, compile_steps
 from model.gemma import CheckpointError
 from model.pixels import BUDGETS
 from model.tokenizer import TokenizerError
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    model.add_argument("--compile", action="store_true", help="measure compiled steps too, where there is a C++ compiler")
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
     talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
@@ -135,6 +137,19 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", metavar="DIR|HUB_ID", help="checkpoint (default: nano, which is embedded)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--compile", action="store_true", help="on a CPU, compile first what a step of one row computes; needs a C++ compiler"
+    )
+
+
+def _load(given: argparse.Namespace) -> checkpoint.Loaded:
+    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    if given.compile:
+        try:
+            compile_steps(loaded.model, lambda: print("attend: compiling, half a minute the first time", file=sys.stderr))
+        except NotCompiled as reason:
+            print(f"attend: not compiled, which is slower and nothing else: {reason}", file=sys.stderr)
+    return loaded
 
 
 def _ask(given: argparse.Namespace) -> int:
@@ -147,7 +162,7 @@ def _ask(given: argparse.Namespace) -> int:
         raise MediaError("--mark-image needs a picture: give an --image or a --video")
     media = ask.read(given.parts)
     begun = perf_counter()
-    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    loaded = _load(given)
     load_ms = (perf_counter() - begun) * 1000
     said = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     said = {name: value for name, value in said.items() if value is not None}
@@ -185,7 +200,7 @@ def _play(given: argparse.Namespace) -> int:
         raise MediaError("--turns has its questions and pictures in its file: leave --text, --image, --audio and --video out")
     system, turns = script.read(given.turns)
     voice = open_voice(given.voice)
-    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    loaded = _load(given)
     performance = script.Performance(turns, given.real_time)
     setting = Setting(given.system if given.system is not None else system, thinking=given.thinking)
 
@@ -227,7 +242,7 @@ def _serve(given: argparse.Namespace) -> int:
         raise NotServed(f"{given.token_file} holds no token")
     access = Access(given.host, token, tuple(given.allow_origin or ()))
     voice = open_voice(given.voice)
-    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    loaded = _load(given)
     logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
     options = server.Options(
         access, given.port, given.model, given.voice, Settings(policy=given.policy), tls, given.log_content, given.log_json
@@ -287,7 +302,7 @@ def _progress(done: int, total: int) -> None:
 
 def _bench_model(given: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else print
-    result = bench.model(given.shape, given.device, say)
+    result = bench.model(given.shape, given.device, say, compiled=given.compile)
     if given.json:
         print(json.dumps(result))
     return 0
@@ -299,7 +314,7 @@ def _bench_session(given: argparse.Namespace) -> int:
     if given.chart and not given.chart.parent.is_dir():
         raise MediaError(f"{given.chart} cannot be written: its folder must exist")
     say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
-    voice, loaded = open_voice("espeak"), checkpoint.load(given.model, given.device, given.dtype, _progress)
+    voice, loaded = open_voice("espeak"), _load(given)
 
     async def measure() -> dict[str, Any]:
         if given.hours:

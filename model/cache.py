@@ -96,6 +96,16 @@ class Memory:
             self.values[every, :, reach.slots] = value.transpose(1, 2)
         return self.keys.narrow(2, reach.first, reach.live), self.values.narrow(2, reach.first, reach.live)
 
+    def past(self, reach: Reach) -> tuple[Tensor, Tensor]:
+        """For one position that sees all of `live`: what is there before it [1, heads, live - 1, D]."""
+        return self.keys.narrow(2, reach.first, reach.live - 1), self.values.narrow(2, reach.first, reach.live - 1)
+
+    def put(self, key: Tensor, value: Tensor, reach: Reach) -> None:
+        """Writes that position's own [1, heads, 1, D]."""
+        last = reach.first + reach.live - 1
+        self.keys.narrow(2, last, 1).copy_(key)
+        self.values.narrow(2, last, 1).copy_(value)
+
 
 def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
     """The span of a batch without a cache: positions 0..count-1, each row seeing itself only. `blocks` [B, T] or None.

@@ -11,7 +11,7 @@ Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
+
+FEW = 3  # positions up to which a step runs uncompiled: a compiler takes one of them for a special case
 
 
 class CheckpointError(ValueError):
@@ -252,8 +254,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
+        self.step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # see model/compiled.py
 
     def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool = True) -> Tensor | None:
+        if self.step is not None and memory is not None and reach.mask is None and reach.live > FEW:
+            x, key, value = self.step(x, reach.cos, reach.sin, *memory.past(reach))
+            memory.put(key, value, reach)
+            return x
         seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach, memory, wanted)
         if seen is None:
             return None
