@@ -118,6 +118,22 @@ def test_a_lesson_teaches_every_token_of_its_answers_and_every_place_of_sight_an
     assert len(lesson.frames_at) == sum(map(len, lesson.frames)) == lesson.ids.count(media.audio)
 
 
+def test_a_lesson_says_what_each_answer_is_asked_for() -> None:
+    teacher, found = Teacher(NANO), set()
+    for seed in range(8):
+        lesson = teacher.lesson(np.random.default_rng(seed))
+        for at, kind, _, shape, n in lesson.asked:
+            end = lesson.ids.index(teacher.close, at + 1)
+            answer = teacher.tokenizer.decode(lesson.ids[at + 1 : end])
+            if world.KINDS[kind] == "count":
+                assert f" {world.NUMBERS[n]} " in answer
+                found.add(n)
+            if shape and world.KINDS[kind] in world.QUESTIONS:
+                assert world.SHAPES[shape - 1] in answer
+            assert (n >= 0) == (world.KINDS[kind] in world.QUESTIONS)
+    assert len(found) > 1
+
+
 def test_lessons_of_one_seed_are_the_same_and_fit_their_batch() -> None:
     teacher = Teacher(NANO)
 

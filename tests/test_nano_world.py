@@ -16,6 +16,7 @@ from model.nano.world import (
     corpus,
     patch_boxes,
     patch_labels,
+    patch_tallies,
     sample_ask,
     sample_scene,
     spoken,
@@ -150,6 +151,19 @@ def test_a_patch_knows_the_box_of_the_thing_that_covers_it():
                 (1 + COLOURS.index(t.colour) * len(SHAPES) + SHAPES.index(t.shape), *(tens(v) // 10 for v in t.box))
                 for t in scene.things
             ]
+
+
+def test_a_patch_knows_how_its_thing_stands_among_the_others():
+    for seed in range(20):
+        scene = sample_scene(np.random.default_rng(seed), 432, 336)
+        for box, (place, others, ninth) in zip(patch_boxes(scene), patch_tallies(scene), strict=True):
+            if box[0] < 0:
+                assert (place, others, ninth) == (-1, -1, -1)
+                continue
+            thing = scene.things[place]
+            assert tuple(box) == tuple(tens(v) // 10 for v in thing.box) and others + 1 == len(scene.things)
+            y, x = thing.box[0] + thing.box[2], thing.box[1] + thing.box[3]
+            assert (ninth // 3 / 3 <= y / 2000 <= (ninth // 3 + 1) / 3) and (ninth % 3 / 3 <= x / 2000 <= (ninth % 3 + 1) / 3)
 
 
 # The truth is worked out again here from the words of the question alone.

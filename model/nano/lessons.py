@@ -55,6 +55,10 @@ class Lesson:
     patches_at: list[int] = field(default_factory=list)
     outlines: list[np.ndarray] = field(default_factory=list)  # of each patch what is painted, bool [n, points]
     extents: list[np.ndarray] = field(default_factory=list)  # of each patch the box of its thing, int [n, 4]
+    tallies: list[np.ndarray] = field(default_factory=list)  # of each patch what answers need of its thing, int [n, 3]
+    asked: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # position, kind, colour, shape, found
+    things: list[list[int]] = field(default_factory=list)  # the positions of each thing of the newest picture
+    looks: list[tuple[int, list[int]]] = field(default_factory=list)  # position, and those of the things written about there
     targets: list[tuple[int, int, float, int]] = field(default_factory=list)  # position, token, weight, what it teaches
 
     def write(self, ids: list[int]) -> None:
@@ -73,6 +77,10 @@ class Batch:
     patches_at: Tensor  # [k]
     outlines: Tensor  # [k, points] 1 where a thing covers the point
     extents: Tensor  # [k, 4] the covering thing's box in tens of thousandths, -1 where there is none
+    tallies: Tensor  # [k, 3] of the covering thing, -1 where there is none
+    asked: Tensor  # [a, 5]: place in B * T where an answer begins, kind, colour, shape (0: any), found (-1: nothing to find)
+    looks_at: Tensor  # [n] places in B * T where something is written about things
+    looks_to: Tensor  # bool [n, T]: where those things are
     targets: Tensor  # [t, 3]: place in B * T, token, what it teaches
     weights: Tensor  # [t]
 
@@ -106,7 +114,7 @@ class Teacher:
         blind, gallery = rng.random() < 0.08, rng.random() < self.galleries
         scene = None
         while len(lesson.ids) < self.length - 40:
-            another = rng.random() < (0.95 if gallery else 0.25) and len(lesson.ids) < self.length - (100 if gallery else 150)
+            another = rng.random() < (0.5 if gallery else 0.25) and len(lesson.ids) < self.length - (100 if gallery else 150)
             fresh = not blind and (scene is None or another)
             if fresh:
                 width, height = SIZES[rng.integers(len(SIZES))]
@@ -142,10 +150,22 @@ class Teacher:
         lesson.write(prompt.close_turn())
         answer = [*prompt.text(ask.answer), self.close]
         start = len(lesson.ids) - 1
+        colour, shape = (1 + all.index(x) if x else 0 for all, x in ((world.COLOURS, ask.colour), (world.SHAPES, ask.shape)))
+        found = -1 if ask.found is None or scene is None else ask.found
+        lesson.asked.append((start, world.KINDS.index(ask.kind), colour, shape, found))
         for i, token in enumerate(answer):
             near = self.near.get(token, [])
             lesson.targets.append((start + i, token, 1 - 0.25 * len(near), ANSWER))
             lesson.targets += [(start + i, other, 0.25, ANSWER) for other in near]
+        if found == 0:  # nothing to look at: it rests on itself, so that a yes can be told from a no
+            lesson.looks += [(at, [at]) for at in range(start, start + len(answer))]
+        elif found > 0:
+            reader, written = self.tokenizer.stream(), 0
+            for i, token in enumerate(answer[:-1]):
+                about = next(things for end, things in ask.about if end > written or end == len(ask.answer))
+                if where := [at for thing in about for at in lesson.things[thing]]:
+                    lesson.looks.append((start + i, where))
+                written += len(reader.push(token))
         lesson.write(answer + prompt.after_answer())
 
     def _kind(self, rng: np.random.Generator, scene: world.Scene | None) -> str:
@@ -163,8 +183,11 @@ class Teacher:
         lesson.patches_at += range(start, start + len(patches))
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
+        covering = world.covering(scene, self.config.patch)
+        lesson.things = [(start + np.flatnonzero(covering == n)).tolist() for n in range(len(scene.things))]
         lesson.outlines.append(np.any(world.patch_cover(scene, self.config.patch), 0))
         lesson.extents.append(world.patch_boxes(scene, self.config.patch))
+        lesson.tallies.append(world.patch_tallies(scene, self.config.patch))
         for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))
@@ -216,6 +239,10 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         for at, token, weight, kind in x.targets
         if at < length
     ]
+    looks = [(i, at, where) for i, x in enumerate(lessons) for at, where in x.looks if at < length]
+    looks_to = torch.zeros(len(looks), length, dtype=torch.bool)
+    for look, (_, _, where) in zip(looks_to, looks, strict=True):
+        look[where] = True
     return Batch(
         ids,
         blocks,
@@ -226,6 +253,10 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         flat("patches_at").long(),
         media("outlines", world.FINE**2, "patches_at").float(),
         media("extents", 4, "patches_at").long(),
+        media("tallies", len(world.TALLIES), "patches_at").long(),
+        torch.tensor([(i * length + at, *rest) for i, x in enumerate(lessons) for at, *rest in x.asked if at < length]),
+        torch.tensor([i * length + at for i, at, _ in looks]).long(),
+        looks_to,
         torch.tensor([t[:3] for t in targets]),
         torch.tensor([t[3] for t in targets]),
     )

@@ -71,6 +71,12 @@ class Ask:
     answer: str
     speech: str = ""
     """What was said before the text; only a "transcribe" has it."""
+    colour: str | None = None
+    shape: str | None = None
+    found: int | None = None
+    """How many things in view are of that colour and shape; None where that is not what is asked."""
+    about: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """The answer up to which character is about which things, by their places in the scene."""
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Choice]) -> Choice:
@@ -181,7 +187,7 @@ def patch_cover(scene: Scene, patch: int = 48) -> np.ndarray:
     )
 
 
-def _covering(scene: Scene, patch: int) -> np.ndarray:
+def covering(scene: Scene, patch: int) -> np.ndarray:
     """For each patch the place in `scene.things` of the one that covers most of it and at least a quarter, else -1."""
     share = patch_cover(scene, patch).mean(-1)
     return np.where(share.max(0) >= 0.25, share.argmax(0), -1)
@@ -190,15 +196,30 @@ def _covering(scene: Scene, patch: int) -> np.ndarray:
 def patch_labels(scene: Scene, patch: int = 48) -> np.ndarray:
     """For each patch: 0, or 1 + colour * len(SHAPES) + shape of the thing that covers it."""
     codes = [1 + COLOURS.index(x.colour) * len(SHAPES) + SHAPES.index(x.shape) for x in scene.things]
-    labels: np.ndarray = np.array([*codes, 0])[_covering(scene, patch)]
+    labels: np.ndarray = np.array([*codes, 0])[covering(scene, patch)]
     return labels
 
 
 def patch_boxes(scene: Scene, patch: int = 48) -> np.ndarray:
     """For each patch the box of the thing that covers it, int [patches, 4] in tens of thousandths; -1 where nothing does."""
     boxes = [[tens(v) // 10 for v in x.box] for x in scene.things]
-    extents: np.ndarray = np.array([*boxes, [-1] * 4])[_covering(scene, patch)]
+    extents: np.ndarray = np.array([*boxes, [-1] * 4])[covering(scene, patch)]
     return extents
+
+
+TALLIES = (4, 4, 9)
+
+
+def patch_tallies(scene: Scene, patch: int = 48) -> np.ndarray:
+    """What answers need of the thing that covers a patch, int [patches, 3], -1 where nothing does: its place from left to
+    right, how many others there are, and which ninth of the picture it lies in."""
+    things = scene.things
+    tallies = [
+        [place, len(things) - 1, 3 * _third(thing.box[0] + thing.box[2]) + _third(thing.box[1] + thing.box[3])]
+        for place, thing in enumerate(things)
+    ]
+    told: np.ndarray = np.array([*tallies, [-1] * len(TALLIES)])[covering(scene, patch)]
+    return told
 
 
 def tens(coordinate: int) -> int:
@@ -231,17 +252,25 @@ def _there(number: int, name: str) -> str:
     return f"There is one {name}." if number == 1 else f"There are {NUMBERS[number]} {name}s."
 
 
+def _third(both: int) -> int:
+    """Which third the middle of two coordinates lies in, from their sum."""
+    return min(2, both * 3 // 2000)
+
+
 def _place_words(box: tuple[int, int, int, int]) -> str:
     y0, x0, y1, x1 = box
-    return PLACES[min(2, (y0 + y1) * 3 // 2000)][min(2, (x0 + x1) * 3 // 2000)]
+    return PLACES[_third(y0 + y1)][_third(x0 + x1)]
 
 
 def _marks(things: list[Thing]) -> str:
     return json.dumps([{"box_2d": [tens(v) for v in t.box], "label": _name(t.colour, t.shape)} for t in things])
 
 
-def _answer(kind: str, scene: Scene, colour: str | None, shape: str | None) -> str:
-    found = [t for t in scene.things if colour in (None, t.colour) and shape in (None, t.shape)]
+def _found(scene: Scene, colour: str | None, shape: str | None) -> list[Thing]:
+    return [t for t in scene.things if colour in (None, t.colour) and shape in (None, t.shape)]
+
+
+def _answer(kind: str, colour: str | None, shape: str | None, found: list[Thing]) -> str:
     name = _name(colour, shape)
     if kind == "describe":
         return f"I see {_listing(found)}." if found else "I see no shapes."
@@ -258,6 +287,26 @@ def _answer(kind: str, scene: Scene, colour: str | None, shape: str | None) -> s
         return f"There {'is' if listing.startswith('a') else 'are'} {listing}."
     where = f"The {name} is {_place_words(found[0].box)}." if len(found) == 1 else _there(len(found), name)
     return f"{where} {_marks(found)}"
+
+
+def _about(answer: str, found: list[Thing], scene: Scene) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Where equal things are listed one name after the other, each name is about its own; each mark is about its thing, and
+    the rest about all that was found."""
+    places = [scene.things.index(thing) for thing in found]
+    sentence = answer.partition(" [{")[0]
+    names = list(dict.fromkeys(_name(thing.colour, thing.shape) for thing in found))
+    spans: list[tuple[int, tuple[int, ...]]] = []
+    if all(name in sentence for name in names):
+        end = 0
+        for name in names:
+            end = sentence.index(name, end) + len(name)
+            spans.append((end, tuple(n for n, x in zip(places, found, strict=True) if _name(x.colour, x.shape) == name)))
+    spans.append((len(sentence), tuple(places)))
+    end = len(sentence)
+    for place in places if end < len(answer) else ():
+        end = answer.index("}", end) + 1
+        spans.append((end, (place,)))
+    return tuple(spans) if found else ()
 
 
 # Asks
@@ -309,7 +358,9 @@ def _question(rng: np.random.Generator, kind: str, scene: Scene) -> Ask:
     if shape is None and rng.random() < 0.5:
         one = one.replace("shape", "thing")
     text = _pick(rng, QUESTIONS[kind]).format(a=_a(one), one=one, many=one + "s")
-    return Ask(kind, _dress(rng, text), _answer(kind, scene, colour, shape))
+    found = _found(scene, colour, shape)
+    answer = _answer(kind, colour, shape, found)
+    return Ask(kind, _dress(rng, text), answer, "", colour, shape, len(found), _about(answer, found, scene))
 
 
 def _other(rng: np.random.Generator) -> Ask:
