@@ -248,32 +248,49 @@ async def test_cancel_and_on(engine, mind):
         assert event.response.output[0].content[0].transcript == "Yes."
 
 
-async def test_talk_over_an_answer_interrupts_it(engine, mind):
-    mind.says("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.")
+TEN = "one two three four five six seven eight nine ten."
+TURN = ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "response.created", "response.done"]
+
+
+async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_client_says_what_was_heard(engine, mind):
+    mind.says(TEN, "Yes.")
     async with serving(engine, clock=time.monotonic) as port, stock(port) as connection:
         await connection.response.create()
         async for event in connection:
-            if event.type == "response.output_audio.delta":
+            if event.type == "response.done":
                 break
+        assert event.response.status == "completed", "all of it was sent long before all of it was played"
+        item = event.response.output[0].id
         mind.hears("where is it")
         for piece in question():
             await connection.input_audio_buffer.append(audio=piece)
         kinds = []
         async for event in connection:
             kinds.append(event.type)
+            if event.type == "input_audio_buffer.speech_started":
+                await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=650)
             if event.type == "response.done":
                 break
-        assert event.response.status_details.reason == "turn_detected"
-        said = event.response.output[0]
-        assert said.status == "incomplete" and len(said.content[0].transcript.split()) < 15
-        mind.says("Yes.")
-        async for event in connection:
-            kinds.append(event.type)
-            if event.type == "response.done":
-                break
-        assert event.response.status == "completed"
-        order = ["response.done", "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "response.created"]
-        assert [kind for kind in kinds if kind in order] == [*order, "response.done"]
+        assert event.response.output[0].content[0].transcript == "Yes."
+        assert [kind for kind in kinds if kind in TURN] == TURN and "conversation.item.truncated" in kinds
+
+
+async def test_talk_over_an_answer_interrupts_it_where_sound_is_sent_as_it_is_played(engine, mind):
+    mind.says(TEN, "Yes.")
+    mind.hears("where is it")
+    async with serving(engine, clock=time.monotonic) as port, plain(port, "?extensions=paced") as connection:
+        await say(connection, "response.create")
+        await until(connection, "response.output_audio.delta")
+        for piece in question():
+            await say(connection, "input_audio_buffer.append", audio=piece)
+        heard = await until(connection, "response.done")
+        done = heard[-1]["response"]
+        assert done["status_details"]["reason"] == "turn_detected"
+        said = done["output"][0]
+        assert said["status"] == "incomplete" and len(said["content"][0]["transcript"].split()) < 10
+        heard += await until(connection, "response.done")
+        assert heard[-1]["response"]["status"] == "completed"
+        assert [event["type"] for event in heard if event["type"] in TURN] == ["response.done", *TURN]
 
 
 # ---- who may come in
@@ -465,8 +482,9 @@ async def test_pictures_that_are_bombs(engine, mind):
             for bomb in (png(60_000, 60_000), png(1 << 31, 1), png(1, 1)[:40], b"\xff\xd8\xff" + bytes(99), b"RIFF" + bytes(40)):
                 address = "data:image/png;base64," + base64.b64encode(bomb).decode()
                 item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
-                await say(connection, "conversation.item.create", item=item)
-                assert "picture" in (await until(connection, "error"))[-1]["error"]["message"]
+                await say(connection, "conversation.item.create", item=item, event_id="mine")
+                error = (await until(connection, "error"))[-1]["error"]
+                assert "picture" in error["message"] and error["event_id"] == "mine"
         await free(engine)
         await works(port, mind)
 

@@ -67,7 +67,7 @@ def picture(given: Any, param: str) -> bytes:
         raise Refused(f"{param} holds more than {PICTURE:,} bytes", "string_above_max_length", param)
     file = data(given[head.end() :], param, PICTURE)
     try:
-        check_picture(file, param)
+        check_picture(file, f"the picture in {param}")
     except MediaError as error:
         raise Refused(str(error), param=param) from error
     return file
