@@ -16,15 +16,17 @@ from agent import checkpoint
 from agent.engine import Engine
 from agent.session import Settings
 from streams.voice import open_voice
+from tests.serving import DEMO, TEN, question, serving
 from tests.talk import jpeg
-from tests.test_server import DEMO, TEN, engine, mind, question, serving  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parent.parent
 MODULES = ROOT / "build" / "node"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed: the package nodejs has it"),
-    pytest.mark.skipif(not (MODULES / "node_modules").is_dir(), reason="`make build/node/stamp` fetches @openai/agents-realtime from npm"),
+    pytest.mark.skipif(
+        not (MODULES / "node_modules").is_dir(), reason="`make build/node/stamp` fetches @openai/agents-realtime from npm"
+    ),
 ]
 
 
@@ -51,7 +53,7 @@ def words(response: dict[str, Any]) -> str:
     return str(response["output"][0]["content"][0]["transcript"])
 
 
-async def test_typed(engine, mind, tmp_path):  # noqa: F811
+async def test_typed(engine, mind, tmp_path):
     mind.says("There are two.")
     async with serving(engine) as port:
         lived = await lives(port, "typed", tmp_path)
@@ -62,7 +64,7 @@ async def test_typed(engine, mind, tmp_path):  # noqa: F811
     assert lived["history"][1]["content"][0]["transcript"] == "There are two."
 
 
-async def test_talk_over_an_answer_truncates_it_and_is_answered(engine, mind, tmp_path):  # noqa: F811
+async def test_talk_over_an_answer_truncates_it_and_is_answered(engine, mind, tmp_path):
     mind.says(TEN, "Yes.")
     async with serving(engine, clock=time.monotonic) as port:
         lived = await lives(port, "interruption", tmp_path)
@@ -71,7 +73,7 @@ async def test_talk_over_an_answer_truncates_it_and_is_answered(engine, mind, tm
     assert [kind for kind in lived["kinds"] if kind in order] == order
 
 
-async def test_a_function_is_called_and_its_output_used(engine, mind, tmp_path):  # noqa: F811
+async def test_a_function_is_called_and_its_output_used(engine, mind, tmp_path):
     mind.says('<|tool_call>call:look{at:<|"|>left<|"|>}<tool_call|><|tool_response>', "A ball.")
     async with serving(engine) as port:
         lived = await lives(port, "function", tmp_path)

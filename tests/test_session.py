@@ -51,13 +51,6 @@ OBJECTION = "No, wait, I mean the other one."
 
 
 @pytest.fixture
-def mind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mind]:
-    mind = Mind(monkeypatch)
-    yield mind
-    mind.go_on()
-
-
-@pytest.fixture
 def running() -> Iterator[Engine]:
     with Engine(LOADED, rows=2, length=3200) as engine:
         yield engine
