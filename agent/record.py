@@ -257,6 +257,12 @@ class Record:
         self.follow()
 
     @property
+    def parts(self) -> int:
+        """Words and pictures in the open turn."""
+        entries = [] if self.turn is None else self.tape.entries[self.turn :]
+        return sum(isinstance(entry, tape.Typed | tape.Seen) for entry in entries)
+
+    @property
     def positions(self) -> int:
         return self._length
 

@@ -34,6 +34,7 @@ from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
 LATER = 64  # inputs that wait until an answer is over
+PARTS = 64  # words and pictures in one turn; more begin another: all of a turn is looked at again with each of them
 
 
 class DoorStuck(RuntimeError):
@@ -222,7 +223,9 @@ class Session:
 
     def _part(self, part: tape.Typed | tape.Seen) -> bool:
         """Whether the turn has room for it."""
-        if not self.record.fits(part):
+        if self.record.parts == PARTS and self._turns.floor != "user":
+            self.record.close(tape.Closed())
+        if self.record.parts == PARTS or not self.record.fits(part):
             self._note(f"there is no room for {'a picture' if isinstance(part, tape.Seen) else 'words'} of this size in a turn")
             return False
         turn = self.record.open(self._turns.now)

@@ -201,7 +201,7 @@ async def test_ten_minutes_without_a_commit_and_then_a_question(engine, mind):
 
 
 async def test_thousands_of_items(engine, mind):
-    async with serving(engine) as port:
+    async with serving(engine, settings=Settings(most=60, how=LOADED.generation)) as port:
         async with plain(port) as connection:
             for _ in range(1500):
                 await say(connection, "conversation.item.create", item=text("x"))
