@@ -38,9 +38,12 @@ def fast() -> float:
 
 
 @asynccontextmanager
-async def serving(engine: Engine, voice: Any = "beeps", **options: Any) -> AsyncIterator[int]:
+async def serving(engine: Engine, voice: Any = "beeps", patience: float | None = 120, **options: Any) -> AsyncIterator[int]:
     given = {"port": 0, "settings": SETTINGS, "clock": fast, "voice": "beeps", **options}
-    async with asyncio.timeout(120), Door(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port:
+    async with (
+        asyncio.timeout(patience),
+        Door(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port,
+    ):
         yield port
 
 
