@@ -21,6 +21,7 @@ demo: .venv/demo
 	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
 
 test: .venv/test compiler build/node/stamp
+	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

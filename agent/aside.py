@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,12 @@ from agent.engine import EngineStopped, RowLost
 from agent.events import Event
 from agent.record import Record
 from agent.reply import Reply
+from agent.settings import Settings
 from agent.tape import Entry, Sound
 from model.cache import RowFull
+from streams.files import decode_picture
 from streams.frames import Audio, MediaError
 from streams.voice import Voice
-
-if TYPE_CHECKING:
-    from agent.session import Settings
 
 MOST = 4  # at once: they share the spare rows with everybody's captions
 
@@ -101,3 +100,11 @@ class Asides:
             if not record.tape.fits(entry):
                 record.append(tape.Opened())
             record.append(entry)
+
+
+async def sized(item: events.Past) -> Any:
+    """With its size, where it is a picture. Raises MediaError for one that cannot be decoded."""
+    if not isinstance(item, events.Show):
+        return item
+    height, width, _ = (await asyncio.to_thread(decode_picture, item.data, "the picture")).shape
+    return replace(item, size=(height, width))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from agent import events, tape
 from agent.answer import Answer, Piece
@@ -17,11 +17,9 @@ from agent.events import Event
 from agent.marks import Mark
 from agent.prompt import Thought
 from agent.record import Record
+from agent.settings import Settings
 from agent.speech import Clauses, Playback
 from streams.voice import Chunk, Stream, Voice
-
-if TYPE_CHECKING:
-    from agent.session import Settings
 
 VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one that stalls must not keep others waiting
 

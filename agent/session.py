@@ -10,25 +10,23 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
 from agent import events, tape
-from agent.aside import Asides
+from agent.aside import Asides, sized
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.events import Event, Input
 from agent.journal import JournalError
 from agent.record import Caption, Record
 from agent.reply import Reply
-from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, Manners, State, TakenUp, Turns
+from agent.settings import Settings as Settings
+from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, State, TakenUp, Turns
 from agent.turns import Event as Decision
-from agent.view import Budget, Policy
 from model.cache import RowFull
-from model.sampling import Generation
 from model.vad import FRAME, Vad
-from streams.files import decode_picture
 from streams.frames import RATE, Audio, Framer, MediaError
 from streams.voice import Voice
 
@@ -39,27 +37,6 @@ PARTS = 64  # words and pictures in one turn; more begin another: all of a turn 
 
 class DoorStuck(RuntimeError):
     """The door takes no events any more."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    policy: Policy = "transcripts"
-    budget: Budget = field(default_factory=Budget)
-    manners: Manners = field(default_factory=Manners)
-    setting: tape.Setting = field(default_factory=tape.Setting)
-    camera: Literal["off", "end", "live"] = "end"  # when its newest picture is looked at: never, as a turn ends, as it begins too
-    picture: int | None = None  # soft tokens; None: as the checkpoint says
-    how: Generation | None = None  # None: as the checkpoint says
-    seed: int | None = None
-    most: int = 512  # tokens of an answer
-    answers: bool = True  # a spoken turn is answered as soon as it ends
-    spoken: bool = True  # answers are, where there is a voice
-    calls: tuple[str, ...] = ()  # an answer begins with a call of one of these tools
-    captions: bool = True
-    ahead: float = 0.3  # seconds of sound that are sent before they are heard
-    patience: float = 10.0  # seconds without sound after which the voice is given up
-    backlog: int = 750  # positions that may wait for a model which is too slow; frames beyond are lost, and counted
-    unread: int = 1024  # events that a door may leave lying
 
 
 class Session:
@@ -127,9 +104,9 @@ class Session:
         async for item in inputs:
             try:
                 if isinstance(item, events.Show):
-                    item = await _sized(item)
+                    item = await sized(item)
                 elif isinstance(item, events.Aside) and item.past:
-                    item = replace(item, past=tuple([await _sized(part) for part in item.past]))
+                    item = replace(item, past=tuple([await sized(part) for part in item.past]))
             except MediaError as error:
                 if isinstance(item, events.Aside):
                     self._asides.refuse(item, str(error))
@@ -428,11 +405,3 @@ class Session:
     def _end_with(self, error: BaseException | None) -> None:
         if not self._over.done():
             self._over.set_result(error)
-
-
-async def _sized(item: events.Past) -> Any:
-    """With its size, where it is a picture. Raises MediaError for one that cannot be decoded."""
-    if not isinstance(item, events.Show):
-        return item
-    height, width, _ = (await asyncio.to_thread(decode_picture, item.data, "the picture")).shape
-    return replace(item, size=(height, width))

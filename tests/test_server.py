@@ -139,6 +139,80 @@ async def test_a_function_is_called_and_its_result_used(engine, mind):
         assert event.response.output[0].content[0].transcript == "A ball."
 
 
+async def test_a_function_that_must_be_called(engine, mind):
+    mind.says('at:<|"|>left<|"|>}<tool_call|><|tool_response>')
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.session.update(session={"type": "realtime", "tools": [tool], "tool_choice": "required"})
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        call = event.response.output[0]
+        assert (call.name, json.loads(call.arguments)) == ("look", {"at": "left"})
+
+
+async def test_a_response_beside_the_conversation(engine, mind):
+    async with serving(engine) as port, stock(port) as connection:
+        mind.says("About balls.")
+        question = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What is it about?"}]}
+        beside = {"conversation": "none", "input": [question], "output_modalities": ["text"], "metadata": {"topic": "it"}}
+        await connection.response.create(response=beside)
+        kinds = []
+        async for event in connection:
+            kinds.append(event.type)
+            if event.type == "response.done":
+                break
+        assert event.response.conversation_id is None and event.response.metadata == {"topic": "it"}
+        assert event.response.output[0].content[0].text == "About balls."
+        assert not any(kind.startswith("conversation.item") for kind in kinds)
+        mind.says("Yes.")
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        assert event.response.output[0].content[0].transcript == "Yes."
+
+
+async def test_who_is_not_to_interrupt_is_heard_after_the_answer(engine, mind):
+    async with serving(engine) as port, plain(port) as connection:
+        patient = {"type": "server_vad", "interrupt_response": False}
+        await say(connection, "session.update", session={"audio": {"input": {"turn_detection": patient}}})
+        mind.says("One two.", "Three.")
+        mind.stop_after(2)
+        await say(connection, "response.create")
+        await until(connection, "response.output_audio_transcript.delta")
+        for piece in question():
+            await say(connection, "input_audio_buffer.append", audio=piece)
+        await say(connection, "input_audio_buffer.commit")  # an error, since nothing is heard yet: all before it has been taken
+        assert not any(event["type"] == "input_audio_buffer.speech_started" for event in await until(connection, "error"))
+        mind.go_on()
+        heard = await until(connection, "response.done")
+        assert heard[-1]["response"]["status"] == "completed"
+        heard = await until(connection, "response.done")
+        assert heard[-1]["response"]["output"][0]["content"][0]["transcript"] == "Three."
+        assert [event["type"] for event in heard if event["type"] in TURN] == TURN
+
+
+async def test_silence_after_an_answer_brings_the_next_one(engine, mind):
+    async with serving(engine) as port, plain(port) as connection:
+        idle = {"type": "server_vad", "idle_timeout_ms": 5000}
+        await say(connection, "session.update", session={"audio": {"input": {"turn_detection": idle}}})
+        mind.says("Hello.", "Are you there?")
+        await say(connection, "response.create")
+        await until(connection, "response.done")
+        silence = base64.b64encode(bytes(48_000)).decode()
+        heard: list[dict[str, Any]] = []
+        while not any(event["type"] == "response.done" for event in heard):
+            await say(connection, "input_audio_buffer.append", audio=silence)
+            await say(connection, "conversation.item.retrieve", item_id="nobody")
+            heard += await until(connection, "error")
+        kinds = [event["type"] for event in heard]
+        assert kinds.index("input_audio_buffer.timeout_triggered") < kinds.index("response.created")
+        triggered = heard[kinds.index("input_audio_buffer.timeout_triggered")]
+        assert triggered["audio_end_ms"] - triggered["audio_start_ms"] == 5000
+
+
 async def test_cancel_and_on(engine, mind):
     async with serving(engine) as port, stock(port) as connection:
         mind.says("One two three four five.")
