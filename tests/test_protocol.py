@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -623,9 +624,18 @@ def test_a_response_is_done_when_all_of_it_was_sent_and_its_answer_may_still_be_
     assert kinds(c.say("conversation.item.truncate", item_id=item, audio_end_ms=400)) == ["conversation.item.truncated"]
     assert c.inputs[-1] == events.Truncate(2, 6400)
     assert c.hear(answered(2, "One two three.", "interrupted", 4)) == []
+    assert c.say("conversation.item.retrieve", item_id=item)[0]["item"]["content"][0]["transcript"] is None
     before = len(c.inputs)
     c.wait(5)
     assert len(c.inputs) == before, "nothing is played any more"
+
+
+def test_what_was_cut_while_it_was_played_is_not_kept():
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 2), Told(2, "stop"))[2]["item"]["id"]
+    c.hear(events.Cleared(2, 9000), answered(2, "One two three.", "interrupted", 4), Started(5, 30_000, 9000))
+    kept = c.say("conversation.item.retrieve", item_id=item)[0]["item"]
+    assert kept["status"] == "incomplete" and kept["content"][0]["transcript"] == "One "
 
 
 def test_who_asks_for_the_next_response_while_one_is_played_gets_it():
@@ -653,9 +663,13 @@ def test_talk_over_an_answer_is_told_before_it_is_known_to_be_a_turn():
 
 
 def test_whoever_asks_for_it_gets_sound_as_it_is_played():
-    c = client("espeak", "paced")
-    c.hear(Answering(2), Wrote(2, "One two."), said(2, 0, 0.2))
-    assert c.hear(events.Cleared(2, 9600), events.Passed(16_000), Told(2, "stop")) == []
+    c = client("espeak", "playback")
+    words = tuple(events.Spoken(4 * n, 4 * n + 3, 1600 * n) for n in range(2))
+    sent = c.hear(Answering(2), Wrote(2, "One two."), replace(said(2, 0, 0.2), words=words))
+    assert sent[-1]["words"] == [{"start": 0, "end": 3, "audio_ms": 0}, {"start": 4, "end": 7, "audio_ms": 100}]
+    assert kinds(c.hear(events.Cleared(2, 9600), events.Passed(16_000), Told(2, "stop"))) == ["attend.cleared"]
+    sent = c.hear(replace(said(2, 1600, 0.2), words=words[1:]))  # taken up again at a word
+    assert sent[-1]["words"] == [{"start": 4, "end": 7, "audio_ms": 200}]
     assert kinds(c.hear(answered(2, "One two.")))[-1] == "response.done"
 
 

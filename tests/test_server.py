@@ -267,7 +267,7 @@ async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_cl
 async def test_talk_over_an_answer_interrupts_it_where_sound_is_sent_as_it_is_played(engine, mind):
     mind.says(TEN, "Yes.")
     mind.hears("where is it")
-    async with serving(engine, clock=time.monotonic) as port, plain(port, "?extensions=paced") as connection:
+    async with serving(engine, clock=time.monotonic) as port, plain(port, "?extensions=playback") as connection:
         await say(connection, "response.create")
         await until(connection, "response.output_audio.delta")
         for piece in question():
@@ -383,7 +383,7 @@ async def test_health_readiness_and_metrics(engine, mind):
         await free(engine)
         await works(port, mind)
         page = (await get(port, "/metrics"))[1]
-        assert b"attend_conversations_total 3.0" in page and b"attend_first_token_seconds_count 1.0" in page
+        assert b"attend_step_seconds" in page and b"attend_conversations_total 3.0" in page and b"attend_first_token_seconds_count 1.0" in page
 
 
 async def test_nothing_but_the_page_is_given_away(engine, tmp_path):

@@ -1,8 +1,8 @@
 """The responses of a conversation: what a client asks for → inputs of a session, what the session answers → responses. Pure.
 
 A response is one answer, or one stretch of it up to the tools whose results it needs. It is done as soon as all of it was
-sent; the answer goes on until it was played, and may still be cut there. Where a client asks for `paced`, sound is sent as it
-is played, and a response lasts as long as its answer. Responses beside the conversation have answers below zero.
+sent; the answer goes on until it was played, and may still be cut there. Where a client asks for `playback`, sound is sent as
+it is played, and a response lasts as long as its answer. Responses beside the conversation have answers below zero.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Answers:
         self._tuned = config  # what the session answers by
         self._response: Response | None = None
         self._answer: int | None = None  # from Answering to Answered
-        self._told = False  # all of it was sent
+        self._told: Response | None = None  # in which the last of it was sent
         self._written = 0  # characters of it
         self._asides: dict[int, tuple[Response, bool]] = {}  # and whether the conversation keeps them
         self._count = 0  # of those so far
@@ -206,20 +206,24 @@ class Answers:
     def tell(self, event: Event, now: float) -> None:
         match event:
             case events.Answering(answer) if answer >= 0:
-                self._answer, self._told, self._written = answer, False, 0
+                self._answer, self._told, self._written = answer, None, 0
                 response = self._response or self._begin(self._tuned)
                 response.answer = answer
             case events.Wrote():
                 self._wrote(event)
             case events.Said():
                 self._said(event, now)
+            case events.Cleared() if event.answer == self._answer:
+                self.playback.stop()
+                if self._paced and self._response and self._response.open:
+                    self._wire.send("attend.cleared", item_id=self._response.message)
             case events.Counted():
                 self._costs[event.answer] = event
             case events.Called():
                 self._called(event)
             case events.Told(answer) if answer >= 0 and not self._paced:
+                self._told = self._response
                 self._end(event.finish)
-                self._told = True
             case events.Answered(answer) if answer < 0:
                 self._aside_over(event)
             case events.Answered():
@@ -252,11 +256,27 @@ class Answers:
             self._wire.put(events.Heard(event.answer, end))
         elif self._response:
             self._response.say(event)
-            self.playback.send(now, self._response.message, event.answer, event.sample, len(event.pcm), event.rate)
+            item = self._response.message
+            offset = self.playback.send(now, item, event.answer, event.sample, len(event.pcm), event.rate)
+            if self._paced and event.words:
+                self._words(event, item, offset - event.sample / event.rate, self._response.begun)
             if self._at_once:
                 self._wire.put(events.Heard(event.answer, end))
         elif not self._told:  # else it was taken up again at a word, and its response is done
             self._late.append(event)
+
+    def _words(self, event: events.Said, item: str, before: float, begun: int) -> None:
+        """Where each word stands in the item's text and sound, but for those of an item before the tools."""
+        words = [
+            {
+                "start": word.start - begun,
+                "end": word.end - begun,
+                "audio_ms": round((before + word.sample / event.rate) * 1000),
+            }
+            for word in event.words
+            if word.start >= begun
+        ]
+        self._wire.send("attend.words", item_id=item, words=words)
 
     def _called(self, event: events.Called) -> None:
         response, name = self._responding(event.answer), self._wire.new("call")
@@ -283,7 +303,9 @@ class Answers:
             self.playback.stop()
         if event.answer != self._answer:
             return
-        self._answer, self._told = None, False
+        if self._told and event.finish == "interrupted":
+            self._told.shorten(event.heard)
+        self._answer, self._told = None, None
         self._late.clear()
         if self._response and self._response.answer == event.answer:
             self._end(event.finish, event.heard if event.finish == "interrupted" else None)

@@ -23,7 +23,7 @@ from web.config import DETECTION, Config
 from web.given import ID, Refused, choice, mapping, parse, remember, text, whole
 from web.items import Items, Json
 
-EXTENSIONS = ("camera", "marks", "paced", "timeline")
+EXTENSIONS = ("camera", "marks", "timeline", "playback")
 
 
 class Conversation:
@@ -41,7 +41,7 @@ class Conversation:
         self.inputs: list[Input] = []
         self.out: list[Json] = []
         self._name, self._model = name, model
-        self._extensions, self._manners, self._paced = extensions, manners or Manners(), "paced" in extensions
+        self._extensions, self._manners, self._paced = extensions, manners or Manners(), "playback" in extensions
         self._count = 0
         self._about: str | None = None  # the event_id of the client's event that is being done
         config = Config(instructions, spoken=voice is not None, detection=DETECTION)

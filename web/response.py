@@ -57,6 +57,15 @@ class Response:
         """The id of the item that is being said; one is begun where there is none."""
         return self._opened().id
 
+    @property
+    def open(self) -> bool:
+        return self._message is not None
+
+    @property
+    def begun(self) -> int:
+        """Characters of the answer before the open item."""
+        return self._at_character
+
     def _json(self, status: str, details: Json | None = None, usage: Json | None = None) -> Json:
         out = {"output": {"format": self.config.output.as_json(), "voice": self._voice}}
         return {
@@ -150,6 +159,14 @@ class Response:
         kept = words if heard is None else words[: max(0, heard - self._at_character)]
         self._at_character += len(words)
         self._end(message, answered(message.id, status, kept, self.config.spoken))
+
+    def shorten(self, heard: int) -> None:
+        """It was done, and while it was played it was cut: so many characters of its answer were heard."""
+        item = self._items[-1] if self._items else None
+        words = item.json["content"][0].get("transcript") if item and item.json["type"] == "message" else None
+        if item and words is not None:
+            begun = self._at_character - len(words)
+            item.json = answered(item.id, "incomplete", words[: max(0, heard - begun)], self.config.spoken)
 
     def finish(self, status: Status, details: Json | None = None, usage: Json | None = None, heard: int | None = None) -> None:
         self.close("completed" if status == "completed" else "incomplete", heard)

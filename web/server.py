@@ -189,7 +189,7 @@ class Door:
 
     async def _talk(self, connection: ServerConnection) -> None:
         name, asked, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
-        settings = settings if "paced" in asked else replace(settings, ahead=AHEAD)
+        settings = settings if "playback" in asked else replace(settings, ahead=AHEAD)
         try:
             session = Session(self.engine, self.vad, self.voice, settings)
         except (NoRow, EngineStopped) as error:
