@@ -53,7 +53,7 @@ const scenarios = {
   },
   async interruption() {
     session.sendMessage("Count.");
-    await until("response.output_audio.delta");
+    await until("response.done");
     speak();
     await until("conversation.item.truncated");
     await until("response.done", 2);

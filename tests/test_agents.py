@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from agent import checkpoint
 from agent.engine import Engine
 from agent.session import Settings
 from streams.voice import open_voice
-from tests.serving import DEMO, TEN, question, serving
+from tests.serving import DEMO, SETTINGS, question, serving
 from tests.talk import jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -65,12 +66,13 @@ async def test_typed(engine, mind, tmp_path):
 
 
 async def test_talk_over_an_answer_truncates_it_and_is_answered(engine, mind, tmp_path):
-    mind.says(TEN, "Yes.")
-    async with serving(engine, clock=time.monotonic) as port:
+    mind.says("word " * 30, "Yes.")
+    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port:
         lived = await lives(port, "interruption", tmp_path)
     assert lived["interrupted"] == 1 and words(lived["responses"][-1]) == "Yes."
-    order = ["input_audio_buffer.speech_started", "conversation.item.truncated", "input_audio_buffer.speech_stopped"]
-    assert [kind for kind in lived["kinds"] if kind in order] == order
+    kinds = lived["kinds"]
+    assert kinds.index("response.done") < kinds.index("input_audio_buffer.speech_started"), "it was sent faster than it is played"
+    assert kinds.count("conversation.item.truncated") == 1
 
 
 async def test_a_function_is_called_and_its_output_used(engine, mind, tmp_path):

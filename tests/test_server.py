@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,8 @@ TURN = ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped"
 
 
 async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_client_says_what_was_heard(engine, mind):
-    mind.says(TEN, "Yes.")
-    async with serving(engine, clock=time.monotonic) as port, stock(port) as connection:
+    mind.says("word " * 30, "Yes.")
+    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port, stock(port) as connection:
         await connection.response.create()
         async for event in connection:
             if event.type == "response.done":
@@ -383,7 +384,11 @@ async def test_health_readiness_and_metrics(engine, mind):
         await free(engine)
         await works(port, mind)
         page = (await get(port, "/metrics"))[1]
-        assert b"attend_step_seconds" in page and b"attend_conversations_total 3.0" in page and b"attend_first_token_seconds_count 1.0" in page
+        assert (
+            b"attend_step_seconds" in page
+            and b"attend_conversations_total 3.0" in page
+            and b"attend_first_token_seconds_count 1.0" in page
+        )
 
 
 async def test_nothing_but_the_page_is_given_away(engine, tmp_path):
