@@ -200,10 +200,11 @@ async def test_ten_minutes_without_a_commit_and_then_a_question(engine, mind):
         await works(port, mind)
 
 
-async def test_thousands_of_items(engine, mind):
+@pytest.mark.slow
+async def test_a_thousand_items(engine, mind):
     async with serving(engine, settings=Settings(most=60, how=LOADED.generation)) as port:
         async with plain(port) as connection:
-            for _ in range(1500):
+            for _ in range(1000):
                 await say(connection, "conversation.item.create", item=text("x"))
             mind.says("Yes.")
             await say(connection, "response.create")
@@ -244,6 +245,7 @@ def resident() -> int:
     return pages * 4096 >> 20
 
 
+@pytest.mark.slow
 async def test_memory_is_back_when_the_trouble_is_over(engine, mind):
     picture = "data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()
     sound = base64.b64encode(np.zeros(50 * 24_000, "<i2").tobytes()).decode()
@@ -260,10 +262,10 @@ async def test_memory_is_back_when_the_trouble_is_over(engine, mind):
         await free(engine)
 
     async with serving(engine) as port:
-        for _ in range(4):
+        for _ in range(3):
             await trouble(port)
         before = resident()
-        for _ in range(12):
+        for _ in range(6):
             await trouble(port)
         await works(port, mind)
         assert resident() - before < 40
