@@ -20,7 +20,8 @@ demo: .venv/demo
 	@mkdir -p build
 	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
 
-test: .venv/test compiler
+test: .venv/test compiler build/node/stamp
+	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,6 +39,13 @@ compiler: | $(BIN)/pip
 	@$(call need,c++ --version,g++)
 	@$(call need,$(BIN)/python -c '$(HEADERS)',python3-dev)
 
+# A stock client of the server, for tests/test_agents.py. npm brings nodejs along.
+CLIENT := @openai/agents-realtime@0.20.0 zod@4.6.7
+build/node/stamp: Makefile
+	@$(call need,node --version && npm --version,npm)
+	npm install --prefix build/node --no-save --no-audit --no-fund $(CLIENT)
+	@touch $@
+
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)
 
@@ -48,7 +56,7 @@ lock: .venv/test
 	mv build/lock.txt .lock.txt
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node
 	find agent model streams tests -name __pycache__ -prune -exec rm -rf {} +
 
 # These stamps are as new as the last installation, so that the second run of a target installs nothing.

@@ -34,6 +34,7 @@ from streams.frames import MediaError
 from streams.voice import VoiceMissing, open_voice
 from web import server
 from web.access import Access, NotServed
+from web.caller import Caller
 
 COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing, NotServed)
 
@@ -119,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     talking.add_argument(
         "--speakers", type=_positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
     )
+    talking.add_argument("--url", metavar="WS", help="at a server that is running, ws://127.0.0.1:8765/v1/realtime, not in here")
+    talking.add_argument("--token-file", type=Path, metavar="F", help="with --url: a file with the server's token")
     talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
     talking.add_argument("--json", action="store_true", help="print one JSON object")
     talking.add_argument("--hours", type=float, metavar="H", help="instead: one conversation of so long, simulated")
@@ -229,17 +232,13 @@ def _play(given: argparse.Namespace) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    token = tls = None
-    try:
-        if given.token_file:
-            token = given.token_file.read_text(encoding="utf-8").strip()
-        if given.tls_cert:
-            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    token, tls = _token(given.token_file) if given.token_file else None, None
+    if given.tls_cert:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
             tls.load_cert_chain(given.tls_cert, given.tls_key)
-    except (OSError, UnicodeDecodeError) as error:
-        raise NotServed(f"the token file or the certificate cannot be read: {error}") from error
-    if given.token_file and not token:
-        raise NotServed(f"{given.token_file} holds no token")
+        except OSError as error:
+            raise NotServed(f"the certificate {given.tls_cert} cannot be read: {error}") from error
     access = Access(given.host, token, tuple(given.allow_origin or ()))
     voice = open_voice(given.voice)
     loaded = _load(given)
@@ -259,6 +258,16 @@ def _serve(given: argparse.Namespace) -> int:
 
     asyncio.run(listen())
     return 0
+
+
+def _token(file: Path) -> str:
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotServed(f"the token file {file} cannot be read: {error}") from error
+    if not token:
+        raise NotServed(f"{file} holds no token")
+    return token
 
 
 def _write_picture(path: Path, bgr: object) -> None:
@@ -314,6 +323,13 @@ def _bench_session(given: argparse.Namespace) -> int:
     if given.chart and not given.chart.parent.is_dir():
         raise MediaError(f"{given.chart} cannot be written: its folder must exist")
     say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
+    if given.url:
+        url = given.url + ("&" if "?" in given.url else "?") + "extensions=marks"
+        token = _token(given.token_file) if given.token_file else None
+        called = asyncio.run(crowd.calls(given.speakers or [1, 4, 16], lambda: Caller(url, token), people.person, say))
+        if given.json:
+            print(json.dumps(called))
+        return 0
     voice, loaded = open_voice("espeak"), _load(given)
 
     async def measure() -> dict[str, Any]:

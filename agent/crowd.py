@@ -17,11 +17,11 @@ import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from agent import events, waits
+from agent import events, script, waits
 from agent.bench import Figure, line
 from agent.checkpoint import Loaded
 from agent.engine import Engine
@@ -130,6 +130,43 @@ async def session(
             say(f"  said by a session: {message}")
         result[str(count)] = {figure.key: asdict(figure) for figure in figures}
     return {"device": str(model.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "speakers": result}
+
+
+class Call(script.Talks, Protocol):
+    """A conversation with a server elsewhere. `lost`: why it ended early, if it did."""
+
+    lost: str | None
+
+
+async def calls(crowds: Sequence[int], call: Callable[[], Call], person: Person, say: waits.Say) -> dict[str, Any]:
+    """The same crowds at a server elsewhere, in real time, measured as its clients know it; returns all figures."""
+    people = [person(seed) for seed in range(max(crowds))]
+    result: dict[str, Any] = {}
+    for count in crowds:
+        lines = [call() for _ in range(count)]
+
+        async def talk(number: int, count: int = count, lines: list[Call] = lines) -> Talk:
+            await asyncio.sleep(STAGGER * number / count)
+            played = Performance([question.turn for question in people[number]], True)
+            await played.run(lines[number])
+            return Talk(people[number], played, 0, 0)
+
+        talks = await asyncio.gather(*(talk(number) for number in range(count)))
+        say(f"\n{count} speaker{'s' if count > 1 else ''}, {sum(len(talk.questions) for talk in talks)} questions")
+        say(f"{'':44}{'median':>14}{'p95':>12}{'p99':>12}")
+        asked = sum(len(talk.right()) for talk in talks)
+        figures: list[Spread | Figure] = [figure for figure in _figures(talks, []) if figure.key not in ("lag", "late")]
+        figures += [
+            Figure("lost", "conversations lost", "", sum(line.lost is not None for line in lines)),
+            Figure("unanswered", "questions without an answer", "", sum(x is None for talk in talks for x in talk.exchanges())),
+            Figure("right", "answers fully right", "", sum(sum(talk.right()) for talk in talks), note=f"of {asked}"),
+        ]
+        for figure in figures:
+            say(_count(figure) if isinstance(figure, Figure) else str(figure))
+        for message in sorted({note for talk in talks for note in talk.played.notes}):
+            say(f"  said by the server: {message}")
+        result[str(count)] = {figure.key: asdict(figure) for figure in figures}
+    return {"speakers": result}
 
 
 async def _crowd(

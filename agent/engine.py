@@ -122,6 +122,7 @@ class Engine:
         self.loaded, self.rows = loaded, rows
         self.spares = max(1, rows // 4) if spares is None else spares
         self.lags: deque[float] = deque(maxlen=1 << 16)  # seconds from a frame's arrival until it was in its row
+        self.steps: deque[float] = deque(maxlen=1 << 10)  # seconds that the last steps took
         self._cache = new_cache(loaded, rows + self.spares, length)
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.waiting
@@ -234,7 +235,9 @@ class Engine:
             else:
                 chunks.append((seat, parts))
         if steps:
+            begun = perf_counter()
             self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
+            self.steps.append(perf_counter() - begun)
         if chunks:
             self._pass([min(chunks, key=lambda chunk: (chunk[0].parent is not None, chunk[1][0][0].since))])
         return moved or bool(due)

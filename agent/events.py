@@ -31,10 +31,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """A picture file (JPEG, PNG, WebP). `live`: a camera's, of which the newest is looked at and all others are forgotten."""
+    """A picture file (JPEG, PNG, WebP). `live`: a camera's, of which the newest is looked at and all others are forgotten.
+    `size`: height and width, which the session finds out."""
 
     data: bytes
     live: bool = False
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,31 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """What was said in that turn, or the picture that was looked at there."""
+
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """An answer beside the conversation, of which tape and row keep nothing. It is told as `answer`, which is below zero and the
+    door's to choose. `past`: what it is to answer instead of the conversation, the open turn of which it does not know. Its
+    `calls` are told, and nobody waits for their results."""
+
+    answer: int
+    past: tuple[Past, ...] | None = None
+    setting: Setting | None = None
+    most: int | None = None
+    spoken: bool = True
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
-    """The answer is to stop where it is; what was heard of it stays."""
+    """The answer is to stop where it is; what was heard of it stays. None: the one that is being given in the conversation."""
+
+    answer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +104,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """What came of a tool call."""
+    """What came of a tool call. Where the answer does not wait for it any more, it is kept for the next one."""
 
     call: int
     value: Any
@@ -87,11 +112,17 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """New settings; None leaves one as it is. They hold at once, or as soon as the answer that is being given is over."""
+    """New settings; None leaves one as it is. They hold at once, but not for the answer that is being given; `setting` holds
+    when that is over. `most`: tokens of an answer, no more than the session was made for. `calls`: an answer begins with a call
+    of one of these tools."""
 
     setting: Setting | None = None
     manners: Manners | None = None
     camera: Literal["off", "end", "live"] | None = None
+    answers: bool | None = None
+    most: int | None = None
+    spoken: bool | None = None
+    calls: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +136,10 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Words of an answer from an earlier conversation, which the door brings along."""
+    """An answer from an earlier conversation, which the door brings along: its words, its calls and what came of each."""
 
     text: str
+    calls: tuple[tuple[ToolCall, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +149,24 @@ class Delete:
     of: int
 
 
+Past = Write | Show | Audio | Recall | Again
 Input = (
-    Audio | Write | Show | Press | Release | Commit | Forget | Ask | Stop | Heard | Returned | Set | Truncate | Recall | Delete
+    Audio
+    | Write
+    | Show
+    | Press
+    | Release
+    | Commit
+    | Forget
+    | Ask
+    | Aside
+    | Stop
+    | Heard
+    | Returned
+    | Set
+    | Truncate
+    | Recall
+    | Delete
 )
 
 
@@ -153,11 +201,26 @@ class Dismissed:
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """The talk over an answer, told by `Cleared`, was no turn: a cough, an "mm-hmm"."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
 class Captioned:
     """What was said in a turn; it may come after the answer began."""
 
     turn: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Uncaptioned:
+    """Nobody can tell what was said in a turn, and why: one sentence for a person."""
+
+    turn: int
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +280,11 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """Play nothing more of what was sent; say with `Heard` how far it came."""
+    """Play nothing more of what was sent; say with `Heard` how far it came. `start`: since when someone talks over the answer,
+    where that is why; `Started` or `Passed` follows."""
 
     answer: int
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +295,26 @@ class Called:
     call: int
     tool: ToolCall
     more: int = 0  # so many follow before the answer waits
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A stretch of an answer is written, up to its end or to the tools that it calls: positions that were in the row before it,
+    by kind, and its tokens."""
+
+    answer: int
+    text: int
+    sound: int
+    pictures: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """All words and all sound of the answer are out, and what is left is to be heard."""
+
+    answer: int
+    finish: Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +364,9 @@ Event = (
     Started
     | Stopped
     | Dismissed
+    | Passed
     | Captioned
+    | Uncaptioned
     | Looked
     | Answering
     | Wrote
@@ -288,6 +375,8 @@ Event = (
     | Said
     | Cleared
     | Called
+    | Counted
+    | Told
     | Answered
     | Timed
     | Quiet

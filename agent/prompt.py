@@ -107,6 +107,10 @@ class Prompt:
         """A call as the model writes it; for history only."""
         return self._ids([Control("<|tool_call>"), f"call:{name}", *notation(arguments), Control("<tool_call|>")])
 
+    def open_call(self, name: str = "") -> list[int]:
+        """The beginning of a call, of any tool or of this one, that the model is made to go on with."""
+        return self._ids([Control("<|tool_call>"), f"call:{name}{{" if name else "call:"])
+
     def tool_response(self, name: str, result: Any, *, opened: bool = True, thinking: bool = False) -> list[int]:
         """The result of a call. `opened`: the model has written <|tool_response> itself; False for the second of several and in
         history."""

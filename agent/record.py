@@ -6,25 +6,31 @@ made to hold what the tape says, by cutting it back to what the two have in comm
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from agent import tape
+from agent.answer import Answer
+from agent.calls import ToolCall
 from agent.checkpoint import TRANSCRIBE
 from agent.engine import Feed
 from agent.journal import JournalError
 from agent.prompt import Prompt
-from agent.segments import Run, Segment, View, size
+from agent.segments import Picture, Run, Segment, View, size
 from agent.tape import Entry, Tape
 from agent.view import Budget, Policy, view
 from model.cache import RowFull
 from model.gemma import Config
 from model.sampling import Generation
+from model.tokenizer import Tokenizer
 
 CAPTION = 200  # tokens
+TOO_LONG = {"error": "the result is too long"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,15 @@ class Caption:
     turn: int
     fork: Feed
     closing: Segment
+    tokenizer: Tokenizer
 
-    def generate(self, how: Generation) -> AsyncGenerator[tuple[int, float]]:
-        return self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)
+    async def words(self, how: Generation) -> str:
+        answer = Answer(self.tokenizer)
+        async with aclosing(self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)) as drawn:
+            async for token, _ in drawn:
+                answer.push(token)
+        answer.flush()
+        return answer.text.strip()
 
 
 class Record:
@@ -114,12 +126,53 @@ class Record:
         self.turn = self._run = None
         return self.append(tape.Asked())
 
-    def recall(self, text: str) -> None:
-        """An answer that was given elsewhere."""
+    def recall(self, text: str, calls: Iterable[tuple[ToolCall, Any]] = ()) -> None:
+        """An answer that was given elsewhere, its calls and what came of them. The row does not follow yet."""
         if self.turn is not None:
             self.close(tape.Closed())
-        self.append(tape.Answered((), text))
-        self.follow()
+        of = self.append(tape.Answered((), text))
+        for call, value in calls:
+            index = self.append(tape.Called(of, call.name, call.arguments))
+            if not self.returned(index, value):
+                self.append(tape.Deleted(index))
+
+    def returned(self, call: int, value: Any) -> bool:
+        """On the tape, as far as the row has room for it; False if it does not belong to a call, or the call has its result."""
+        entries = self.tape.entries
+        result = tape.Result(call, value)
+        if not self.tape.fits(result) or any(isinstance(entry, tape.Result) and entry.of == call for entry in entries[call:]):
+            return False
+        if not self.fits(result):
+            self.note("a tool's result is too long for the row; the model is told so")
+            result = tape.Result(call, TOO_LONG)
+        if not self.fits(result):
+            return False
+        self.append(result)
+        return True
+
+    # -- beside it
+
+    def beside(self, fresh: bool = False) -> Record:
+        """A record of its own in a fork of the row: it begins with all of this one but the open turn, or with an empty tape.
+        Whoever asked for it releases its row."""
+        held = self._settled()
+        how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self.note
+        other = Record(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
+        other._held, other._length, other._astray = held, held.positions, True
+        return other
+
+    def again(self, of: int) -> list[Entry]:
+        """What was said in a turn, or the picture that was looked at, as far as the tape still has it."""
+        entries = self.tape.entries
+        if not 0 <= of < len(entries) or not isinstance(entries[of], tape.Seen | tape.Opened):
+            return []
+        if isinstance(picture := entries[of], tape.Seen):
+            return [picture] if picture.data else []
+        words = [entry.text for entry in entries[of:] if isinstance(entry, tape.Transcript) and entry.of == of]
+        if words:
+            return [tape.Typed(words[-1])]
+        end = next((n for n in range(of + 1, len(entries)) if isinstance(entries[n], tape.Closed | tape.Asked)), len(entries))
+        return [entry for entry in entries[of:end] if isinstance(entry, tape.Sound) and entry.data]
 
     def delete(self, of: int) -> None:
         """The turn, or the answer to what was Asked there, never was. The open turn stays."""
@@ -143,7 +196,7 @@ class Record:
             return None
         closing = [*([self.prompt.eoa] if self._run else []), *self.prompt.text(TRANSCRIBE), *self.prompt.close_turn()]
         self.captions += 1
-        return Caption(self.turn, self.row.fork(), tuple(closing))
+        return Caption(self.turn, self.row.fork(), tuple(closing), self.prompt.tokenizer)
 
     def captioned(self, caption: Caption, text: str | None) -> None:
         """None: nobody could tell, and the sound stays what it was."""
@@ -204,8 +257,21 @@ class Record:
         self.follow()
 
     @property
+    def parts(self) -> int:
+        """Words and pictures in the open turn."""
+        entries = [] if self.turn is None else self.tape.entries[self.turn :]
+        return sum(isinstance(entry, tape.Typed | tape.Seen) for entry in entries)
+
+    @property
     def positions(self) -> int:
         return self._length
+
+    def kinds(self) -> tuple[int, int, int]:
+        """Positions of text, of sound and of pictures."""
+        segments = self._settled().segments
+        sound = sum(size(segment) for segment in segments if isinstance(segment, tape.Sound))
+        pictures = sum(size(segment) for segment in segments if isinstance(segment, Picture))
+        return self._length - sound - pictures, sound, pictures
 
     @property
     def thinking(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from agent import events, tape
 from agent.answer import Answer, Piece
@@ -17,11 +17,9 @@ from agent.events import Event
 from agent.marks import Mark
 from agent.prompt import Thought
 from agent.record import Record
+from agent.settings import Settings
 from agent.speech import Clauses, Playback
 from streams.voice import Chunk, Stream, Voice
-
-if TYPE_CHECKING:
-    from agent.session import Settings
 
 VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one that stalls must not keep others waiting
 
@@ -40,17 +38,19 @@ class Reply:
         picture: int | None,
         emit: Callable[[Event], None],
     ) -> None:
-        self.of, self.voice, self.written = of, voice, False  # the voice is None once it is lost
+        self.of, self.written, self.lost = of, False, False  # `lost`: its voice is
         self.waiting = 0  # positions that were not in the row when the turn ended
-        self._record, self._settings, self._picture, self._emit = record, settings, picture, emit
+        self._record, self._settings, self._voice, self._picture, self._emit = record, settings, voice, picture, emit
         self._how = settings.how or loaded.generation
         self._answer, self._clauses = Answer(loaded.tokenizer, record.thinking), Clauses()
         self._sound = Playback(voice.rate) if voice else None
         self._speakable: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()  # bounded by the answer's length
         self._moved = asyncio.Event()  # something was made or heard, or may be sent again
         self._calls: set[int] = set()  # without a result
+        self._alone = of < 0  # beside the conversation: nobody brings results
+        self.told = False  # all of it is out, and what is left is to be heard
         self._returned = asyncio.Event()
-        self._prompt = 0  # positions in the row before it
+        self._prompt, self._kinds = 0, (0, 0, 0)  # positions in the row before it
         self._finish: Literal["stop", "length", "interrupted"] = "length"
         self._began, self._stages = perf_counter(), dict[str, float]()
 
@@ -83,11 +83,11 @@ class Reply:
             self._sound.hear(sample)
             self._moved.set()
 
-    def hush(self) -> None:
-        """Nothing more is played until `go_on`."""
+    def hush(self, start: int | None = None) -> None:
+        """Nothing more is played until `go_on`; since `start` someone talks."""
         if self._sound and not self._sound.held:
             self._sound.held = True
-            self._emit(events.Cleared(self.of))
+            self._emit(events.Cleared(self.of, start))
 
     def go_on(self, sample: int) -> None:
         if self._sound:
@@ -96,13 +96,8 @@ class Reply:
 
     def returned(self, call: int, value: object) -> bool:
         """What came of a tool; False if nobody waits for it."""
-        if call not in self._calls:
+        if call not in self._calls or not self._record.returned(call, value):
             return False
-        result = tape.Result(call, value)
-        if not self._record.fits(result):
-            self._emit(events.Noted("a tool's result is too long for the row; the model is told so"))
-            result = tape.Result(call, {"error": "the result is too long"})
-        self._record.append(result)
         self._calls.discard(call)
         self._returned.set()
         return True
@@ -148,6 +143,8 @@ class Reply:
                 index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
                 self._calls.add(index)
                 self._emit(events.Called(self.of, index, call, more))
+            if self._alone:
+                break
             while self._calls:
                 self._returned.clear()
                 await self._returned.wait()
@@ -155,14 +152,28 @@ class Reply:
         self.written = True
         self.stage("written")
         self._speakable.put_nowait(None)
-        record.tidy()
+        if not self._sound:
+            self._all_told()
+        if not self._alone:
+            record.tidy()
+
+    def _all_told(self) -> None:
+        if not self.told:
+            self.told = True
+            self._emit(events.Told(self.of, "stop" if self._finish == "stop" else "length"))
 
     async def _stretch(self) -> None:
         answer, record, settings, newest = self._answer, self._record, self._settings, -1
         closing = record.closing()
-        self._prompt, self._finish = record.positions, "length"
+        self._prompt, self._kinds, self._finish = record.positions, record.kinds(), "length"
         self.stage("closing")
-        most = settings.most - answer.tokens
+        if settings.calls and len(answer.stretches) == 1:
+            begun = record.prompt.open_call(settings.calls[0] if len(settings.calls) == 1 else "")
+            closing = (*closing, tuple(begun))
+            for id in begun:
+                record.wrote(id)
+                self._tell(answer.push(id))
+        most = max(1, settings.most - answer.tokens)
         async with aclosing(record.row.generate(*closing, how=self._how, most=most, seed=settings.seed)) as drawn:
             async for token, _ in drawn:
                 self.stage("first_token")
@@ -198,15 +209,16 @@ class Reply:
         """What was written since the last tools goes on the tape."""
         stretch = self._answer.stretches[-1]
         stretch.entry = self._record.append(tape.Answered(tuple(stretch.ids), self._answer.text[stretch.begun :]))
+        self._emit(events.Counted(self.of, *self._kinds, len(stretch.ids)))
 
     async def _speak(self, sound: Playback) -> None:
         """Clauses become sound, until all of it is made."""
         while clause := await self._speakable.get():
-            if self.voice:
+            if self._voice and not self.lost:
                 try:
-                    await self._made(sound, self.voice, *clause)
+                    await self._made(sound, self._voice, *clause)
                 except Exception as error:  # noqa: BLE001  a voice may fail in any way, and never fails the answer
-                    self.voice = None
+                    self.lost = True
                     why = "it stalled" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
                     self._emit(events.Noted(f"the voice is lost, answers go on as text: {why}"))
         sound.complete = True
@@ -229,7 +241,10 @@ class Reply:
                 self.stage("first_sound")
                 at, pcm, words = piece
                 self._emit(events.Said(self.of, at, pcm, sound.rate, words))
+            if sound.complete and sound.sent == sound.made:
+                self._all_told()
             await self._moved.wait()
+        self._all_told()
 
 
 def _next(stream: Stream) -> Chunk | None:

@@ -22,10 +22,10 @@ from __future__ import annotations
 import asyncio
 import time
 import tomllib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -34,7 +34,6 @@ import soxr
 from agent import events
 from agent.events import Event, Input
 from agent.marks import Mark
-from agent.session import Session
 from streams.files import read_audio
 from streams.frames import FRAME, RATE, Audio, MediaError
 
@@ -53,6 +52,12 @@ class Turn:
     typed: str = ""
     interrupt: int | None = None
     wait: float = 0.6
+
+
+class Talks(Protocol):
+    """A session, or what stands for one that is elsewhere."""
+
+    async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
 
 
 @dataclass
@@ -162,7 +167,7 @@ class Performance:
         self._captions.clear()
         self._asked.clear()
 
-    async def run(self, session: Session) -> None:
+    async def run(self, session: Talks) -> None:
         await session.run(self._inputs(), self._emit)
         for answer, turn in self._asked.items():
             self.answers[answer].caption = self._captions.get(turn, "")

@@ -10,63 +10,33 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
 from agent import events, tape
-from agent.answer import Answer
+from agent.aside import Asides, sized
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.events import Event, Input
 from agent.journal import JournalError
 from agent.record import Caption, Record
 from agent.reply import Reply
-from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, Manners, TakenUp, Turns
+from agent.settings import Settings as Settings
+from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, State, TakenUp, Turns
 from agent.turns import Event as Decision
-from agent.view import Budget, Policy
 from model.cache import RowFull
-from model.sampling import Generation
 from model.vad import FRAME, Vad
-from streams.files import decode_picture
 from streams.frames import RATE, Audio, Framer, MediaError
 from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
 LATER = 64  # inputs that wait until an answer is over
+PARTS = 64  # words and pictures in one turn; more begin another: all of a turn is looked at again with each of them
 
 
 class DoorStuck(RuntimeError):
     """The door takes no events any more."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    policy: Policy = "transcripts"
-    budget: Budget = field(default_factory=Budget)
-    manners: Manners = field(default_factory=Manners)
-    setting: tape.Setting = field(default_factory=tape.Setting)
-    camera: Literal["off", "end", "live"] = "end"  # when its newest picture is looked at: never, as a turn ends, as it begins too
-    picture: int | None = None  # soft tokens; None: as the checkpoint says
-    how: Generation | None = None  # None: as the checkpoint says
-    seed: int | None = None
-    most: int = 512  # tokens of an answer
-    answers: bool = True  # a spoken turn is answered as soon as it ends
-    captions: bool = True
-    ahead: float = 0.3  # seconds of sound that are sent before they are heard
-    patience: float = 10.0  # seconds without sound after which the voice is given up
-    backlog: int = 750  # positions that may wait for a model which is too slow; frames beyond are lost, and counted
-    unread: int = 1024  # events that a door may leave lying
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """One that was shown and can be decoded."""
-
-    show: events.Show
-    height: int
-    width: int
 
 
 class Session:
@@ -76,23 +46,26 @@ class Session:
         self, engine: Engine, vad: Vad, voice: Voice | None = None, settings: Settings | None = None, on: tape.Tape | None = None
     ) -> None:
         self.engine, self.voice, self.settings = engine, voice, settings or Settings()
+        self._most = self.settings.most
         self.dropped = 0  # frames lost to a model that is too slow, or to a turn that is too long
         self._vad, self._listening = vad, vad.start()
         self._turns, self._framer = Turns(self.settings.manners), Framer(FRAME)
         self._recent: deque[tuple[int, np.ndarray]] = deque()  # frames that may turn out to have begun a turn
         self._loud = False  # the open turn takes sound
+        self._over_it = False  # someone talks over an answer, and it may become a turn
         self._picture: int | None = None  # the newest that was looked at: marks are on it
-        self._camera: _Picture | None = None
+        self._camera: events.Show | None = None
         self._reply: Reply | None = None
         self._giving: asyncio.Task[None] | None = None
         self._given: deque[Reply] = deque(maxlen=8)  # of which a door may still say how much was heard
-        self._later: list[Input | _Picture] = []  # until the answer is over
+        self._later: list[Input] = []  # until the answer is over
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         loaded, s = engine.loaded, self.settings
         row, config, note = engine.claim(self._end_with), loaded.model.config, self._note
         self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, note)
+        self._asides = Asides(self.record, loaded, self._emit, self._spawn)
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None:
         """Until `inputs` end, or something fails: then `Failed` is the last event. What is the door's own fault is raised."""
@@ -129,18 +102,21 @@ class Session:
 
     async def _read(self, inputs: AsyncIterator[Input]) -> None:
         async for item in inputs:
-            if isinstance(item, events.Show):
-                try:
-                    pixels = await asyncio.to_thread(decode_picture, item.data, "the picture")
-                except MediaError as error:
+            try:
+                if isinstance(item, events.Show):
+                    item = await sized(item)
+                elif isinstance(item, events.Aside) and item.past:
+                    item = replace(item, past=tuple([await sized(part) for part in item.past]))
+            except MediaError as error:
+                if isinstance(item, events.Aside):
+                    self._asides.refuse(item, str(error))
+                else:
                     self._note(str(error))
-                    continue
-                self._take(_Picture(item, *pixels.shape[:2]))
-            else:
-                self._take(item)
+                continue
+            self._take(item)
         self._end_with(None)
 
-    def _take(self, item: Input | _Picture) -> None:
+    def _take(self, item: Input) -> None:
         reply = self._reply
         if reply:
             self._turns.heard(reply.heard)
@@ -151,34 +127,46 @@ class Session:
             case events.Heard():
                 if reply and item.answer == reply.of:
                     reply.hear(item.sample)
+                else:
+                    self._asides.hear(item.answer, item.sample)
             case events.Press():
                 self._decide(self._turns.press())
             case events.Release():
                 self._decide(self._turns.release())
             case events.Forget():
                 self._decide(self._turns.cancel())
-            case events.Stop():
+            case events.Stop(None):
                 self._stop()
+            case events.Stop(int(answer)):
+                self._asides.stop(answer)
+            case events.Aside():
+                self._asides.begin(item, self.settings, self.voice)
             case events.Returned():
-                if not (reply and reply.returned(item.call, item.value)):
-                    self._note("a tool's result came that nobody waits for")
+                self._return(item)
             case events.Truncate():
                 self._truncate(item)
-            case _Picture() if item.show.live:
+            case events.Show(live=True):
                 self._camera = item
+            case events.Set() if reply and item != (rest := events.Set(setting=item.setting)):
+                self._set(replace(item, setting=None))
+                self._take(rest)
             case events.Write() if reply and item.ask:
                 self._stop()
                 self._take(item)
-            case _ if reply and len(self._later) == LATER:
+            case events.Ask() | events.Commit(ask=True) if reply and reply.told:  # who asks again has heard enough
+                self._hear_out(reply)
+                if self._turns.floor != "user":  # that turn will ask
+                    self._take(item)
+            case _ if reply and not reply.told and len(self._later) == LATER:
                 self._note("too much came while an answer was given; the last of it was not taken")
-            case _ if reply:
+            case _ if reply and not reply.told:
                 self._later.append(item)
             case events.Write():
                 if item.text.strip() and not self._part(tape.Typed(item.text)):
                     return
                 if item.ask and self._turns.floor is None:
                     self._close(ask=True)
-            case _Picture():
+            case events.Show():
                 self._part(self._seen(item))
             case events.Commit():
                 self._commit(item.ask)
@@ -189,7 +177,8 @@ class Session:
             case events.Recall() if self._turns.floor == "user":
                 self._note("an earlier answer cannot be brought along while the user speaks")
             case events.Recall():
-                self.record.recall(item.text)
+                self.record.recall(item.text, item.calls)
+                self.record.follow()
             case events.Delete():
                 self.record.delete(item.of)
 
@@ -199,6 +188,9 @@ class Session:
         while self._recent[0][0] < at - manners.keep:
             self._recent.popleft()
         self._decide(self._turns.hear(len(frame), self._vad.hear(frame, self._listening)))
+        if self._over_it and self._turns.state is State.QUIET:
+            self._over_it = False
+            self._emit(events.Passed(self._turns.now))
         if loud and self._loud:
             self._sound(frame)
 
@@ -208,7 +200,9 @@ class Session:
 
     def _part(self, part: tape.Typed | tape.Seen) -> bool:
         """Whether the turn has room for it."""
-        if not self.record.fits(part):
+        if self.record.parts == PARTS and self._turns.floor != "user":
+            self.record.close(tape.Closed())
+        if self.record.parts == PARTS or not self.record.fits(part):
             self._note(f"there is no room for {'a picture' if isinstance(part, tape.Seen) else 'words'} of this size in a turn")
             return False
         turn = self.record.open(self._turns.now)
@@ -218,9 +212,9 @@ class Session:
             self._emit(events.Looked(index, turn, part.data))
         return True
 
-    def _seen(self, picture: _Picture) -> tape.Seen:
-        budget = self.settings.picture or self.engine.loaded.budget
-        return tape.Seen(picture.show.data, picture.height, picture.width, budget, at=self._turns.now)
+    def _seen(self, picture: events.Show) -> tape.Seen:
+        assert picture.size
+        return tape.Seen(picture.data, *picture.size, self.settings.picture or self.engine.loaded.budget, at=self._turns.now)
 
     def _look(self) -> None:
         """The newest picture of the camera becomes part of the turn; each is looked at once."""
@@ -229,8 +223,9 @@ class Session:
             self._part(seen)
 
     def _set(self, item: events.Set) -> None:
-        told = {name: value for name in ("manners", "camera", "setting") if (value := getattr(item, name)) is not None}
+        told = {known.name: value for known in fields(item) if (value := getattr(item, known.name)) is not None}
         self.settings = replace(self.settings, **told)
+        self.settings = replace(self.settings, most=min(self.settings.most, self._most))
         self._turns.manners = self.settings.manners
         if item.setting and not self.record.fits(item.setting):
             self._note("there is no room for a system prompt and tools of this size; they stay as they are")
@@ -250,7 +245,9 @@ class Session:
                 case Discarded():
                     self._dismiss(decision)
                 case Hushed() if self._reply:
-                    self._reply.hush()
+                    self._over_it = True
+                    before = self._turns.manners.speech + self._turns.manners.pre_roll
+                    self._reply.hush(max(0, decision.at - before * RATE // 1000))
                 case TakenUp() if self._reply:
                     self._reply.go_on(decision.heard)
                 case Interrupted():
@@ -264,7 +261,7 @@ class Session:
                     self._take(item)
 
     def _begin(self, began: Began) -> None:
-        turn, self._loud = self.record.open(began.start), True
+        turn, self._loud, self._over_it = self.record.open(began.start), True, False
         self._emit(events.Started(turn, began.at, began.start))
         if self.settings.camera == "live":
             self._look()
@@ -302,17 +299,11 @@ class Session:
         self._emit(events.Dismissed(turn, discarded.at))
 
     async def _caption(self, caption: Caption) -> None:
-        loaded = self.engine.loaded
-        answer = Answer(loaded.tokenizer)
         text = None
         try:
-            async with aclosing(caption.generate(loaded.generation)) as drawn:
-                async for token, _ in drawn:
-                    answer.push(token)
-            answer.flush()
-            text = answer.text.strip()
+            text = await caption.words(self.engine.loaded.generation)
         except TROUBLE as error:
-            self._note(f"this turn has no caption: {error}")
+            self._emit(events.Uncaptioned(caption.turn, f"this turn has no caption: {error}"))
         finally:
             caption.fork.release()
         self.record.captioned(caption, text)
@@ -325,7 +316,8 @@ class Session:
 
     def _answer(self, waiting: int, ended: Ended | None) -> None:
         of, loaded = self.record.ask(), self.engine.loaded
-        reply = Reply(of, self.record, loaded, self.settings, self.voice, self._picture, self._emit)
+        voice = self.voice if self.settings.spoken else None
+        reply = Reply(of, self.record, loaded, self.settings, voice, self._picture, self._emit)
         reply.waiting = waiting
         if ended:
             reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)
@@ -337,7 +329,19 @@ class Session:
 
     async def _give(self, reply: Reply) -> None:
         await reply.run()
-        self._reply, self.voice = None, reply.voice
+        self._ended(reply)
+        reply.complete()
+        self._decide(self._turns.answered())
+
+    def _ended(self, reply: Reply) -> None:
+        self._reply = None
+        if reply.lost:
+            self.voice = None
+
+    def _hear_out(self, reply: Reply) -> None:
+        assert self._giving
+        self._giving.cancel()
+        self._ended(reply)
         reply.complete()
         self._decide(self._turns.answered())
 
@@ -356,12 +360,20 @@ class Session:
                 self.record.follow()
 
     def _cut(self, heard: int) -> None:
-        reply, self._reply = self._reply, None
+        reply = self._reply
         assert reply and self._giving
         self._giving.cancel()
-        self.voice = reply.voice
+        self._ended(reply)
         reply.cut(heard)
         self.record.follow()
+
+    def _return(self, item: events.Returned) -> None:
+        if self._reply and self._reply.returned(item.call, item.value):
+            return
+        if not self.record.returned(item.call, item.value):
+            self._note("a tool's result came that belongs to no call, or for the second time")
+        elif self._reply is None:
+            self.record.follow()
 
     # -- the outside
 

@@ -209,6 +209,14 @@ class Tape:
             self._journal.rewrite(map(_body, self._entries))
         return len(self._entries) - 1
 
+    def copy(self) -> Tape:
+        """What it says so far but for the open turn, without a journal."""
+        copy, end = Tape(self.model), len(self._entries) if self._open is None else self._open
+        facts = (Heard, Result, Transcript, Deleted)  # about what was before that turn
+        copy._entries = self._entries[:end]
+        copy._entries += [e for e in self._entries[end:] if isinstance(e, Setting) or (isinstance(e, facts) and e.of < end)]
+        return copy
+
     def close(self) -> None:
         """The journal is closed; the tape goes on in memory."""
         if self._journal:

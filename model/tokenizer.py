@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -24,6 +25,8 @@ CONTROL = (
     "<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>", "<|video|>",
     "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
 )  # fmt: skip
+
+SHORT = 256  # characters
 
 _BYTES = {f"<0x{n:02X}>": n for n in range(256)}
 
@@ -41,6 +44,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._short = lru_cache(8192)(self._encode)  # a view is composed anew with every word that is typed
         self._source = source
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         added = backend.get_added_tokens_decoder()
@@ -64,6 +68,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelled out in it are text like any other."""
+        return list(self._short(text)) if len(text) <= SHORT else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         # A lone surrogate (half an emoji cut off by JavaScript) has no UTF-8 form.
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids

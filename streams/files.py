@@ -116,19 +116,7 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
 
     Of an animation, the first frame. Colour profiles are not applied, nor is the one transparent grey (tRNS) of a grey PNG.
     """
-    if len(data) > PICTURE_BYTES:
-        raise MediaError(f"{name} has more than {PICTURE_BYTES:,} bytes")
-    header = _header(data)
-    if header is None:
-        raise MediaError(f"{name} is not a PNG, JPEG or WebP picture")
-    width, height, alpha = header
-    if width * height > PICTURE_PIXELS:
-        raise MediaError(f"{name} has {width:,}×{height:,} pixels, more than {PICTURE_PIXELS:,}")
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > PICTURE_SCANS:
-        raise MediaError(f"{name} is a JPEG of more than {PICTURE_SCANS} scans")
-    damaged = MediaError(f"{name} is damaged or cut short")
-    if width * height == 0:
-        raise damaged
+    alpha, damaged = check_picture(data, name), MediaError(f"{name} is damaged or cut short")
     buffer = np.frombuffer(data, np.uint8)
     try:
         pixels = _on_white(buffer) if alpha else None
@@ -139,6 +127,23 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     if pixels is None:
         raise damaged
     return pixels
+
+
+def check_picture(data: bytes, name: str) -> bool:
+    """Whether it may be transparent. Raises MediaError for what its header gives away: that takes no time, decoding does."""
+    if len(data) > PICTURE_BYTES:
+        raise MediaError(f"{name} has more than {PICTURE_BYTES:,} bytes")
+    header = _header(data)
+    if header is None:
+        raise MediaError(f"{name} is not a PNG, JPEG or WebP picture")
+    width, height, alpha = header
+    if width * height > PICTURE_PIXELS:
+        raise MediaError(f"{name} has {width:,}×{height:,} pixels, more than {PICTURE_PIXELS:,}")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > PICTURE_SCANS:
+        raise MediaError(f"{name} is a JPEG of more than {PICTURE_SCANS} scans")
+    if width * height == 0:
+        raise MediaError(f"{name} is damaged or cut short")
+    return alpha
 
 
 def _header(data: bytes) -> tuple[int, int, bool] | None:

@@ -46,3 +46,23 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("skipped, which is an error here", red=True)
         for name in skipped:
             terminalreporter.line(name)
+
+
+@pytest.fixture
+def mind(monkeypatch):
+    """What the tiny model says."""
+    from tests.talk import Mind
+
+    mind = Mind(monkeypatch)
+    yield mind
+    mind.go_on()
+
+
+@pytest.fixture
+def engine():
+    """Room for two conversations with the tiny model."""
+    from agent.engine import Engine
+    from tests.serving import LOADED
+
+    with Engine(LOADED, rows=2, length=3200) as engine:
+        yield engine

@@ -12,7 +12,7 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import BaseModel
 
 from agent.events import Event, Input
-from web.protocol import Conversation, Tune
+from web.protocol import Conversation
 
 BEYOND = {"id", "object"}  # of a session: sent by OpenAI too, and not in the request that the type is
 KINDS: dict[str, type[BaseModel]] = {
@@ -45,7 +45,7 @@ class Client:
 
     def __init__(self, conversation: Conversation, strict: bool = True) -> None:
         self.conversation, self.strict = conversation, strict
-        self.inputs: list[Input | Tune] = []
+        self.inputs: list[Input] = []
         self.sent: list[dict[str, Any]] = []
         self.now = 0.0
         self.first = self._drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,19 @@ from hypothesis import strategies as st
 
 from agent import events
 from agent.calls import ToolCall
-from agent.events import Answered, Answering, Called, Captioned, Said, Started, Stopped, Wrote
+from agent.events import Answered, Answering, Called, Captioned, Counted, Said, Started, Stopped, Told, Wrote
 from agent.marks import Mark
 from agent.tape import Setting
 from streams.frames import Audio
 from tests.realtime import Client, kinds
+from tests.talk import jpeg
 from web.audio import Format, Playback, Resampler
 from web.buffer import LONGEST
 from web.items import PICTURE, SPOKEN
-from web.protocol import Conversation, Tune
+from web.protocol import Conversation
 
 RATE = 16_000
-JPEG = b"\xff\xd8\xff" + bytes(20)
+JPEG = jpeg()
 
 
 def client(voice: str | None = "espeak", *extensions: str, strict: bool = True) -> Client:
@@ -36,6 +38,10 @@ def manual() -> Client:
     c.say("session.update", session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
     c.inputs.clear()
     return c
+
+
+def how(setting: Setting | None = None, **more: Any) -> events.Set:
+    return events.Set(setting, **{"answers": True, "most": 4096, "spoken": True, "calls": (), **more})
 
 
 def pcm(seconds: float, rate: int = 24_000) -> str:
@@ -85,7 +91,7 @@ def test_a_session_begins_with_what_holds():
     assert session["id"] == "x" and session["model"] == "nano"
     assert session["audio"]["input"]["turn_detection"]["type"] == "server_vad"
     assert session["audio"]["output"]["format"] == {"type": "audio/pcm", "rate": 24000}
-    assert c.inputs == [events.Set(setting=Setting()), Tune(True, True, None)]
+    assert c.inputs == [how(Setting())]
 
 
 def test_without_a_voice_answers_are_text():
@@ -117,7 +123,7 @@ def test_an_update_says_what_holds_and_tells_the_session():
     assert session["instructions"] == "Be brief." and session["tools"] == [tool] and session["max_output_tokens"] == 99
     assert session["audio"]["input"]["noise_reduction"] is None and session["audio"]["output"]["speed"] == 1
     assert session["audio"]["output"]["voice"] == "espeak" and session["audio"]["output"]["format"] == {"type": "audio/pcmu"}
-    assert c.inputs[-2:] == [events.Set(setting=Setting("Be brief.", (tool,))), Tune(True, False, 99)]
+    assert c.inputs[-1] == how(Setting("Be brief.", (tool,)), most=99, spoken=False)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,7 @@ def test_a_part_of_turn_detection_leaves_the_rest():
         sent = c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
     echo = sent[0]["session"]["audio"]["input"]["turn_detection"]
     assert echo["silence_duration_ms"] == 900 and echo["create_response"] is False
-    assert c.inputs[-1] == Tune(False, True, None)
+    assert c.inputs[-1] == how(answers=False)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +194,7 @@ def test_an_update_that_cannot_be_done_changes_nothing(session, param):
     before = c.conversation.config
     error = refused(c.say("session.update", session=session, event_id="e1"))
     assert (error["event_id"], error["param"]) == ("e1", param)
-    assert c.conversation.config == before and len(c.inputs) == 2
+    assert c.conversation.config == before and len(c.inputs) == 1
 
 
 # ---- speech
@@ -206,7 +212,7 @@ def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
     assert sent[1]["previous_item_id"] is None and sent[2]["previous_item_id"] is None
 
     assert kinds(c.hear(Answering(4))) == ["response.created", "rate_limits.updated"]
-    sent = c.hear(Wrote(4, "Two "), Wrote(4, "balls."), said(4, 0, 0.3))
+    sent = c.hear(Wrote(4, "Two "), Wrote(4, "balls."), said(4, 0, 0.2))
     deltas = ["response.output_audio_transcript.delta"] * 2 + ["response.output_audio.delta"]
     assert kinds(sent) == MESSAGE + deltas
     message = sent[0]["item"]["id"]
@@ -214,11 +220,13 @@ def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
     sent = c.hear(Captioned(1, "How many balls?"))
     kind = "conversation.item.input_audio_transcription"
     assert kinds(sent) == [f"{kind}.delta", f"{kind}.completed"] and sent[1]["transcript"] == "How many balls?"
-    sent = c.hear(answered(4, "Two balls."))
+    assert c.hear(Counted(4, 5, 36, 9, 4)) == []
+    sent = c.hear(Told(4, "stop"))
     assert kinds(sent) == ["response.output_audio.delta", *AUDIO_DONE]  # what the resampler kept inside
     response = sent[-1]["response"]
     assert response["status"] == "completed" and response["usage"]["total_tokens"] == 54
-    assert response["usage"]["input_token_details"] == {"text_tokens": 5, "audio_tokens": 45}
+    assert response["usage"]["input_token_details"] == {"text_tokens": 5, "audio_tokens": 36, "image_tokens": 9}
+    assert c.hear(answered(4, "Two balls.")) == [], "that was said when all was sent, not when all was played"
     assert response["output"] == [sent[-2]["item"]] == [sent[-3]["item"]]
     assert response["output"][0]["content"] == [{"type": "output_audio", "transcript": "Two balls."}]
     assert sent[-3]["previous_item_id"] == user
@@ -231,6 +239,15 @@ def test_captions_are_sent_to_who_asks_for_them():
     c = client()
     c.hear(Started(1, 8000, 3200), Stopped(1, 32000, 24000, "silence"))
     assert c.hear(Captioned(1, "Hello.")) == []
+
+
+def test_a_turn_without_a_caption_says_so_to_who_asks_for_captions():
+    c = client()
+    c.hear(Started(1, 8000, 3200), Stopped(1, 32000, 24000, "silence"))
+    assert c.hear(events.Uncaptioned(1, "No memory")) == []
+    c.say("session.update", session={"audio": {"input": {"transcription": {"model": "whisper-1"}}}})
+    sent = c.hear(events.Uncaptioned(1, "No memory"), events.Uncaptioned(99, "Nobody"))
+    assert kinds(sent) == ["conversation.item.input_audio_transcription.failed"] and sent[0]["error"]["message"] == "No memory"
 
 
 def test_a_cough_is_no_item():
@@ -297,19 +314,26 @@ def test_a_response_may_have_settings_of_its_own():
     c.inputs.clear()
     given = {"instructions": "B", "output_modalities": ["text"], "max_output_tokens": 7, "metadata": {"k": "v"}}
     response = c.say("response.create", response=given)[0]["response"]
-    assert c.inputs == [events.Set(setting=Setting("B")), Tune(True, False, 7), events.Ask()]
+    assert c.inputs == [how(Setting("B"), most=7, spoken=False), events.Ask()]
     assert response["output_modalities"] == ["text"] and response["max_output_tokens"] == 7
     c.inputs.clear()
     done = c.hear(Answering(2), Wrote(2, "x"), answered(2, "x"))[-1]["response"]
     assert done["id"] == response["id"] and done["metadata"] == {"k": "v"}
-    assert c.inputs == [events.Set(setting=Setting("A")), Tune(True, True, None)]
+    assert c.inputs == [how(Setting("A"))]
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"conversation": "none"},
-        {"input": []},
+        {"conversation": "conv_1"},
+        {"input": {}},
+        {"input": [1]},
+        {"input": [{"type": "item_reference", "id": "nobody"}]},
+        {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text"}]}]},
+        {"input": [{"type": "function_call_output", "call_id": "nobody", "output": ""}]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "name": "nobody"}},
+        {"tool_choice": {"type": "mcp", "server_label": "x"}},
         {"metadata": {"a": 1}},
         {"metadata": {str(n): "" for n in range(17)}},
         {"metadata": {"k" * 65: ""}},
@@ -375,7 +399,7 @@ def test_speech_while_an_answer_is_given_does_not_interrupt_it_without_turn_dete
     c.say("input_audio_buffer.clear")
     assert c.inputs == []
     c.hear(answered(2, "x"))
-    held = [put for put in c.inputs if not isinstance(put, Tune)]
+    held = [put for put in c.inputs if not isinstance(put, events.Set)]
     assert held[0] == events.Press() and held[-1] == events.Commit(ask=False) and len(held) >= 3
 
 
@@ -471,7 +495,7 @@ def test_sound_as_an_item_is_a_turn_of_its_own():
     c = client()
     content = [{"type": "input_audio", "audio": pcm(1)}]
     sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
-    assert c.inputs[2] == events.Press() and c.inputs[-1] == events.Commit(ask=False)
+    assert c.inputs[1] == events.Press() and c.inputs[-1] == events.Commit(ask=False)
     assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) == RATE
     assert c.hear(Started(1, 640, 0), Stopped(1, RATE, RATE, "committed")) == []
     assert kinds(sent) == ITEM
@@ -485,7 +509,7 @@ def test_history_that_a_client_brings_along():
     c.say("session.update", session={"instructions": "A"})
     part = {"type": "input_text", "text": "It is night."}
     c.say("conversation.item.create", item={"type": "message", "role": "system", "content": [part]})
-    assert c.inputs[-2] == events.Set(setting=Setting("A\n\nIt is night."))
+    assert c.inputs[-1] == how(Setting("A\n\nIt is night."))
 
 
 @pytest.mark.parametrize(
@@ -496,14 +520,15 @@ def test_history_that_a_client_brings_along():
         text(5), text("x" * 40_000), text("\udfff"), text("x", id=5), text("x", id="x" * 100),
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}] * 65},
         {"type": "function_call_output", "call_id": "no", "output": "x"},
-        {"type": "function_call", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "name": "f", "arguments": "["}, {"type": "function_call", "name": "f", "arguments": "[]"},
+        {"type": "function_call", "name": 5, "arguments": "{}"}, {"type": "function_call", "name": "f", "arguments": "NaN"},
         {"type": "item_reference", "id": "x"},
     ],
 )  # fmt: skip
 def test_items_that_are_none(item):
     c = client()
     refused(c.say("conversation.item.create", item=item))
-    assert len(c.inputs) == 2
+    assert len(c.inputs) == 1
 
 
 def test_the_oldest_items_are_forgotten():
@@ -569,7 +594,7 @@ def test_truncate_stops_an_answer_that_is_being_given():
     c = client()
     item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5))[2]["item"]["id"]
     c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=200)
-    assert c.inputs[-2:] == [events.Truncate(2, 3200), events.Stop()]
+    assert c.inputs[-1] == events.Truncate(2, 3200)
     done = c.hear(answered(2, "One two", "interrupted", 3))[-1]["response"]
     assert done["status_details"]["reason"] == "client_cancelled"
 
@@ -590,7 +615,241 @@ def test_playback_forgets_old_items():
     assert playback.place("i0", 5) is None and playback.place("i99", 5) == (99, 80, 5)
 
 
+def test_a_response_is_done_when_all_of_it_was_sent_and_its_answer_may_still_be_cut():
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 2), Told(2, "stop"))[2]["item"]["id"]
+    c.wait(0.5)
+    assert c.inputs[-1] == events.Heard(2, 8000)
+    assert kinds(c.hear(events.Cleared(2, 9000))) == ["input_audio_buffer.speech_started"]
+    assert kinds(c.say("conversation.item.truncate", item_id=item, audio_end_ms=400)) == ["conversation.item.truncated"]
+    assert c.inputs[-1] == events.Truncate(2, 6400)
+    assert c.hear(answered(2, "One two three.", "interrupted", 4)) == []
+    assert c.say("conversation.item.retrieve", item_id=item)[0]["item"]["content"][0]["transcript"] is None
+    before = len(c.inputs)
+    c.wait(5)
+    assert len(c.inputs) == before, "nothing is played any more"
+
+
+def test_what_was_cut_while_it_was_played_is_not_kept():
+    c = client()
+    item = c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 2), Told(2, "stop"))[2]["item"]["id"]
+    c.hear(events.Cleared(2, 9000), answered(2, "One two three.", "interrupted", 4), Started(5, 30_000, 9000))
+    kept = c.say("conversation.item.retrieve", item_id=item)[0]["item"]
+    assert kept["status"] == "incomplete" and kept["content"][0]["transcript"] == "One "
+
+
+def test_who_asks_for_the_next_response_while_one_is_played_gets_it():
+    c = client()
+    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 2), Told(2, "stop"))
+    assert kinds(c.say("response.create"))[0] == "response.created" and c.inputs[-1] == events.Ask()
+    assert c.hear(answered(2, "One.")) == []
+    done = c.hear(Answering(5), Wrote(5, "Two."), Told(5, "stop"))[-1]["response"]
+    assert done["status"] == "completed" and done["output"][0]["content"][0]["transcript"] == "Two."
+
+
+def test_talk_over_an_answer_is_told_before_it_is_known_to_be_a_turn():
+    c = client()
+    c.hear(Answering(2), Wrote(2, "One two."), said(2, 0, 0.2))
+    started = c.hear(events.Cleared(2, 9600))[0]
+    assert (started["type"], started["audio_start_ms"]) == ("input_audio_buffer.speech_started", 600)
+    sent = c.hear(events.Passed(16_000))
+    assert kinds(sent) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"]
+    assert sent[0]["item_id"] == started["item_id"] and sent[0]["audio_end_ms"] == 1000
+    assert kinds(c.hear(said(2, 1600, 0.2)))[-1] == "response.output_audio.delta", "the answer goes on"
+    item = c.hear(events.Cleared(2, 32_000))[0]["item_id"]
+    assert kinds(c.hear(answered(2, "One two.", "interrupted", 4)))[-1] == "response.done"
+    assert c.hear(Started(5, 48_000, 31_000)) == []
+    assert c.hear(Stopped(5, 64_000, 60_000, "silence"))[0]["item_id"] == item
+
+
+def test_whoever_asks_for_it_gets_sound_as_it_is_played():
+    c = client("espeak", "playback")
+    words = tuple(events.Spoken(4 * n, 4 * n + 3, 1600 * n) for n in range(2))
+    sent = c.hear(Answering(2), Wrote(2, "One two."), replace(said(2, 0, 0.2), words=words))
+    assert sent[-1]["words"] == [{"start": 0, "end": 3, "audio_ms": 0}, {"start": 4, "end": 7, "audio_ms": 100}]
+    assert kinds(c.hear(events.Cleared(2, 9600), events.Passed(16_000), Told(2, "stop"))) == ["attend.cleared"]
+    sent = c.hear(replace(said(2, 1600, 0.2), words=words[1:]))  # taken up again at a word
+    assert sent[-1]["words"] == [{"start": 4, "end": 7, "audio_ms": 200}]
+    assert kinds(c.hear(answered(2, "One two.")))[-1] == "response.done"
+
+
+@pytest.mark.parametrize("detection", [None, {"type": "server_vad", "interrupt_response": False}])
+def test_where_talk_does_not_interrupt_what_was_sent_counts_as_heard(detection):
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
+    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 2))
+    assert c.inputs[-1] == events.Heard(2, 2 * RATE)
+    c.hear(Told(2, "stop"), answered(2, "One."))
+    c.inputs.clear()
+    c.wait(5)
+    assert c.inputs == []
+
+
+def test_what_is_said_during_an_answer_that_is_not_to_be_interrupted_is_heard_after_it():
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad", "interrupt_response": False}}}})
+    c.hear(Answering(2))
+    c.inputs.clear()
+    c.say("input_audio_buffer.append", audio=pcm(0.5))
+    c.say(
+        "conversation.item.create",
+        item={"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": pcm(1)}]},
+    )
+    c.say("input_audio_buffer.append", audio=pcm(0.5))
+    assert c.inputs == []
+    c.hear(answered(2, "x"))
+    assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) > 1.9 * RATE
+    assert [put for put in c.inputs if not isinstance(put, Audio)] == [events.Press(), events.Commit(ask=False)]
+    c.hear(Answering(4))
+    c.inputs.clear()
+    c.say("input_audio_buffer.append", audio=pcm(0.5))
+    c.say("input_audio_buffer.clear")
+    for _ in range(LONGEST // 50 + 1):
+        assert c.say("input_audio_buffer.append", audio=pcm(50)) == []
+    assert refused(c.say("input_audio_buffer.append", audio=pcm(1)))["code"] == "input_audio_buffer_full"
+
+
+def test_silence_counts_from_the_end_of_what_is_played():
+    c = client()
+    detection = {"type": "server_vad", "interrupt_response": False, "idle_timeout_ms": 5000}
+    c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
+    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 3), Told(2, "stop"), answered(2, "One."))
+    c.now += 5
+    assert c.hear(events.Quiet(160_000)) == []
+    c.wait(2.9)
+    assert c.sent[-1]["type"] == "response.done"
+    c.wait(0.2)
+    assert "input_audio_buffer.timeout_triggered" in kinds(c.sent) and c.inputs[-1] == events.Ask()
+
+
+# ---- beside the conversation
+
+
+def test_a_response_beside_the_conversation_leaves_no_items():
+    c = client()
+    given = {"conversation": "none", "metadata": {"k": "v"}, "instructions": "Sum up.", "output_modalities": ["text"]}
+    response = c.say("response.create", response={**given, "max_output_tokens": 9})[0]["response"]
+    assert response["conversation_id"] is None and response["metadata"] == {"k": "v"}
+    assert c.inputs[-1] == events.Aside(-1, None, Setting("Sum up."), 9, False)
+    assert kinds(c.say("response.create"))[0] == "response.created", "the conversation goes on meanwhile"
+    c.hear(Answering(-1), Answering(3))
+    sent = c.hear(Wrote(-1, "Two words."), Wrote(3, "Hi."), Counted(-1, 7, 0, 0, 3), answered(-1, "Two words."))
+    ours = [event for event in sent if event.get("response_id") == response["id"] or "response" in event]
+    added = ["response.output_item.added", "response.content_part.added", "response.output_text.delta"]
+    assert kinds(ours) == [
+        *added,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.done",
+    ]
+    done = ours[-1]["response"]
+    assert done["id"] == response["id"] and done["metadata"] == {"k": "v"} and done["usage"]["total_tokens"] == 10
+    assert done["output"][0]["content"] == [{"type": "output_text", "text": "Two words."}]
+    assert refused(c.say("conversation.item.retrieve", item_id=done["output"][0]["id"]))["code"] == "item_not_found"
+    assert c.hear(answered(3, "Hi."))[-1]["response"]["output"][0]["content"][0]["transcript"] == "Hi."
+
+
+def test_a_response_to_items_of_its_own():
+    c = client()
+    c.say("conversation.item.create", item=text("Earlier.", id="i1"))
+    picture = {"type": "input_image", "image_url": uri(JPEG)}
+    c.say("conversation.item.create", item={"type": "message", "role": "user", "id": "i2", "content": [picture]})
+    c.hear(events.Looked(7, 5, c.inputs[-1].data), Started(9, 900, 0), Stopped(9, 9000, 8000, "silence"))
+    spoken = c.sent[-1]["item"]["id"]
+    system = {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "Be brief."}]}
+    past = [
+        *({"type": "item_reference", "id": id} for id in ("i1", "i2", spoken)),
+        text("Now."), {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Yes."}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": pcm(1)}, picture]}, system,
+        {"type": "function_call", "name": "look", "call_id": "c1", "arguments": '{"at": 1}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "a ball"},
+    ]  # fmt: skip
+    response = c.say("response.create", response={"conversation": "none", "input": past})[0]["response"]
+    aside = c.inputs[-1]
+    assert isinstance(aside, events.Aside) and aside.past and aside.setting == Setting("Be brief.")
+    told = [part for part in aside.past if not isinstance(part, Audio)]
+    assert told == [
+        events.Write("Earlier.", ask=False), events.Again(7), events.Again(9), events.Write("Now.", ask=False),
+        events.Recall("Yes."), events.Show(JPEG), events.Recall("", ((ToolCall("look", {"at": 1}), "a ball"),)),
+    ]  # fmt: skip
+    assert [len(part.samples) for part in aside.past if isinstance(part, Audio)] == [RATE]
+    c.say("response.cancel", response_id=response["id"])
+    assert c.inputs[-1] == events.Stop(-1)
+    done = c.hear(Answering(-1), answered(-1, "", "interrupted"))[-1]["response"]
+    assert done["status_details"]["reason"] == "client_cancelled"
+
+
+def test_a_response_to_items_of_its_own_may_be_kept():
+    c = client()
+    response = c.say("response.create", response={"input": []})[0]["response"]
+    assert c.inputs[-1] == events.Aside(-1, (), Setting(), None, True) and response["conversation_id"]
+    assert refused(c.say("response.create"))["code"] == "conversation_already_has_active_response"
+    sent = c.hear(Answering(-1), Wrote(-1, "Hi."), said(-1, 0, 0.5))
+    assert "conversation.item.added" in kinds(sent) and c.inputs[-1] == events.Heard(-1, RATE // 2)
+    c.hear(answered(-1, "Hi."))
+    assert c.inputs[-1] == events.Recall("Hi.")
+
+
+def test_not_too_many_beside_the_conversation():
+    c = client()
+    for _ in range(4):
+        c.say("response.create", response={"conversation": "none"})
+    assert refused(c.say("response.create", response={"conversation": "none"}))["code"] == "too_many_responses"
+    c.hear(answered(-2, "", "failed"))
+    assert kinds(c.say("response.create", response={"conversation": "none"}))[0] == "response.created"
+
+
 # ---- functions
+
+
+def test_calls_that_a_client_brings_along():
+    c = client()
+    call = {"type": "function_call", "name": "look", "call_id": "c1", "arguments": '{"at": "left"}'}
+    sent = c.say("conversation.item.create", item=call)
+    assert kinds(sent) == ITEM and sent[0]["item"]["arguments"] == '{"at": "left"}'
+    assert refused(c.say("conversation.item.create", item=call))["param"] == "item.call_id"
+    assert len(c.inputs) == 1, "the model hears of it with its result"
+    c.say("conversation.item.create", item={"type": "function_call_output", "call_id": "c1", "output": "a ball"})
+    assert c.inputs[-1] == events.Recall("", ((ToolCall("look", {"at": "left"}), "a ball"),))
+
+
+TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "calls", "known"),
+    [
+        ("auto", (), True),
+        ("none", (), False),
+        ("required", ("look", "point"), True),
+        ({"type": "function", "name": "point"}, ("point",), True),
+    ],
+)
+def test_tools_are_chosen(chosen, calls, known):
+    c = client()
+    tools = [TOOL, {**TOOL, "name": "point"}]
+    session = c.say("session.update", session={"tools": tools, "tool_choice": chosen})[0]["session"]
+    assert session["tool_choice"] == chosen
+    assert c.inputs[-1] == how(Setting(tools=tuple(tools)) if known else None, calls=calls)
+    c.say("response.create", response={"tool_choice": {"type": "function", "name": "look"}})
+    assert c.inputs[-2].calls == ("look",) and c.inputs[-1] == events.Ask()
+    c.hear(Answering(3), answered(3, "x"))
+    assert c.inputs[-1].calls == calls
+    assert refused(c.say("session.update", session={"tools": [], "tool_choice": "required"}))
+
+
+def test_a_result_after_an_interruption_is_handed_on():
+    c = client()
+    item = c.hear(Answering(3), Called(3, 5, ToolCall("f", {})), Called(3, 6, ToolCall("g", {})))
+    calls = [event["item"]["call_id"] for event in item if event["type"] == "response.output_item.done"]
+    output = {"type": "function_call_output", "output": "x"}
+    c.say("conversation.item.create", item={**output, "call_id": calls[0]})
+    assert events.Returned(5, "x") not in c.inputs
+    c.hear(answered(3, "", "interrupted"))
+    assert c.inputs[-1] == events.Returned(5, "x")
+    c.say("conversation.item.create", item={**output, "call_id": calls[1]})
+    assert c.inputs[-1] == events.Returned(6, "x")
 
 
 def test_a_call_ends_a_response_and_its_result_begins_the_next():
@@ -605,7 +864,7 @@ def test_a_call_ends_a_response_and_its_result_begins_the_next():
     output = sent[-1]["response"]["output"]
     assert [item["type"] for item in output] == ["message", "function_call"] and output[1]["arguments"] == '{"at": "ä"}'
     assert sent[-1]["response"]["status"] == "completed"
-    assert c.hear(said(3, 0, 0.3)) == []  # the voice is not so fast: its sound comes with the next response
+    assert c.hear(said(3, 0, 0.2)) == []  # the voice is not so fast: its sound comes with the next response
 
     result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "a ball"}
     assert kinds(c.say("conversation.item.create", item=result)) == ITEM
@@ -634,7 +893,7 @@ def test_a_result_that_nobody_waits_for_any_more():
     call = c.hear(Answering(3), Called(3, 5, ToolCall("f", {})))[-1]["response"]["output"][0]["call_id"]
     assert c.hear(answered(3, "", "interrupted")) == []
     result = {"type": "function_call_output", "call_id": call, "output": "late"}
-    assert kinds(c.say("conversation.item.create", item=result)) == ITEM
+    assert kinds(c.say("conversation.item.create", item=result)) == ITEM and c.inputs[-1].value == "late"
     c.say("response.create")
     assert c.inputs[-1] == events.Ask()
 

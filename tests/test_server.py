@@ -10,14 +10,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from openai import AsyncOpenAI
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -26,112 +23,32 @@ from agent.__main__ import main
 from agent.engine import Engine
 from agent.session import Session, Settings
 from agent.tape import Answered, Heard
-from agent.view import Budget
-from model.vad import Vad
-from streams.files import read_audio
 from streams.voice import open_voice
-from tests.talk import Beeps, Mind, jpeg, tiny
+from tests.serving import (
+    DEMO,
+    LOADED,
+    SETTINGS,
+    TEN,
+    UPGRADE,
+    VAD,
+    fast,
+    free,
+    get,
+    plain,
+    question,
+    say,
+    serving,
+    stock,
+    text,
+    until,
+    works,
+)
+from tests.talk import Beeps, jpeg
 from web import server
 from web.access import Access, NotServed
 from web.server import Door, Options
 
-LOADED = tiny(640)
-VAD = Vad()
-DEMO = Path(checkpoint.__file__).parents[1] / "model/nano/demo"
 TOKEN = "a long secret"
-SETTINGS = Settings(budget=Budget(ahead=3000, row=3000), most=60, how=LOADED.generation)
-
-
-@pytest.fixture
-def mind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mind]:
-    mind = Mind(monkeypatch)
-    yield mind
-    mind.go_on()
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    with Engine(LOADED, rows=2, length=3200) as engine:
-        yield engine
-
-
-def fast() -> float:
-    """A clock by which a second of sound is played in a fiftieth."""
-    return time.monotonic() * 50
-
-
-@asynccontextmanager
-async def serving(engine: Engine, voice: Any = "beeps", **options: Any) -> AsyncIterator[int]:
-    given = {"port": 0, "settings": SETTINGS, "clock": fast, "voice": "beeps", **options}
-    async with asyncio.timeout(120), Door(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port:
-        yield port
-
-
-def stock(port: int) -> Any:
-    client = AsyncOpenAI(api_key="anything", websocket_base_url=f"ws://127.0.0.1:{port}/v1", base_url="http://localhost")
-    return client.realtime.connect(model="nano")
-
-
-def plain(port: int, query: str = "", **more: Any) -> connect:
-    return connect(f"ws://127.0.0.1:{port}/v1/realtime{query}", compression=None, proxy=None, **more)
-
-
-async def say(connection: ClientConnection, type: str, **fields: Any) -> None:
-    await connection.send(json.dumps({"type": type, **fields}))
-
-
-async def until(connection: ClientConnection, type: str) -> list[dict[str, Any]]:
-    """All events up to the first of this type."""
-    heard: list[dict[str, Any]] = []
-    while not heard or heard[-1]["type"] != type:
-        heard.append(json.loads(await connection.recv()))
-    return heard
-
-
-async def works(port: int, mind: Mind) -> None:
-    """A fresh conversation, from a question to its answer."""
-    mind.says("Yes.")
-    async with plain(port) as connection:
-        await say(connection, "conversation.item.create", item=text("Well?"))
-        await say(connection, "response.create", response={"output_modalities": ["text"]})
-        done = (await until(connection, "response.done"))[-1]["response"]
-        assert done["status"] == "completed" and done["output"][0]["content"][0]["text"] == "Yes."
-
-
-async def free(engine: Engine, rows: int = 2) -> None:
-    while engine.free < rows:
-        await asyncio.sleep(0)
-
-
-async def get(port: int, target: str, *headers: str, host: str | None = None, method: str = "GET") -> tuple[int, bytes]:
-    """Status and all that came, by hand: a client would mend what is wrong."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host or f'127.0.0.1:{port}'}", *headers, "", ""]
-    writer.write("\r\n".join(lines).encode())
-    answer = await reader.read()
-    writer.close()
-    await writer.wait_closed()
-    return int(answer.split()[1]), answer
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
-
-
-def question(silence: float = 1.0, rate: int = 24_000) -> list[str]:
-    """The demo's spoken question and silence after it, in pieces of 100 ms, as base64."""
-    import soxr
-
-    heard = np.concatenate(
-        [np.zeros(8000, np.float32), read_audio(DEMO / "question.wav"), np.zeros(round(silence * 16_000), np.float32)]
-    )
-    pcm = (soxr.resample(heard, 16_000, rate).clip(-1, 1) * 32767).astype("<i2").tobytes()
-    return [base64.b64encode(pcm[at : at + rate // 5]).decode() for at in range(0, len(pcm), rate // 5)]
-
-
-UPGRADE = (
-    "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-)  # fmt: skip
 
 
 # ---- stock clients
@@ -223,6 +140,80 @@ async def test_a_function_is_called_and_its_result_used(engine, mind):
         assert event.response.output[0].content[0].transcript == "A ball."
 
 
+async def test_a_function_that_must_be_called(engine, mind):
+    mind.says('at:<|"|>left<|"|>}<tool_call|><|tool_response>')
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+    async with serving(engine) as port, stock(port) as connection:
+        await connection.session.update(session={"type": "realtime", "tools": [tool], "tool_choice": "required"})
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        call = event.response.output[0]
+        assert (call.name, json.loads(call.arguments)) == ("look", {"at": "left"})
+
+
+async def test_a_response_beside_the_conversation(engine, mind):
+    async with serving(engine) as port, stock(port) as connection:
+        mind.says("About balls.")
+        question = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What is it about?"}]}
+        beside = {"conversation": "none", "input": [question], "output_modalities": ["text"], "metadata": {"topic": "it"}}
+        await connection.response.create(response=beside)
+        kinds = []
+        async for event in connection:
+            kinds.append(event.type)
+            if event.type == "response.done":
+                break
+        assert event.response.conversation_id is None and event.response.metadata == {"topic": "it"}
+        assert event.response.output[0].content[0].text == "About balls."
+        assert not any(kind.startswith("conversation.item") for kind in kinds)
+        mind.says("Yes.")
+        await connection.response.create()
+        async for event in connection:
+            if event.type == "response.done":
+                break
+        assert event.response.output[0].content[0].transcript == "Yes."
+
+
+async def test_who_is_not_to_interrupt_is_heard_after_the_answer(engine, mind):
+    async with serving(engine) as port, plain(port) as connection:
+        patient = {"type": "server_vad", "interrupt_response": False}
+        await say(connection, "session.update", session={"audio": {"input": {"turn_detection": patient}}})
+        mind.says("One two.", "Three.")
+        mind.stop_after(2)
+        await say(connection, "response.create")
+        await until(connection, "response.output_audio_transcript.delta")
+        for piece in question():
+            await say(connection, "input_audio_buffer.append", audio=piece)
+        await say(connection, "input_audio_buffer.commit")  # an error, since nothing is heard yet: all before it has been taken
+        assert not any(event["type"] == "input_audio_buffer.speech_started" for event in await until(connection, "error"))
+        mind.go_on()
+        heard = await until(connection, "response.done")
+        assert heard[-1]["response"]["status"] == "completed"
+        heard = await until(connection, "response.done")
+        assert heard[-1]["response"]["output"][0]["content"][0]["transcript"] == "Three."
+        assert [event["type"] for event in heard if event["type"] in TURN] == TURN
+
+
+async def test_silence_after_an_answer_brings_the_next_one(engine, mind):
+    async with serving(engine) as port, plain(port) as connection:
+        idle = {"type": "server_vad", "idle_timeout_ms": 5000}
+        await say(connection, "session.update", session={"audio": {"input": {"turn_detection": idle}}})
+        mind.says("Hello.", "Are you there?")
+        await say(connection, "response.create")
+        await until(connection, "response.done")
+        silence = base64.b64encode(bytes(48_000)).decode()
+        heard: list[dict[str, Any]] = []
+        while not any(event["type"] == "response.done" for event in heard):
+            await say(connection, "input_audio_buffer.append", audio=silence)
+            await say(connection, "conversation.item.retrieve", item_id="nobody")
+            heard += await until(connection, "error")
+        kinds = [event["type"] for event in heard]
+        assert kinds.index("input_audio_buffer.timeout_triggered") < kinds.index("response.created")
+        triggered = heard[kinds.index("input_audio_buffer.timeout_triggered")]
+        assert triggered["audio_end_ms"] - triggered["audio_start_ms"] == 5000
+
+
 async def test_cancel_and_on(engine, mind):
     async with serving(engine) as port, stock(port) as connection:
         mind.says("One two three four five.")
@@ -248,32 +239,48 @@ async def test_cancel_and_on(engine, mind):
         assert event.response.output[0].content[0].transcript == "Yes."
 
 
-async def test_talk_over_an_answer_interrupts_it(engine, mind):
-    mind.says("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.")
-    async with serving(engine, clock=time.monotonic) as port, stock(port) as connection:
+TURN = ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "response.created", "response.done"]
+
+
+async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_client_says_what_was_heard(engine, mind):
+    mind.says("word " * 30, "Yes.")
+    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port, stock(port) as connection:
         await connection.response.create()
         async for event in connection:
-            if event.type == "response.output_audio.delta":
+            if event.type == "response.done":
                 break
+        assert event.response.status == "completed", "all of it was sent long before all of it was played"
+        item = event.response.output[0].id
         mind.hears("where is it")
         for piece in question():
             await connection.input_audio_buffer.append(audio=piece)
         kinds = []
         async for event in connection:
             kinds.append(event.type)
+            if event.type == "input_audio_buffer.speech_started":
+                await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=650)
             if event.type == "response.done":
                 break
-        assert event.response.status_details.reason == "turn_detected"
-        said = event.response.output[0]
-        assert said.status == "incomplete" and len(said.content[0].transcript.split()) < 15
-        mind.says("Yes.")
-        async for event in connection:
-            kinds.append(event.type)
-            if event.type == "response.done":
-                break
-        assert event.response.status == "completed"
-        order = ["response.done", "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "response.created"]
-        assert [kind for kind in kinds if kind in order] == [*order, "response.done"]
+        assert event.response.output[0].content[0].transcript == "Yes."
+        assert [kind for kind in kinds if kind in TURN] == TURN and "conversation.item.truncated" in kinds
+
+
+async def test_talk_over_an_answer_interrupts_it_where_sound_is_sent_as_it_is_played(engine, mind):
+    mind.says(TEN, "Yes.")
+    mind.hears("where is it")
+    async with serving(engine, clock=time.monotonic) as port, plain(port, "?extensions=playback") as connection:
+        await say(connection, "response.create")
+        await until(connection, "response.output_audio.delta")
+        for piece in question():
+            await say(connection, "input_audio_buffer.append", audio=piece)
+        heard = await until(connection, "response.done")
+        done = heard[-1]["response"]
+        assert done["status_details"]["reason"] == "turn_detected"
+        said = done["output"][0]
+        assert said["status"] == "incomplete" and len(said["content"][0]["transcript"].split()) < 10
+        heard += await until(connection, "response.done")
+        assert heard[-1]["response"]["status"] == "completed"
+        assert [event["type"] for event in heard if event["type"] in TURN] == ["response.done", *TURN]
 
 
 # ---- who may come in
@@ -377,7 +384,11 @@ async def test_health_readiness_and_metrics(engine, mind):
         await free(engine)
         await works(port, mind)
         page = (await get(port, "/metrics"))[1]
-        assert b"attend_conversations_total 3.0" in page and b"attend_first_token_seconds_count 1.0" in page
+        assert (
+            b"attend_step_seconds" in page
+            and b"attend_conversations_total 3.0" in page
+            and b"attend_first_token_seconds_count 1.0" in page
+        )
 
 
 async def test_nothing_but_the_page_is_given_away(engine, tmp_path):
@@ -465,8 +476,9 @@ async def test_pictures_that_are_bombs(engine, mind):
             for bomb in (png(60_000, 60_000), png(1 << 31, 1), png(1, 1)[:40], b"\xff\xd8\xff" + bytes(99), b"RIFF" + bytes(40)):
                 address = "data:image/png;base64," + base64.b64encode(bomb).decode()
                 item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
-                await say(connection, "conversation.item.create", item=item)
-                assert "picture" in (await until(connection, "error"))[-1]["error"]["message"]
+                await say(connection, "conversation.item.create", item=item, event_id="mine")
+                error = (await until(connection, "error"))[-1]["error"]
+                assert "picture" in error["message"] and error["event_id"] == "mine"
         await free(engine)
         await works(port, mind)
 

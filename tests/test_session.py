@@ -17,7 +17,9 @@ import soxr
 import torch
 
 from agent import checkpoint, events, script, tape
-from agent.engine import Engine
+from agent.calls import ToolCall
+from agent.engine import Engine, RowLost
+from agent.record import Caption
 from agent.segments import View
 from agent.session import DoorStuck, Session, Settings
 from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, Sound, Tape, Transcript, Typed
@@ -49,13 +51,6 @@ OBJECTION = "No, wait, I mean the other one."
 
 
 @pytest.fixture
-def mind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mind]:
-    mind = Mind(monkeypatch)
-    yield mind
-    mind.go_on()
-
-
-@pytest.fixture
 def running() -> Iterator[Engine]:
     with Engine(LOADED, rows=2, length=3200) as engine:
         yield engine
@@ -67,7 +62,7 @@ def session(engine: Engine, voice: Any = "beeps", on: Tape | None = None, **sett
 
 
 def names(door: Door, *without: type) -> str:
-    skipped = (events.Said, events.Wrote, events.Timed, events.Captioned, *without)
+    skipped = (events.Said, events.Wrote, events.Timed, events.Captioned, events.Counted, events.Told, *without)
     return " ".join(type(event).__name__ for event in door.events if not isinstance(event, skipped))
 
 
@@ -445,25 +440,170 @@ async def test_an_answer_goes_on_when_its_tool_has_returned(running, mind, think
         assert await holds(door.session, mind, by_hand([*asked, *stretches, Answered((*ids(second), *end))]))
     (answered,) = door.of(events.Answered)
     assert (answered.text, answered.finish) == ("Let me look It is red.", "stop")
-    assert [event.message for event in door.of(events.Noted)] == ["a tool's result came that nobody waits for"]
+    assert [event.message for event in door.of(events.Noted)] == [NOBODYS]
     spoken = [answered.text[word.start : word.end] for event in door.of(events.Said) for word in event.words]
     assert spoken == ["Let", "me", "look", "It", "is", "red"], "thoughts are never spoken"
     thought = "".join(event.text for event in door.of(events.Reasoned))
     assert thought == ("hmso" if thinking else "")
 
 
-async def test_a_call_whose_answer_was_stopped_is_forgotten_and_its_result_is_not_taken(running, mind):
+NOBODYS = "a tool's result came that belongs to no call, or for the second time"
+
+
+async def test_a_result_that_comes_after_its_answer_was_stopped_is_kept_for_the_next_one(running, mind):
     mind.says("Let me look." + LOOK)
     async with Door(session(running, voice=None)) as door:
         await door.put(events.Write("what is it"))
         await door.until(events.Called)
-        await door.put(events.Stop(), events.Returned(door.of(events.Called)[0].call, "red"))
-        assert len(door.of(events.Noted)) == 1
+        (called,) = door.of(events.Called)
+        await door.put(events.Stop())
+        past = [Setting(), Opened(), Typed("what is it"), Asked()]
+        assert await holds(door.session, mind, by_hand([*past, Answered(ids("Let me look."))])), "a call without a result is none"
+        await door.put(events.Returned(called.call, "red"), events.Returned(called.call, "blue"))
+        assert [event.message for event in door.of(events.Noted)] == [NOBODYS]
+        words, look = ids("Let me look."), tape.Called(4, "look", called.tool.arguments)
+        past += [Answered((*words, *ids(LOOK))), look, tape.Heard(4, len(words)), tape.Result(5, "red")]
+        assert await holds(door.session, mind, by_hand(past))
         mind.says("Fine.")
         await door.put(events.Ask())
         await door.answered(2)
-        past = [Setting(), Opened(), Typed("what is it"), Asked(), Answered(ids("Let me look.")), Asked()]
-        assert await holds(door.session, mind, by_hand([*past, Answered((*ids("Fine."), END))]))
+        assert await holds(door.session, mind, by_hand([*past, Asked(), Answered((*ids("Fine."), END))]))
+
+
+async def test_calls_that_a_door_brings_along_are_gone_on_from(running, mind):
+    mind.says("It is red.")
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Write("what is it", ask=False))
+        look = ToolCall("look", {"where": "left"})
+        await door.put(events.Recall("", ((look, "a circle"),)), events.Recall("", ((look, "red " * 5000),)), events.Ask())
+        await door.answered(1)
+        past = [Setting(), Opened(), Typed("what is it"), Closed(), Answered(()), tape.Called(4, "look", {"where": "left"})]
+        past += [tape.Result(5, "a circle"), Answered(()), tape.Called(7, "look", {"where": "left"})]
+        past += [tape.Result(8, {"error": "the result is too long"}), Asked(), Answered((*ids("It is red."), END))]
+        assert await holds(door.session, mind, by_hand(past))
+
+
+@pytest.mark.parametrize("tools", [("look",), ("look", "point")])
+async def test_an_answer_may_have_to_begin_with_a_call(running, mind, tools):
+    begun = "<|tool_call>call:look{" if len(tools) == 1 else "<|tool_call>call:"
+    rest = (LOOK[len("<|tool_call>call:") :] if len(tools) > 1 else LOOK[len(begun) :], "It is red.")
+    mind.says(*rest)
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Set(calls=tools), events.Write("what is it"))
+        await door.until(events.Called)
+        (called,) = door.of(events.Called)
+        assert called.tool == ToolCall("look", {"where": "left"})
+        await door.put(events.Set(calls=()), events.Returned(called.call, "a circle"))
+        await door.answered(1)
+        first, second = door.of(events.Counted)
+        assert first.tokens == len(ids(begun)) + len(ids(rest[0])) + 1 and second.tokens == len(ids("It is red.")) + 1
+        past = [Setting(), Opened(), Typed("what is it"), Asked(), Answered((*ids(begun), *ids(rest[0])))]
+        past += [tape.Called(4, "look", {"where": "left"}), tape.Result(5, "a circle"), Answered((*ids("It is red."), END))]
+        assert await holds(door.session, mind, by_hand(past))
+    assert door.of(events.Answered)[0].text == "It is red."
+
+
+# ---- beside the conversation
+
+
+async def test_an_answer_beside_the_conversation_leaves_no_trace(running, mind):
+    mind.says("It is red.")
+    async with Door(session(running)) as door:
+        await door.put(events.Write("what is it"))
+        await door.answered(1)
+        past = by_hand([Setting(), Opened(), Typed("what is it"), Asked(), Answered((*ids("It is red."), END))])
+        before = list(door.session.record.tape.entries)
+        await door.put(events.Write("and that", ask=False))
+        mind.says("Two words.", "Blue.")
+        await door.put(events.Aside(-1, setting=Setting("Sum up."), spoken=False))
+        await door.until(events.Answered, 2)
+        aside = door.of(events.Answered)[1]
+        assert (aside.answer, aside.text, aside.finish) == (-1, "Two words.", "stop")
+        await door.put(events.Aside(-2, (events.Write("a", ask=False), events.Recall("b"), events.Show(jpeg())), most=3))
+        await door.answered(3)
+        assert (door.of(events.Answered)[2].text, door.of(events.Answered)[2].finish) == ("Blu", "length")
+        assert {event.answer for event in door.of(events.Said)} == {-2, 3}
+        assert not door.of(events.Looked)
+        turn = [*before, Opened(), Typed("and that")]
+        assert list(door.session.record.tape.entries)[: len(before)] == before
+        assert await holds(door.session, mind, by_hand(turn)) and past.positions < by_hand(turn).positions
+        counts = {event.answer: event for event in door.of(events.Counted)}
+        assert counts[-2].pictures > 0 and counts[-1].pictures == counts[-1].sound == 0
+        assert counts[-1].text == by_hand([*before, Setting("Sum up."), Asked()]).positions
+
+
+async def test_answers_beside_the_conversation_are_stopped_and_refused_alone(running, mind):
+    mind.says("word " * 30)
+    mind.stop_after(2)
+    async with Door(session(running, voice=None)) as door:
+        await door.put(events.Aside(-1))
+        await door.until(events.Wrote)
+        await door.put(events.Aside(-2, (events.Show(b"no picture"),)), events.Stop(-1), events.Stop(-9))
+        await door.until(events.Answered, 2)
+        assert [(event.answer, event.finish) for event in door.of(events.Answered)] == [(-2, "failed"), (-1, "interrupted")]
+        mind.go_on()
+        door.exchanges.clear()
+        assert await converses(door, mind, 3) == "It is fine."
+
+
+# ---- an answer that is told, and heard later
+
+
+async def test_what_is_out_can_still_be_cut_and_who_asks_again_has_heard_it(running, mind):
+    mind.says("one two three four five six")
+    async with Door(session(running, ahead=10.0)) as door:
+        await door.put(events.Write("count"))
+        await door.until(events.Told)
+        assert sum(len(event.pcm) for event in door.of(events.Said)) == 6 * 2400 and not door.of(events.Answered)
+        await door.put(events.Write("and this", ask=False))
+        mind.says("seven eight nine ten")
+        await door.put(events.Ask())
+        assert [(event.finish, event.heard) for event in door.of(events.Answered)] == [("stop", 27)]
+        await door.until(events.Told, 2)
+        await door.put(events.Truncate(door.of(events.Answering)[1].answer, 2 * 2400 + 10))
+        assert (door.of(events.Answered)[1].finish, door.of(events.Answered)[1].heard) == ("interrupted", 11)
+    assert [entry.text for entry in door.session.record.tape.entries if isinstance(entry, Typed)] == ["count", "and this"]
+
+
+async def test_talk_over_an_answer_is_told_at_once_and_so_is_that_it_was_none(running, mind):
+    for over, after in ((said("mm-hmm"), "Passed"), (said(OBJECTION), "Started")):
+        mind.says("It is a red circle. It is large, and left of a square.")
+        async with Door(session(running, captions=False)) as door:
+            await talked_over(door, mind, over, after=2)
+            await door.answered(2 if after == "Started" else 1)
+        told = [event for event in door.events if isinstance(event, events.Cleared | events.Passed | events.Started)][1:]
+        assert [type(event).__name__ for event in told] == ["Cleared", after]
+        assert told[0].start is not None and abs(told[0].start - getattr(told[1], "start", told[0].start)) <= 0.2 * 16_000
+
+
+async def test_a_turn_whose_caption_fails_is_told_apart(running, mind, monkeypatch):
+    async def fails(*_: Any) -> str:
+        raise RowLost("no memory")
+
+    monkeypatch.setattr(Caption, "words", fails)
+    async with Door(session(running)) as door:
+        await door.quiet(400)
+        await door.hear(said(QUESTION))
+        await door.answered(1)
+    assert door.of(events.Uncaptioned) == [events.Uncaptioned(1, "this turn has no caption: no memory")]
+    assert not door.of(events.Captioned)
+
+
+async def test_settings_of_answers_hold_for_the_next_one(running, mind):
+    async with Door(session(running)) as door:
+        mind.says("one two three four five")
+        await door.put(events.Set(spoken=False, most=3), events.Write("count"))
+        await door.answered(1)
+        assert not door.of(events.Said) and door.of(events.Answered)[0].tokens == 3
+        await door.put(events.Set(spoken=True, most=10_000, answers=False))
+        assert door.session.settings.most == 60
+        mind.says("one")
+        await door.hear(said(QUESTION))
+        await door.quiet(800)
+        assert len(door.of(events.Answering)) == 1
+        await door.put(events.Ask())
+        await door.answered(2)
+        assert door.of(events.Said)
 
 
 async def test_a_result_that_is_too_long_is_not_given_to_the_model(running, mind):

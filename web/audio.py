@@ -147,10 +147,11 @@ class Playback:
     def __init__(self) -> None:
         self._items: OrderedDict[str, tuple[int, list[_Stretch]]] = OrderedDict()  # item: answer and its sound
         self._queue: deque[tuple[float, int, _Stretch]] = deque()  # when it begins to be played, of which answer
-        self._end = 0.0  # when all is played
+        self.end = 0.0  # when all is played
 
-    def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> None:
-        begin, self._end = max(now, self._end), max(now, self._end) + count / rate
+    def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> float:
+        """How many seconds of the item's sound are before it."""
+        begin, self.end = max(now, self.end), max(now, self.end) + count / rate
         _, stretches = self._items.setdefault(item, (answer, []))
         offset = stretches[-1].offset + stretches[-1].count / stretches[-1].rate if stretches else 0.0
         self._queue.append((begin, answer, _Stretch(offset, sample, count, rate)))
@@ -160,6 +161,7 @@ class Playback:
             stretches.append(_Stretch(offset, sample, count, rate))
         while len(self._items) > KEPT:
             self._items.popitem(last=False)
+        return offset
 
     def heard(self, now: float) -> tuple[int, int] | None:
         """Answer and sample that were reached; None when nothing new was played."""
@@ -176,7 +178,7 @@ class Playback:
     def stop(self) -> None:
         """The client plays nothing more of what was sent."""
         self._queue.clear()
-        self._end = 0.0
+        self.end = 0.0
 
     def place(self, item: str, ms: int) -> tuple[int, int, int] | None:
         """Answer and sample at `ms` of an item's sound, and `ms` or the sound's end where that is earlier. None: it has none."""

@@ -19,34 +19,38 @@ SHORTEST = RATE // 10  # samples of a commit
 
 class Buffer:
     """With turn detection everything is heard as it comes. Without it, and where sound is a part of an item, the turn is opened
-    here; while an answer is being given such turns wait, as they would interrupt it."""
+    here; while an answer is being given such turns wait, as they would interrupt it. So does all sound where talk is not to
+    interrupt an answer (`patient`)."""
 
     def __init__(self, put: Callable[[Input], None], new: Callable[[str], str], format: Format) -> None:
         self._put, self._new = put, new
         self._format, self._resampler = format, Resampler(format.rate, RATE)
-        self.manual = False  # the client commits
+        self.manual = self.patient = False  # `manual`: the client commits
         self.answering = False
         self._at = 0  # samples that were handed on
         self._item: str | None = None  # of the commit to come
         self._samples = 0  # in it
         self._pressed: deque[str] = deque()  # items whose turns the session will begin, as it was asked to
         self._held: list[Input] = []
+        self._waiting = 0  # samples in it
 
     def begun(self) -> str | None:
         """A turn has begun: the item that it was opened for, if it was here."""
         return self._pressed.popleft() if self._pressed else None
 
-    def set(self, format: Format, manual: bool) -> None:
+    def set(self, format: Format, manual: bool, patient: bool) -> None:
         if format != self._format:
             self._format, self._resampler = format, Resampler(format.rate, RATE)
         if self.manual and not manual and self._item:
             self._drop()
-        self.manual = manual
+        self.manual, self.patient = manual, patient
 
     def append(self, samples: Samples) -> None:
         """float32 at the format's rate."""
         if self.manual and self._samples + len(samples) * RATE // self._format.rate > LONGEST * RATE:
             raise Refused(f"more than {LONGEST} seconds wait for a commit", "input_audio_buffer_full", "audio")
+        if self._waiting > LONGEST * RATE:
+            raise Refused(f"more than {LONGEST} seconds wait for the end of an answer", "input_audio_buffer_full", "audio")
         self._hear(self._resampler.push(samples))
 
     def commit(self) -> str:
@@ -72,14 +76,15 @@ class Buffer:
 
     def put(self, input: Input, ours: bool = True) -> None:
         """`ours`: it belongs after what is held back."""
-        opens = isinstance(input, events.Press)
+        opens = isinstance(input, events.Press) or self.patient
         if ours and self.answering and (opens or self._held):
             self._held.append(input)
+            self._waiting += len(input.samples) if isinstance(input, Audio) else 0
         else:
             self._put(input)
 
     def answered(self) -> None:
-        self.answering = False
+        self.answering, self._waiting = False, 0
         for input in self._held:
             self._put(input)
         self._held.clear()
@@ -90,7 +95,7 @@ class Buffer:
                 self._item = self._new("item")
                 self._press(self._item)
             self._samples += len(samples)
-        self._feed(samples, ours=self.manual)
+        self._feed(samples, ours=self.manual or self.patient)
 
     def _press(self, item: str) -> None:
         self._pressed.append(item)
@@ -107,9 +112,20 @@ class Buffer:
 
     def _drop(self) -> None:
         if self._held and self._item:
-            while not isinstance(self._held.pop(), events.Press):
-                pass
+            while not isinstance(held := self._held.pop(), events.Press):
+                self._waiting -= len(held.samples) if isinstance(held, Audio) else 0
             self._pressed.pop()
+        elif self._held and not self.manual:
+            self._held, self._waiting = self._turns_held(), 0
         else:
             self._put(events.Forget())
         self._item, self._samples = None, 0
+
+    def _turns_held(self) -> list[Input]:
+        """What waits, but for the sound between the turns that were opened here."""
+        kept: list[Input] = []
+        inside = False
+        for held in self._held:
+            inside = (inside or isinstance(held, events.Press)) and not isinstance(held, events.Commit)
+            kept += [] if isinstance(held, Audio) and not inside else [held]
+        return kept

@@ -42,7 +42,7 @@ class Config:
 
     instructions: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
-    callable: bool = True  # tool_choice: auto or none
+    choice: str | Mapping[str, Any] = "auto"  # of tools, as the protocol has it
     spoken: bool = True
     most: int | None = None
     transcription: Mapping[str, Any] | None = None
@@ -52,11 +52,29 @@ class Config:
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.instructions or None, self.tools if self.callable else ())
+        return Setting(self.instructions or None, () if self.choice == "none" else self.tools)
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The tools of which an answer must call one."""
+        if isinstance(self.choice, str):
+            return tuple(tool["name"] for tool in self.tools) if self.choice == "required" else ()
+        return (self.choice["name"],)
 
     @property
     def modality(self) -> Literal["audio", "text"]:
         return "audio" if self.spoken else "text"
+
+    @property
+    def idle(self) -> float | None:
+        """Seconds of silence after an answer that ask for another one."""
+        ms = (self.detection or {}).get("idle_timeout_ms")
+        return None if ms is None else ms / 1000
+
+    @property
+    def patient(self) -> bool:
+        """Nobody interrupts an answer by talking."""
+        return self.detection is None or not self.detection["interrupt_response"]
 
     @property
     def answers(self) -> bool:
@@ -99,9 +117,11 @@ class Config:
         if given.get("tools") is not None:
             now = replace(now, tools=_tools(given["tools"], f"{where}.tools"))
         if (chosen := given.get("tool_choice")) is not None:
-            if chosen not in ("auto", "none", "required") and not isinstance(chosen, dict):
-                raise Refused(f"{where}.tool_choice must be auto or none", param=f"{where}.tool_choice")
-            now = replace(now, callable=chosen != "none")  # nobody can be made to call: what else is asked is auto
+            now = replace(now, choice=_choice(chosen, f"{where}.tool_choice"))
+        if now.choice == "required" and not now.tools:
+            raise Refused(f"{where}.tool_choice is required, and there are no tools", param=f"{where}.tool_choice")
+        if not set(now.calls) <= {tool["name"] for tool in now.tools}:
+            raise Refused(f"{where}.tool_choice names {now.calls[0]!r}, which is no tool", param=f"{where}.tool_choice")
         if given.get("output_modalities") is not None:
             now = replace(now, spoken=_spoken(given["output_modalities"], f"{where}.output_modalities"))
         if (most := given.get("max_output_tokens")) is not None:
@@ -122,7 +142,7 @@ class Config:
             "output_modalities": [self.modality],
             "max_output_tokens": self.most or "inf",
             "tools": list(self.tools),
-            "tool_choice": "auto" if self.callable else "none",
+            "tool_choice": self.choice,
             "audio": {
                 "input": {
                     "format": self.input.as_json(),
@@ -185,6 +205,13 @@ def _detection(given: Any, now: Mapping[str, Any] | None) -> Mapping[str, Any] |
             case "idle_timeout_ms":
                 out[name] = None if value is None else whole(value, param, 1000, 300_000)
     return out
+
+
+def _choice(given: Any, where: str) -> str | Mapping[str, Any]:
+    if not isinstance(given, dict):
+        return choice(given, where, ("auto", "none", "required"))
+    choice(given.get("type"), f"{where}.type", ("function",))
+    return {"type": "function", "name": text(given.get("name"), f"{where}.name", 64)}
 
 
 def _tools(given: Any, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -6,8 +6,12 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+KEPT = 1000  # turns, pictures and calls that are known by their ids
 TEXT = 32_768  # characters of one text: a row holds fewer
 ID = 64  # characters of an id
 
@@ -25,7 +29,7 @@ def parse(message: str | bytes) -> dict[str, Any]:
     if isinstance(message, bytes):
         raise Refused("a message is JSON text; binary frames are not read", "invalid_json")
     try:
-        event = json.loads(message, parse_constant=_no_number)
+        event = json.loads(message, parse_constant=no_number)
     except RecursionError:
         raise Refused("the message is nested too deeply", "invalid_json") from None
     except ValueError:
@@ -35,7 +39,7 @@ def parse(message: str | bytes) -> dict[str, Any]:
     return event
 
 
-def _no_number(name: str) -> None:
+def no_number(name: str) -> None:
     raise ValueError(name)
 
 
@@ -103,3 +107,10 @@ def data(given: Any, param: str, most: int) -> bytes:
         return base64.b64decode(given, validate=True)
     except (binascii.Error, ValueError):
         raise Refused(f"{param} is not base64", param=param) from None
+
+
+def remember(known: dict[K, V], key: K, value: V) -> None:
+    """At most KEPT; the oldest is forgotten."""
+    known[key] = value
+    if len(known) > KEPT:
+        del known[next(iter(known))]

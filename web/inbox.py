@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 from agent.events import Input
 from streams.frames import RATE, Audio
-from web.protocol import Tune
 
 SOUND = 60 * RATE  # samples that may wait; whoever sends more than is heard waits too
 COUNT = 1024  # inputs
@@ -17,11 +16,11 @@ POLL = 0.02  # seconds
 
 
 class Inbox:
-    """`tune` is told settings as they are reached, `behind` says whether the model has enough to do."""
+    """`behind` says whether the model has enough to do."""
 
-    def __init__(self, tune: Callable[[Tune], None], behind: Callable[[], bool]) -> None:
-        self._tune, self._behind = tune, behind
-        self._queue: deque[Input | Tune] = deque()
+    def __init__(self, behind: Callable[[], bool]) -> None:
+        self._behind = behind
+        self._queue: deque[Input] = deque()
         self._samples = 0
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -30,7 +29,7 @@ class Inbox:
     async def room(self) -> None:
         await self._room.wait()
 
-    def put(self, inputs: Iterable[Input | Tune]) -> None:
+    def put(self, inputs: Iterable[Input]) -> None:
         for input in inputs:
             self._queue.append(input)
             self._samples += len(input.samples) if isinstance(input, Audio) else 0
@@ -48,9 +47,7 @@ class Inbox:
             self._changed.clear()
             while self._queue:
                 input = self._queue.popleft()
-                if isinstance(input, Tune):
-                    self._tune(input)
-                elif isinstance(input, Audio):
+                if isinstance(input, Audio):
                     async for piece in self._pieces(input):
                         yield piece
                 else:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from agent import events
-from streams.frames import RATE
+from streams.files import check_picture
+from streams.frames import RATE, MediaError
 from web.audio import Format, Resampler, Samples
 from web.given import ID, Refused, choice, data, mapping, sequence, text
 
@@ -20,7 +21,6 @@ PARTS = 64  # of one item
 PICTURE = 6 << 20  # bytes of a picture file: more than a telephone's photo
 SPOKEN = 60  # seconds of sound in one event
 URI = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,")
-MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 
 Json = dict[str, Any]
 Part = events.Write | events.Show | Samples
@@ -58,7 +58,7 @@ def called(id: str, call: str, name: str, arguments: str, status: str) -> Json:
 
 
 def picture(given: Any, param: str) -> bytes:
-    """A `data:` URI; nothing is ever fetched. What is in the file is looked at where it is decoded."""
+    """A `data:` URI; nothing is ever fetched. Of the file the header is looked at; the session decodes it."""
     if not isinstance(given, str) or not (head := URI.match(given)):
         raise Refused(
             f"{param} must be a data: URI of a PNG, JPEG or WebP picture in base64; addresses are not fetched", param=param
@@ -66,8 +66,10 @@ def picture(given: Any, param: str) -> bytes:
     if len(given) > PICTURE * 4 // 3 + 64:
         raise Refused(f"{param} holds more than {PICTURE:,} bytes", "string_above_max_length", param)
     file = data(given[head.end() :], param, PICTURE)
-    if not file.startswith(MAGIC):
-        raise Refused(f"{param} is not a PNG, JPEG or WebP picture", param=param)
+    try:
+        check_picture(file, f"the picture in {param}")
+    except MediaError as error:
+        raise Refused(str(error), param=param) from error
     return file
 
 
@@ -85,12 +87,12 @@ def given_id(given: Mapping[str, Any], known: Container[str]) -> str | None:
     return id
 
 
-def user(given: Mapping[str, Any], id: str, format: Format) -> tuple[Json, list[Part]]:
+def user(given: Mapping[str, Any], id: str, format: Format, within: str = "item") -> tuple[Json, list[Part]]:
     """The item, and what a session takes: sound as float32 at its own rate."""
     parts: list[Part] = []
     content: list[Json] = []
-    for n, raw in enumerate(sequence(given.get("content"), "item.content", PARTS)):
-        where = f"item.content[{n}]"
+    for n, raw in enumerate(sequence(given.get("content"), f"{within}.content", PARTS)):
+        where = f"{within}.content[{n}]"
         part = mapping(raw, where)
         match choice(part.get("type"), f"{where}.type", ("input_text", "input_image", "input_audio")):
             case "input_text":
@@ -110,11 +112,12 @@ def user(given: Mapping[str, Any], id: str, format: Format) -> tuple[Json, list[
     return item(id, "message", role="user", content=content), parts
 
 
-def words(given: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+def words(given: Mapping[str, Any], kinds: tuple[str, ...], within: str = "item") -> str:
     """Of a system's or an assistant's message: all its text."""
     found = []
-    for n, raw in enumerate(sequence(given.get("content"), "item.content", PARTS)):
-        part, where = mapping(raw, f"item.content[{n}]"), f"item.content[{n}]"
+    for n, raw in enumerate(sequence(given.get("content"), f"{within}.content", PARTS)):
+        where = f"{within}.content[{n}]"
+        part = mapping(raw, where)
         kind = choice(part.get("type"), f"{where}.type", kinds)
         name = "transcript" if kind.endswith("audio") else "text"
         found.append(text(part.get(name), f"{where}.{name}"))

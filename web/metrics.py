@@ -38,7 +38,8 @@ class Metrics:
         gauge("rows_free", "Conversations that can begin", lambda: engine.free)
         gauge("positions", "Positions in all rows", lambda: sum(session.record.positions for session in sessions))
         gauge("positions_waiting", "Positions not yet in a row", lambda: sum(session.record.row.waiting for session in sessions))
-        gauge("frame_lag_seconds", "The median time of the last frames from coming to being in the row", lambda: _median(engine))
+        gauge("frame_lag_seconds", "The median time of the last frames to their row", lambda: _median(engine.lags))
+        gauge("step_seconds", "The median time of the last steps, of one position for each row", lambda: _median(engine.steps))
 
     def count(self, event: Event) -> None:
         match event:
@@ -50,6 +51,8 @@ class Metrics:
                     self._silence.observe((event.stages["first_sound"] - event.stages["speech_end"]) / 1000)
             case events.Answered(finish="interrupted"):
                 self._interruptions.inc()
+            case events.Uncaptioned():
+                self.errors.labels("caption").inc()
             case events.Noted():
                 self.errors.labels("noted").inc()
             case events.Failed():
@@ -59,6 +62,6 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def _median(engine: Engine) -> float:
-    recent = sorted(list(engine.lags)[-1000:])
+def _median(seconds: Collection[float]) -> float:
+    recent = sorted(list(seconds)[-1000:])
     return recent[len(recent) // 2] if recent else 0.0

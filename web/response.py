@@ -18,11 +18,13 @@ from web.given import Refused, mapping, text
 from web.items import Item, Items, Json, answered, called
 
 Send = Callable[..., None]
+PIECES = 5  # a second of sound at most
 Status = Literal["completed", "cancelled", "incomplete", "failed"]
 
 
 class Response:
-    """`send(type, **fields)` sends an event; `new(kind)` is a new id."""
+    """`send(type, **fields)` sends an event; `new(kind)` is a new id. `items`: the conversation's, or None for a response that
+    none of them is to keep. `base`: characters that its answer had before it."""
 
     def __init__(
         self,
@@ -31,13 +33,16 @@ class Response:
         voice: str,
         session: str,
         send: Send,
-        items: Items,
+        items: Items | None,
         new: Callable[[str], str],
+        answer: int | None = None,
+        base: int = 0,
     ) -> None:
         self.id = new("resp")
-        self.answer: int | None = None  # once the session has begun it
+        self.answer = answer  # None until the session has begun it
         self.config, self.cancelled = config, False
-        self._metadata, self._voice, self._conversation = metadata, voice, f"conv_{session}"
+        self._at_character = base
+        self._metadata, self._voice, self._conversation = metadata, voice, f"conv_{session}" if items is not None else None
         self._send, self._all, self._new = send, items, new
         self._items: list[Item] = []  # of the response
         self._message: Item | None = None  # the open one
@@ -51,6 +56,15 @@ class Response:
     def message(self) -> str:
         """The id of the item that is being said; one is begun where there is none."""
         return self._opened().id
+
+    @property
+    def open(self) -> bool:
+        return self._message is not None
+
+    @property
+    def begun(self) -> int:
+        """Characters of the answer before the open item."""
+        return self._at_character
 
     def _json(self, status: str, details: Json | None = None, usage: Json | None = None) -> Json:
         out = {"output": {"format": self.config.output.as_json(), "voice": self._voice}}
@@ -77,12 +91,13 @@ class Response:
 
     def _begin(self, json: Json, of: int | None) -> Item:
         self._send("response.output_item.added", response_id=self.id, output_index=len(self._items), item=json)
-        self._items.append(self._all.add(json, of))
+        self._items.append(self._all.add(json, of) if self._all is not None else Item(json))
         return self._items[-1]
 
     def _end(self, item: Item, json: Json) -> None:
         item.json = json
-        self._all.done(item)
+        if self._all is not None:
+            self._all.done(item)
         self._send("response.output_item.done", response_id=self.id, output_index=self._items.index(item), item=json)
 
     def _part(self, words: str) -> Json:
@@ -112,8 +127,9 @@ class Response:
         self._sound(message, self._resampler.push(said.pcm))
 
     def _sound(self, message: Item, samples: Any) -> None:
-        if len(samples):
-            delta = base64.b64encode(self.config.output.encode(samples)).decode()
+        piece = self.config.output.rate // PIECES
+        for at in range(0, len(samples), piece):
+            delta = base64.b64encode(self.config.output.encode(samples[at : at + piece])).decode()
             self._send("response.output_audio.delta", **self._at(message), delta=delta)
 
     def call(self, tool: events.Called, id: str) -> None:
@@ -126,8 +142,8 @@ class Response:
         self._send("response.function_call_arguments.done", **at, name=name, arguments=arguments)
         self._end(item, called(item.id, id, name, arguments, "completed"))
 
-    def close(self, status: Literal["completed", "incomplete"], heard: str | None = None) -> None:
-        """The open message is complete; `heard` of it, where that is not all."""
+    def close(self, status: Literal["completed", "incomplete"], heard: int | None = None) -> None:
+        """The open message is complete; so many characters of its answer were heard, where that is not all."""
         if (message := self._message) is None:
             return
         at, words, self._message = self._at(message), self._words, None
@@ -140,9 +156,19 @@ class Response:
         else:
             self._send("response.output_text.done", **at, text=words)
         self._send("response.content_part.done", **at, part=self._part(words))
-        self._end(message, answered(message.id, status, words if heard is None else heard, self.config.spoken))
+        kept = words if heard is None else words[: max(0, heard - self._at_character)]
+        self._at_character += len(words)
+        self._end(message, answered(message.id, status, kept, self.config.spoken))
 
-    def finish(self, status: Status, details: Json | None = None, usage: Json | None = None, heard: str | None = None) -> None:
+    def shorten(self, heard: int) -> None:
+        """It was done, and while it was played it was cut: so many characters of its answer were heard."""
+        item = self._items[-1] if self._items else None
+        words = item.json["content"][0].get("transcript") if item and item.json["type"] == "message" else None
+        if item and words is not None:
+            begun = self._at_character - len(words)
+            item.json = answered(item.id, "incomplete", words[: max(0, heard - begun)], self.config.spoken)
+
+    def finish(self, status: Status, details: Json | None = None, usage: Json | None = None, heard: int | None = None) -> None:
         self.close("completed" if status == "completed" else "incomplete", heard)
         self._send("response.done", response=self._json(status, {"type": status, **(details or {})}, usage))
 

@@ -39,7 +39,7 @@ from streams.voice import Voice
 from web.access import COOKIE, Access, NotServed
 from web.inbox import Inbox
 from web.metrics import Metrics
-from web.protocol import EXTENSIONS, Conversation, Tune
+from web.protocol import EXTENSIONS, Conversation
 
 PATH = "/v1/realtime"
 STATIC = Path(__file__).parent / "static"
@@ -50,6 +50,7 @@ SHARE = 16 << 10  # bytes count as one more
 UNSENT = 256  # events
 BEHIND = 400  # positions that may wait for the model before more sound is taken
 TICK = 0.02  # seconds
+AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
 WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
 CLOSING = 2.0  # seconds
 SAFE = {
@@ -75,6 +76,9 @@ class Options:
     tls: ssl.SSLContext | None = None
     log_content: bool = False
     log_json: bool = False
+    handshake: float = 10.0  # seconds that it may take
+    ping: float = 20.0  # seconds between two
+    stall: float = 45.0  # seconds without an answer to one: half a minute is no reason to hang up
     static: Path = STATIC
     clock: Callable[[], float] = time.monotonic  # by which clients play; a test's runs faster
 
@@ -119,9 +123,9 @@ class Door:
                 max_size=MESSAGE,
                 max_queue=FRAMES,
                 write_limit=1 << 16,
-                ping_interval=20,
-                ping_timeout=45,  # a stall of half a minute is no reason to hang up
-                open_timeout=10,
+                ping_interval=o.ping,
+                ping_timeout=o.stall,
+                open_timeout=o.handshake,
                 close_timeout=CLOSING,
                 server_header=None,
                 logger=quiet,
@@ -184,9 +188,10 @@ class Door:
     # -- conversations
 
     async def _talk(self, connection: ServerConnection) -> None:
-        name = secrets.token_hex(8)
+        name, asked, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
+        settings = settings if "playback" in asked else replace(settings, ahead=AHEAD)
         try:
-            session = Session(self.engine, self.vad, self.voice, self.options.settings)
+            session = Session(self.engine, self.vad, self.voice, settings)
         except (NoRow, EngineStopped) as error:
             self.metrics.refused.labels("rows").inc()
             await _hang_up(connection, 1013, str(error), "session_limit_reached")
@@ -195,7 +200,7 @@ class Door:
         self.sessions.add(session)
         begun = time.monotonic()
         self.say("start", name)
-        line = Line(self, connection, session, name)
+        line = Line(self, connection, session, name, asked)
         try:
             code, why = await line.run()
         finally:
@@ -216,15 +221,13 @@ class Door:
 class Line:
     """One client and its session."""
 
-    def __init__(self, door: Door, connection: ServerConnection, session: Session, name: str) -> None:
+    def __init__(self, door: Door, connection: ServerConnection, session: Session, name: str, asked: frozenset[str]) -> None:
         self.door, self.connection, self.session, self.name = door, connection, session, name
         o = door.options
-        query = parse_qs(urlsplit(connection.request.path).query) if connection.request else {}
-        asked = frozenset(name.strip() for value in query.get("extensions", ()) for name in value.split(",")) & set(EXTENSIONS)
         system = o.settings.setting.system or ""
         voice = o.voice if door.voice else None
         self.conversation = Conversation(name, o.model, voice, asked, o.settings.manners, system)
-        self._inbox = Inbox(self._tune, lambda: session.record.row.waiting > BEHIND)
+        self._inbox = Inbox(lambda: session.record.row.waiting > BEHIND)
         self._unsent: asyncio.Queue[str] = asyncio.Queue(UNSENT)
         self._order = asyncio.Lock()
         self._failed: str | None = None
@@ -298,11 +301,6 @@ class Line:
             await self.connection.send(await self._unsent.get())
             self._unsent.task_done()
 
-    def _tune(self, tune: Tune) -> None:
-        session, usual = self.session, self.door.options.settings
-        session.settings = replace(session.settings, answers=tune.answers, most=min(tune.most or usual.most, usual.most))
-        session.voice = self.door.voice if tune.spoken else None
-
     def _say(self, event: Event) -> None:
         door = self.door
         match event:
@@ -327,6 +325,11 @@ async def _hang_up(connection: ServerConnection, code: int, why: str, error: str
             await asyncio.wait_for(connection.send(event), CLOSING)
     await connection.close(code, why.encode()[:120].decode(errors="ignore"))
     return code, why
+
+
+def _extensions(connection: ServerConnection) -> frozenset[str]:
+    query = parse_qs(urlsplit(connection.request.path).query) if connection.request else {}
+    return frozenset(name.strip() for value in query.get("extensions", ()) for name in value.split(",")) & set(EXTENSIONS)
 
 
 def _subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

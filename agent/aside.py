@@ -1,0 +1,110 @@
+"""Answers beside the conversation: each in a fork of the row, on a tape of its own, and nothing is left of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from agent import events, tape
+from agent.checkpoint import Loaded
+from agent.engine import EngineStopped, RowLost
+from agent.events import Event
+from agent.record import Record
+from agent.reply import Reply
+from agent.settings import Settings
+from agent.tape import Entry, Sound
+from model.cache import RowFull
+from streams.files import decode_picture
+from streams.frames import Audio, MediaError
+from streams.voice import Voice
+
+MOST = 4  # at once: they share the spare rows with everybody's captions
+
+
+class Asides:
+    """Those of one conversation, whose `record` they fork. `spawn` runs a task for as long as the conversation goes on."""
+
+    def __init__(
+        self,
+        record: Record,
+        loaded: Loaded,
+        emit: Callable[[Event], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._record, self._loaded, self._emit, self._spawn = record, loaded, emit, spawn
+        self._given: dict[int, tuple[Reply, asyncio.Task[None]]] = {}
+
+    def begin(self, item: events.Aside, settings: Settings, voice: Voice | None) -> None:
+        if len(self._given) == MOST or item.answer in self._given:
+            return self.refuse(item, f"{MOST} answers beside the conversation are being given already")
+        record = self._record.beside(fresh=item.past is not None)
+        if item.setting or item.past is not None:
+            record.append(item.setting or settings.setting)
+        for part in item.past or ():
+            self._put(record, part, settings)
+        settings = replace(settings, most=min(item.most or settings.most, settings.most), calls=item.calls)
+        record.ask()
+        reply = Reply(item.answer, record, self._loaded, settings, voice if item.spoken else None, None, self._emit)
+        self._emit(events.Answering(item.answer))
+        self._given[item.answer] = reply, self._spawn(self._give(item, record, reply))
+        return None
+
+    def refuse(self, item: events.Aside, why: str) -> None:
+        self._emit(events.Answering(item.answer))
+        self._fail(item, why)
+
+    def _fail(self, item: events.Aside, why: str) -> None:
+        self._emit(events.Noted(f"an answer beside the conversation failed: {why}"))
+        self._emit(events.Answered(item.answer, "", 0, "failed", 0, 0))
+
+    def hear(self, answer: int, sample: int) -> None:
+        if answer in self._given:
+            self._given[answer][0].hear(sample)
+
+    def stop(self, answer: int) -> None:
+        if found := self._given.pop(answer, None):
+            reply, task = found
+            task.cancel()
+            reply.cut(reply.heard)
+
+    async def _give(self, item: events.Aside, record: Record, reply: Reply) -> None:
+        try:
+            await reply.run()
+            reply.complete()
+        except (RowFull, RowLost, EngineStopped, MediaError) as error:
+            self._fail(item, str(error))
+        finally:
+            self._given.pop(item.answer, None)
+            record.row.release()
+
+    def _put(self, record: Record, part: events.Past, settings: Settings) -> None:
+        if isinstance(part, events.Recall):
+            record.recall(part.text, part.calls)
+            return
+        entries: list[Entry] = []
+        match part:
+            case events.Write():
+                entries = [tape.Typed(part.text)] if part.text.strip() else []
+            case events.Show() if part.size:
+                entries = [tape.Seen(part.data, *part.size, settings.picture or self._loaded.budget)]
+            case events.Again():
+                entries = self._record.again(part.of)
+            case Audio():
+                frame = self._loaded.model.config.frame
+                entries = [Sound.of(np.pad(part.samples, (0, -len(part.samples) % frame)).reshape(-1, frame))]
+        for entry in entries:
+            if not record.tape.fits(entry):
+                record.append(tape.Opened())
+            record.append(entry)
+
+
+async def sized(item: events.Past) -> Any:
+    """With its size, where it is a picture. Raises MediaError for one that cannot be decoded."""
+    if not isinstance(item, events.Show):
+        return item
+    height, width, _ = (await asyncio.to_thread(decode_picture, item.data, "the picture")).shape
+    return replace(item, size=(height, width))
