@@ -149,7 +149,8 @@ class Playback:
         self._queue: deque[tuple[float, int, _Stretch]] = deque()  # when it begins to be played, of which answer
         self._end = 0.0  # when all is played
 
-    def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> None:
+    def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> float:
+        """How many seconds of the item's sound are before it."""
         begin, self._end = max(now, self._end), max(now, self._end) + count / rate
         _, stretches = self._items.setdefault(item, (answer, []))
         offset = stretches[-1].offset + stretches[-1].count / stretches[-1].rate if stretches else 0.0
@@ -160,6 +161,7 @@ class Playback:
             stretches.append(_Stretch(offset, sample, count, rate))
         while len(self._items) > KEPT:
             self._items.popitem(last=False)
+        return offset
 
     def heard(self, now: float) -> tuple[int, int] | None:
         """Answer and sample that were reached; None when nothing new was played."""

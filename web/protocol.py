@@ -25,7 +25,7 @@ from web.given import ID, Refused, choice, mapping, parse, text, whole
 from web.items import Items, Json
 from web.response import Response, metadata, status_of
 
-EXTENSIONS = ("camera", "marks", "timeline")
+EXTENSIONS = ("camera", "marks", "timeline", "playback", "queue")  # the last is the server's affair
 KEPT = 1000  # turns, pictures and calls that are known by their ids
 OUTPUT = 65_536  # characters of a function's output
 
@@ -76,6 +76,7 @@ class Conversation:
         self._pictures: dict[int, str] = {}
         self._response: Response | None = None
         self._answer: int | None = None  # from Answering to Answered
+        self._wrote = 0  # characters of it
         self._calls: dict[str, int | None] = {}  # by call_id: the session's number, None once nobody waits
         self._returned: dict[int, str] = {}  # by that number
         self._late: list[events.Said] = []  # sound of an answer that waits for tools, and goes on in the next response
@@ -294,15 +295,19 @@ class Conversation:
             case events.Looked():
                 self._looked(event)
             case events.Answering():
-                self._answer, self._buffer.answering = event.answer, True
+                self._answer, self._wrote, self._buffer.answering = event.answer, 0, True
                 if self._response is None:
                     self._begin(self._tuned)
                 assert self._response
                 self._response.answer = event.answer
             case events.Wrote():
                 self._responding().write(event.text)
+                self._wrote += len(event.text)
             case events.Said():
                 self._said(event, now)
+            case events.Cleared() if "playback" in self._extensions and self._response and self._response.open:
+                self.playback.stop()
+                self._send("attend.cleared", item_id=self._response.message)
             case events.Called():
                 self._called(event)
             case events.Marked() if "marks" in self._extensions:
@@ -394,7 +399,19 @@ class Conversation:
             self._late.append(event)
             return
         self._response.say(event)
-        self.playback.send(now, self._response.message, event.answer, event.sample, len(event.pcm), event.rate)
+        item, begun = self._response.message, self._wrote - self._response.written
+        offset = self.playback.send(now, item, event.answer, event.sample, len(event.pcm), event.rate)
+        if "playback" in self._extensions and event.words:
+            words = [
+                {
+                    "start": word.start - begun,
+                    "end": word.end - begun,
+                    "audio_ms": round((offset + (word.sample - event.sample) / event.rate) * 1000),
+                }
+                for word in event.words
+                if word.start >= begun  # else of an item before the tools
+            ]
+            self._send("attend.words", item_id=item, words=words)
 
     def _called(self, event: events.Called) -> None:
         response, call = self._responding(), self._new("call")

@@ -52,6 +52,15 @@ class Response:
         """The id of the item that is being said; one is begun where there is none."""
         return self._opened().id
 
+    @property
+    def open(self) -> bool:
+        return self._message is not None
+
+    @property
+    def written(self) -> int:
+        """Characters of the open item."""
+        return len(self._words)
+
     def _json(self, status: str, details: Json | None = None, usage: Json | None = None) -> Json:
         out = {"output": {"format": self.config.output.as_json(), "voice": self._voice}}
         return {
