@@ -9,7 +9,7 @@ DEMO := model/nano/demo
 
 .PHONY: help demo test nano exam compiler lock clean
 help:
-	@echo 'make demo    a spoken question about a picture, answered in this terminal'
+	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make test    lint, types and tests'
 	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
 	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
@@ -19,8 +19,13 @@ help:
 demo: .venv/demo
 	@mkdir -p build
 	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
+	@$(WATCHED) || exit 0; echo; echo 'now the page: open it, and press Ctrl-C here to end it'; exec $(BIN)/attend serve --model nano
 
-test: .venv/test compiler
+# Who watches gets the page too; a script or CI gets the answer alone. SERVE=yes or no decides.
+SERVE ?=
+WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
+
+test: .venv/test compiler build/node/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,6 +42,13 @@ nano: .venv/demo compiler
 compiler: | $(BIN)/pip
 	@$(call need,c++ --version,g++)
 	@$(call need,$(BIN)/python -c '$(HEADERS)',python3-dev)
+
+# What the page is tested with.
+build/node/stamp: Makefile
+	@$(call need,command -v chromium,chromium)
+	@$(call need,npm --version,npm)
+	npm install --prefix build/node --no-save --no-audit --no-fund typescript@7.0.2 axe-core@4.14.1
+	@touch $@
 
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)

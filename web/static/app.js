@@ -199,7 +199,7 @@ const MOODS = { listening: "Listening", hearing: "Hearing you", thinking: "Think
 function mood() {
   const { state } = talk.wire;
   if (asking) return ["asking", "Waiting for your permission"];
-  if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", loading: "Loading", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
+  if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
   const { mood } = talk;
   if (mood !== "listening") return [mood, MOODS[mood]];
   if (!talk.microphone?.stream) return ["typing", "Type your question"];

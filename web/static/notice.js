@@ -3,7 +3,6 @@
 
 /** @typedef {"wire" | "gone" | "refused" | "trouble" | "insecure" | "once"} Cause */
 
-const GIB = 2 ** 30;
 const PASSING = 12_000; // milliseconds that what went wrong and is over stays
 
 export class Notice {
@@ -18,7 +17,6 @@ export class Notice {
     /** @template {HTMLElement} T @param {string} query @returns {T} */
     const find = (query) => /** @type {T} */ (box.querySelector(query));
     this.words = find("p");
-    this.progress = /** @type {HTMLProgressElement} */ (find("progress"));
     this.token = find("form");
     this.remedy = /** @type {HTMLButtonElement} */ (find("#remedy"));
     this.dismiss = find("#dismiss");
@@ -32,7 +30,7 @@ export class Notice {
     this.words.textContent = sentence;
     this.box.dataset.cause = cause;
     this.box.hidden = false;
-    this.progress.hidden = this.token.hidden = true;
+    this.token.hidden = true;
     this.remedy.hidden = !remedy;
     this.dismiss.hidden = cause === "wire";
     if (remedy) [this.remedy.textContent, this.remedy.onclick] = remedy;
@@ -84,10 +82,6 @@ export class Notice {
     if (key === this.#state) return;
     this.#state = key;
     switch (state.kind) {
-      case "loading":
-        this.say(`The model is being loaded: ${(state.done / GIB).toFixed(1)} of ${(state.total / GIB).toFixed(1)} GiB.`, "wire");
-        Object.assign(this.progress, { hidden: false, max: state.total || 1, value: state.done });
-        return;
       case "busy": {
         const before = state.before === 1 ? "One is before you." : `${state.before} are before you.`;
         return this.say(`All places are taken. ${state.before ? before : "You are next."} This page goes on by itself.`, "wire");

@@ -8,8 +8,8 @@ const FULL = 1 << 20; // bytes that wait to be sent, beyond which sound is dropp
 
 /**
  * @typedef {{type: string, [field: string]: any}} Event
- * @typedef {{kind: "off"} | {kind: "connecting"} | {kind: "loading", done: number, total: number} | {kind: "busy", before: number}
- *   | {kind: "open"} | {kind: "lost", seconds: number, why: string} | {kind: "token"}} State
+ * @typedef {{kind: "off"} | {kind: "connecting"} | {kind: "busy", before: number} | {kind: "open"}
+ *   | {kind: "lost", seconds: number, why: string} | {kind: "token"}} State
  */
 
 export class Wire {
@@ -38,8 +38,8 @@ export class Wire {
       came = true;
       this.#take(JSON.parse(data));
     };
-    socket.onclose = ({ code, reason }) => {
-      if (socket === this.#socket) void this.#closed(came, code, reason);
+    socket.onclose = ({ reason }) => {
+      if (socket === this.#socket) void this.#closed(came, reason);
     };
   }
 
@@ -65,7 +65,6 @@ export class Wire {
   /** @param {Event} event */
   #take(event) {
     if (event.type === "attend.queue") return this.#set({ kind: "busy", before: event.before });
-    if (event.type === "attend.loading") return this.#set({ kind: "loading", done: event.done, total: event.total });
     if (event.type === "session.created") {
       this.#tries = 0;
       this.#set({ kind: "open" });
@@ -73,12 +72,10 @@ export class Wire {
     this.on.event(event);
   }
 
-  /** @param {boolean} came whether anything was heard of the server @param {number} code @param {string} reason */
-  async #closed(came, code, reason) {
-    const loaded = this.state.kind === "loading";
+  /** @param {boolean} came whether anything was heard of the server @param {string} reason */
+  async #closed(came, reason) {
     this.#socket = null;
     if (!came && (await refusal()) === 401) return this.#set({ kind: "token" });
-    if (loaded && code === 1012) return this.start();
     const wait = Math.min(LONGEST, FIRST * 2 ** this.#tries++) * (0.8 + 0.4 * Math.random()); // not all pages at the same moment
     const why = reason || (came ? "The connection was lost." : "The server cannot be reached.");
     this.#set({ kind: "lost", seconds: Math.ceil(wait / 1000), why: why[0]?.toUpperCase() + why.slice(1) });
