@@ -60,8 +60,8 @@ lock: .venv/test
 	mv build/lock.txt .lock.txt
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png
-	find agent model streams tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node artifacts
+	find agent model streams tests web -name __pycache__ -prune -exec rm -rf {} +
 
 # These stamps are as new as the last installation, so that the second run of a target installs nothing.
 .venv/demo: extras := espeak
