@@ -279,10 +279,10 @@ export class Talk {
   #play(item, pcm) {
     const { answer } = this.conversation;
     if (answer?.id !== item || answer.state === "cut" || !this.#speaker) return;
-    const first = answer.samples === 0;
-    this.#speaker.play(item, answer.samples, pcm);
-    answer.samples += pcm.length;
-    if (first) this.on.state();
+    const from = answer.samples;
+    answer.samples += pcm.length; // before it is handed over, and has none any more
+    this.#speaker.play(item, from, pcm);
+    if (!from) this.on.state();
   }
 
   /** The first sound of an answer was played, at this context time. @param {string} item @param {number} at */
