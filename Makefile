@@ -9,7 +9,7 @@ DEMO := model/nano/demo
 
 .PHONY: help demo test nano exam compiler lock clean
 help:
-	@echo 'make demo    a spoken question about a picture, answered in this terminal'
+	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make test    lint, types and tests'
 	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
 	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
@@ -19,6 +19,11 @@ help:
 demo: .venv/demo
 	@mkdir -p build
 	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
+	@$(WATCHED) || exit 0; echo; echo 'now the page: open it, and press Ctrl-C here to end it'; exec $(BIN)/attend serve --model nano
+
+# Who watches gets the page too; a script or CI gets the answer alone. SERVE=yes or no decides.
+SERVE ?=
+WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
 
 test: .venv/test compiler build/node/stamp
 	@$(call need,openssl version,openssl)
@@ -39,11 +44,12 @@ compiler: | $(BIN)/pip
 	@$(call need,c++ --version,g++)
 	@$(call need,$(BIN)/python -c '$(HEADERS)',python3-dev)
 
-# A stock client of the server, for tests/test_agents.py. npm brings nodejs along.
-CLIENT := @openai/agents-realtime@0.20.0 zod@4.6.7
+# Stock clients of the server, and what the page is tested with. npm brings nodejs along.
+NODE := @openai/agents-realtime@0.20.0 zod@4.6.7 typescript@7.0.2 axe-core@4.14.1
 build/node/stamp: Makefile
 	@$(call need,node --version && npm --version,npm)
-	npm install --prefix build/node --no-save --no-audit --no-fund $(CLIENT)
+	@$(call need,command -v chromium,chromium)
+	npm install --prefix build/node --no-save --no-audit --no-fund $(NODE)
 	@touch $@
 
 exam: .venv/demo
@@ -56,8 +62,8 @@ lock: .venv/test
 	mv build/lock.txt .lock.txt
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node
-	find agent model streams tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node artifacts
+	find agent model streams tests web -name __pycache__ -prune -exec rm -rf {} +
 
 # These stamps are as new as the last installation, so that the second run of a target installs nothing.
 .venv/demo: extras := espeak

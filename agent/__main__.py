@@ -254,6 +254,7 @@ def _serve(given: argparse.Namespace) -> int:
         with Engine(loaded, given.rows) as engine:
             async with server.Door(engine, Vad(), voice, options).open() as port:
                 print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
+                print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
                 await stop.wait()
 
     asyncio.run(listen())

@@ -142,12 +142,8 @@ async def ask(
         record.ask()
         await _read_answer(loaded, answer, row.generate(*record.closing(), how=how, most=most, seed=seed), say, asked)
         if caption:
-            heard = Written(loaded.tokenizer)
             with suppress(RowFull):  # a prompt that leaves no room to ask for it
-                async for token, _ in caption.generate(loaded.generation):
-                    heard.push(token)
-                heard.flush()
-                answer.heard = heard.text.strip()
+                answer.heard = await caption.words(loaded.generation)
     return answer
 
 

@@ -986,6 +986,28 @@ def test_extensions_are_for_who_asks():
     assert sent[1]["stages_ms"] == {"first_token": 12.5}
 
 
+def test_words_stand_in_the_sound_as_it_is_sent():
+    c = client("espeak", "playback")
+    c.hear(Answering(6), Wrote(6, "Yes, a star. "))
+    one = Said(6, 0, np.zeros(RATE // 2, np.float32), RATE, (events.Spoken(0, 3, 0), events.Spoken(5, 6, RATE // 4)))
+    sent = c.hear(one)
+    item = next(event["item_id"] for event in sent if event["type"] == "attend.words")
+    assert sent[-1]["words"] == [{"start": 0, "end": 3, "audio_ms": 0}, {"start": 5, "end": 6, "audio_ms": 250}]
+    assert c.hear(events.Cleared(6))[-1]["item_id"] == item
+    again = Said(6, RATE // 4, np.zeros(RATE // 4, np.float32), RATE, (events.Spoken(5, 6, RATE // 4),))
+    assert c.hear(again)[-1]["words"] == [{"start": 5, "end": 6, "audio_ms": 500}]  # taken up: the word is sent once more
+    c = client()
+    assert "attend.words" not in kinds(c.hear(Answering(6), Wrote(6, "Yes, a star. "), one, events.Cleared(6)))
+
+
+def test_nothing_that_was_cleared_counts_as_heard():
+    for extension, heard in (("playback", 0), ("marks", 0.5)):
+        c = client("espeak", extension)
+        c.hear(Answering(6), Wrote(6, "Yes."), said(6, 0, 0.5), events.Cleared(6))
+        c.wait(1)
+        assert [e.sample for e in c.inputs if isinstance(e, events.Heard)] == ([heard * RATE] if heard else [])
+
+
 # ---- errors
 
 

@@ -498,6 +498,24 @@ async def test_more_conversations_than_rows(engine, mind):
         await works(port, mind)
 
 
+async def test_who_asks_for_it_waits_in_line(engine, mind):
+    async with serving(engine) as port, plain(port) as one, plain(port) as two:
+        await until(one, "session.created")
+        await until(two, "session.created")
+        async with plain(port, "?extensions=queue") as third:
+            assert json.loads(await third.recv())["before"] == 0
+            async with plain(port, "?extensions=queue") as fourth, plain(port, "?extensions=queue") as fifth:
+                assert [json.loads(await later.recv())["before"] for later in (fourth, fifth)] == [1, 2]
+                async with plain(port) as hasty:
+                    assert "3 wait" in (await until(hasty, "error"))[-1]["error"]["message"]
+                await fourth.close()
+                assert json.loads(await fifth.recv())["before"] == 1
+                await two.close()
+                assert json.loads(await third.recv())["type"] == "session.created"
+                assert json.loads(await fifth.recv())["before"] == 0
+    await free(engine)
+
+
 async def test_a_client_that_goes_in_mid_answer_gives_its_row_back(engine, mind):
     async with serving(engine) as port:
         for rudely in (False, True):

@@ -23,7 +23,7 @@ from web.config import DETECTION, Config
 from web.given import ID, Refused, choice, mapping, parse, remember, text, whole
 from web.items import Items, Json
 
-EXTENSIONS = ("camera", "marks", "timeline", "playback")
+EXTENSIONS = ("camera", "marks", "timeline", "playback", "queue")  # the last is the server's affair
 
 
 class Conversation:

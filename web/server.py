@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 from prometheus_client import CONTENT_TYPE_LATEST
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -53,8 +53,10 @@ TICK = 0.02  # seconds
 AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
 WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
 CLOSING = 2.0  # seconds
+MOVING = 0.2  # seconds after which those in line look whether it has moved
 SAFE = {
-    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src 'self' data: blob:",
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src 'self' data: blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -90,6 +92,7 @@ class Door:
         self.metrics = Metrics(engine, self.sessions)
         self.stopping = asyncio.Event()
         self._sockets = 0
+        self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
         self._files = _files(options.static)
 
     @asynccontextmanager
@@ -191,7 +194,9 @@ class Door:
         name, asked, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
         settings = settings if "playback" in asked else replace(settings, ahead=AHEAD)
         try:
-            session = Session(self.engine, self.vad, self.voice, settings)
+            session = await self._seat(connection, settings)
+        except ConnectionClosed:
+            return
         except (NoRow, EngineStopped) as error:
             self.metrics.refused.labels("rows").inc()
             await _hang_up(connection, 1013, str(error), "session_limit_reached")
@@ -207,6 +212,28 @@ class Door:
             self.sessions.discard(session)
             self.metrics.dropped.inc(session.dropped)
         self.say("end", name, code=code, seconds=round(time.monotonic() - begun, 3), why=why, frames_dropped=session.dropped)
+
+    async def _seat(self, connection: ServerConnection, settings: Settings) -> Session:
+        """Who asked for the extension `queue` waits in line, and is told how many are before it."""
+        told, self._line = None, [*self._line, connection]
+        try:
+            while True:
+                before = self._line.index(connection)
+                try:
+                    if before == 0:
+                        return Session(self.engine, self.vad, self.voice, settings)
+                    raise NoRow(f"all places are taken, and {before} wait for one")
+                except NoRow:
+                    if "queue" not in _extensions(connection):
+                        raise
+                if before != told:
+                    told = before
+                    await connection.send(json.dumps({"type": "attend.queue", "event_id": f"event_{told}", "before": told}))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(connection.wait_closed(), MOVING)
+                    raise ConnectionClosedOK(None, None)
+        finally:
+            self._line.remove(connection)
 
     def say(self, what: str, name: str, content: str | None = None, **fields: Any) -> None:
         """One line of the log. `content` is what people said."""
@@ -316,6 +343,11 @@ class Line:
                 door.say("trouble", self.name, message=event.message)
 
 
+def _extensions(connection: ServerConnection) -> frozenset[str]:
+    query = parse_qs(urlsplit(connection.request.path).query) if connection.request else {}
+    return frozenset(name.strip() for value in query.get("extensions", ()) for name in value.split(",")) & set(EXTENSIONS)
+
+
 async def _hang_up(connection: ServerConnection, code: int, why: str, error: str | None = None) -> tuple[int, str]:
     """`error`: said in an event of this code first."""
     if error:
@@ -325,11 +357,6 @@ async def _hang_up(connection: ServerConnection, code: int, why: str, error: str
             await asyncio.wait_for(connection.send(event), CLOSING)
     await connection.close(code, why.encode()[:120].decode(errors="ignore"))
     return code, why
-
-
-def _extensions(connection: ServerConnection) -> frozenset[str]:
-    query = parse_qs(urlsplit(connection.request.path).query) if connection.request else {}
-    return frozenset(name.strip() for value in query.get("extensions", ()) for name in value.split(",")) & set(EXTENSIONS)
 
 
 def _subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -1,0 +1,245 @@
+// @ts-check
+/** The page: elements to a `Talk`, and what it says to elements. */
+
+import { read } from "./camera.js";
+import { ask, remember, remembered } from "./choices.js";
+import { draw } from "./marks.js";
+import { Talk } from "./talk.js";
+import { Transcript } from "./transcript.js";
+import { Notice } from "./notice.js";
+
+const LIVE = 4000; // milliseconds that a mark stays on the live picture
+
+/** @template {HTMLElement} T @param {string} id @param {new () => T} kind @returns {T} */
+function element(id, kind) {
+  const found = document.getElementById(id);
+  if (!(found instanceof kind)) throw new Error(`the page has no ${id}`);
+  return found;
+}
+
+const button = (/** @type {string} */ id) => element(id, HTMLButtonElement);
+const [start, hold, mute, look] = [button("start"), button("hold"), button("mute"), button("look")];
+const video = element("video", HTMLVideoElement);
+const shown = element("shown", HTMLImageElement);
+const live = element("live", HTMLDivElement);
+const text = element("text", HTMLInputElement);
+const file = element("file", HTMLInputElement);
+const status = element("status", HTMLParagraphElement);
+const hello = element("hello", HTMLDivElement);
+
+const choices = remembered();
+const transcript = new Transcript(element("turns", HTMLOListElement), element("said", HTMLDivElement));
+const notice = new Notice(element("notice", HTMLDivElement));
+let asking = false; // the browser asks for permission
+let spoke = 0; // marks of the last answer that are on the live picture
+
+const talk = new Talk(video, choices, {
+  state: render,
+  change(entry) {
+    hello.hidden = true;
+    transcript.show(entry);
+    if (entry.who === "agent") onto(entry);
+  },
+  gone: (entry) => transcript.remove(entry),
+  level(level, whose) {
+    if (whose === "agent" || talk.mood !== "speaking") start.style.setProperty("--level", Math.min(1, level * 2.5).toFixed(2));
+  },
+  lost(device) {
+    if (device === "camera") talk.camera.close();
+    notice.say(`The ${device} is gone. It is taken up again as soon as it is back.`, "gone");
+    render();
+  },
+  trouble: (sentence) => notice.say(sentence, "trouble"),
+});
+
+// -- start and stop
+
+async function begin() {
+  talk.connect();
+  notice.clear();
+  if (!window.isSecureContext || !navigator.mediaDevices) {
+    notice.insecure();
+    return render();
+  }
+  asking = true;
+  render();
+  try {
+    await talk.listen();
+  } catch (error) {
+    notice.refused("microphone", error, () => void begin());
+  }
+  if (choices.look) await open();
+  asking = false;
+  render();
+}
+
+/** The camera. */
+async function open() {
+  try {
+    await talk.camera.use(choices.camera);
+  } catch (error) {
+    notice.refused("camera", error, () => void open());
+  }
+  render();
+}
+
+start.addEventListener("click", () => {
+  if (talk.wire.state.kind === "off") return void begin();
+  talk.stop();
+  notice.clear();
+});
+
+mute.addEventListener("click", () => talk.mute(!talk.muted));
+
+look.addEventListener("click", () => {
+  choices.look = !choices.look;
+  remember(choices);
+  if (!choices.look) talk.camera.close();
+  else if (talk.wire.state.kind !== "off" && navigator.mediaDevices) void open();
+  render();
+});
+
+navigator.mediaDevices?.addEventListener("devicechange", () => {
+  if (talk.wire.state.kind === "off" || asking) return;
+  const dead = talk.microphone?.stream?.getAudioTracks()[0]?.readyState === "ended";
+  if (dead) void talk.listen().then(() => notice.clear("gone"), () => undefined);
+  if (choices.look && !talk.camera.stream) void talk.camera.use(choices.camera).then(() => (notice.clear("gone"), render()), () => undefined);
+});
+
+// -- words, pictures, keys
+
+element("typing", HTMLFormElement).addEventListener("submit", (event) => {
+  event.preventDefault();
+  const words = text.value.trim();
+  if (!words) return;
+  text.value = "";
+  void talk.type(words);
+});
+
+/** @param {Blob | null | undefined} picture */
+async function give(picture) {
+  if (!picture) return;
+  try {
+    talk.shown = await read(picture);
+    text.focus();
+  } catch (error) {
+    notice.say(error instanceof Error ? error.message : String(error), "trouble");
+  }
+  render();
+}
+
+button("give").addEventListener("click", () => file.click());
+file.addEventListener("change", () => void give(file.files?.[0]).then(() => (file.value = "")));
+button("unshow").addEventListener("click", () => {
+  talk.shown = null;
+  render();
+});
+addEventListener("paste", (event) => void give([...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"))));
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  void give([...(event.dataTransfer?.files ?? [])].find(({ type }) => type.startsWith("image/")));
+});
+
+let unmuted = false; // for as long as the space bar is held
+
+function down() {
+  if (choices.press) talk.press();
+  else if (talk.muted) [unmuted] = [true, talk.mute(false)];
+}
+
+function up() {
+  if (choices.press) void talk.release();
+  else if (unmuted) [unmuted] = [false, talk.mute(true)];
+}
+
+/** @param {EventTarget | null} target whether a key there means something else */
+function elsewhere(target) {
+  return target instanceof Element && target !== hold && target.closest("input, select, textarea, button, dialog, summary") !== null;
+}
+
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !element("settings", HTMLDialogElement).open) talk.interrupt();
+  if (event.code !== "Space" || elsewhere(event.target)) return;
+  event.preventDefault();
+  if (!event.repeat) down();
+});
+addEventListener("keyup", (event) => event.code === "Space" && up());
+addEventListener("blur", up);
+hold.addEventListener("pointerdown", (event) => {
+  hold.setPointerCapture(event.pointerId);
+  down();
+});
+for (const end of ["pointerup", "pointercancel"]) hold.addEventListener(end, up);
+
+button("configure").addEventListener("click", () =>
+  ask(choices, talk.server, () => {
+    const { kind } = talk.wire.state;
+    if (kind === "open") void talk.configure();
+    if (talk.microphone?.stream) void talk.listen().catch((error) => notice.refused("microphone", error, () => void begin()));
+    if (talk.camera.stream) void open();
+    render();
+  }),
+);
+
+// -- what is to be seen
+
+/** Marks stand on the live picture for a moment too. @param {import("./conversation.js").Answered} entry */
+function onto(entry) {
+  if (talk.conversation.answer !== entry || entry.marks.length === spoke) return;
+  spoke = entry.marks.length;
+  live.replaceChildren(...(talk.camera.stream ? entry.marks.map(({ mark }, number) => draw(mark, number)) : []));
+  for (const mark of live.querySelectorAll("button")) [mark.tabIndex, mark.disabled] = [-1, true]; // those in the conversation answer
+  setTimeout(() => entry.marks.length === spoke && (live.replaceChildren(), (spoke = 0)), LIVE);
+}
+
+const MOODS = { listening: "Listening", hearing: "Hearing you", thinking: "Thinking", speaking: "Speaking" };
+
+/** @returns {[string, string]} name of the state, and words for it */
+function mood() {
+  const { state } = talk.wire;
+  if (asking) return ["asking", "Waiting for your permission"];
+  if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
+  const { mood } = talk;
+  if (mood !== "listening") return [mood, MOODS[mood]];
+  if (!talk.microphone?.stream) return ["typing", "Type your question"];
+  if (talk.muted) return ["muted", "Muted"];
+  return ["listening", choices.press ? "Hold to talk" : MOODS.listening];
+}
+
+function render() {
+  const [state, words] = mood();
+  const on = talk.wire.state.kind !== "off";
+  document.body.dataset.state = state;
+  if (status.textContent !== words) status.textContent = words;
+  notice.wire(talk.wire.state, () => talk.wire.start());
+  if (talk.server?.voice === "none" && on) notice.once("This server has no voice: answers come as text.");
+  label(start, on ? "stop" : "mic", on ? "Stop" : "Start");
+  label(mute, talk.muted ? "mic-off" : "mic");
+  mute.setAttribute("aria-pressed", String(talk.muted));
+  mute.disabled = !talk.microphone?.stream;
+  label(look, choices.look ? "camera" : "camera-off");
+  look.setAttribute("aria-pressed", String(choices.look));
+  hold.hidden = !choices.press || !talk.microphone?.stream;
+  hold.setAttribute("aria-pressed", String(talk.pressed));
+  document.body.classList.toggle("sees", talk.camera.stream !== null);
+  document.body.classList.toggle("given", talk.shown !== null);
+  shown.hidden = button("unshow").hidden = !talk.shown;
+  if (talk.shown && shown.src !== talk.shown.url) shown.src = talk.shown.url;
+}
+
+/** @param {HTMLElement} button @param {string} icon @param {string} [words] */
+function label(button, icon, words) {
+  const use = button.querySelector("use");
+  if (use?.getAttribute("href") !== `#${icon}`) use?.setAttribute("href", `#${icon}`);
+  const span = button.querySelector("span");
+  if (span && words && span.textContent !== words) span.textContent = words;
+}
+
+element("server", HTMLElement).textContent = location.host;
+video.addEventListener("resize", () => {
+  const view = video.parentElement;
+  if (view && video.videoWidth) view.style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
+});
+render();
+if (!window.isSecureContext) notice.insecure();

@@ -1,0 +1,134 @@
+// @ts-check
+/** Microphone and loudspeaker, over one AudioContext at the device's own rate. */
+
+export const HEARD = 16_000; // samples a second that are sent: the model's own rate, so that nothing is resampled twice
+export const SPOKEN = 24_000; // samples a second that come
+
+/** The browser's own time line, which microphone and loudspeaker share. Call it in a click, or nothing may be played. */
+export class Sound {
+  /** @param {AudioContext} context */
+  constructor(context) {
+    this.context = context;
+  }
+
+  static async open() {
+    const context = new AudioContext({ latencyHint: "interactive" }); // no rate of ours: Firefox then refuses the microphone
+    await context.audioWorklet.addModule("worklets.js");
+    void context.resume();
+    return new Sound(context);
+  }
+
+  async close() {
+    if (this.context.state !== "closed") await this.context.close();
+  }
+}
+
+export class Microphone {
+  /** @type {MediaStream | null} */ stream = null;
+  /** @type {MediaStreamAudioSourceNode | null} */ #source = null;
+  #muted = false;
+
+  /**
+   * @param {Sound} sound
+   * @param {{frame: (pcm: Int16Array, level: number, at: number) => void, lost: () => void}} on `at`: context time
+   */
+  constructor(sound, on) {
+    this.sound = sound;
+    this.on = on;
+    this.node = new AudioWorkletNode(sound.context, "capture", {
+      numberOfOutputs: 0,
+      channelCount: 1,
+      channelCountMode: "explicit",
+      processorOptions: { rate: HEARD },
+    });
+    this.node.port.onmessage = ({ data }) => on.frame(data.pcm, data.level, data.at);
+  }
+
+  /** @param {string} device "" for the usual one @param {boolean} echo whether the loudspeaker is to be cancelled out */
+  async use(device, echo) {
+    const wanted = { deviceId: device ? { exact: device } : undefined, channelCount: 1 };
+    const processing = { echoCancellation: echo, noiseSuppression: echo, autoGainControl: echo };
+    const stream = await navigator.mediaDevices.getUserMedia({ audio: { ...wanted, ...processing } });
+    this.close();
+    this.stream = stream;
+    this.muted = this.#muted;
+    this.#source = this.sound.context.createMediaStreamSource(stream);
+    this.#source.connect(this.node);
+    stream.getAudioTracks()[0]?.addEventListener("ended", () => stream === this.stream && this.on.lost());
+  }
+
+  /** A muted microphone goes on giving silence, by which the server sees that a sentence is over. */
+  set muted(/** @type {boolean} */ muted) {
+    this.#muted = muted;
+    for (const track of this.stream?.getAudioTracks() ?? []) track.enabled = !muted;
+  }
+
+  close() {
+    this.#source?.disconnect();
+    this.stream?.getTracks().forEach((track) => track.stop());
+    this.#source = this.stream = null;
+  }
+}
+
+export class Loudspeaker {
+  #epoch = 0;
+  /** What reached the ear: of `item` so many milliseconds. */
+  played = { item: "", ms: 0 };
+  idle = true;
+
+  /**
+   * @param {Sound} sound
+   * @param {{played: (item: string, ms: number, level: number, idle: boolean) => void, first: (item: string, at: number) => void}} on
+   */
+  constructor(sound, on) {
+    this.context = sound.context;
+    this.node = new AudioWorkletNode(sound.context, "playback", {
+      numberOfInputs: 0,
+      outputChannelCount: [1],
+      processorOptions: { rate: SPOKEN },
+    });
+    this.node.connect(sound.context.destination);
+    this.node.port.onmessage = ({ data }) => {
+      if (data.first !== undefined) return on.first(data.item, data.first);
+      const ms = Math.max(0, (data.sample * 1000) / SPOKEN - (data.idle ? 0 : this.latency));
+      this.played = { item: data.item, ms };
+      this.idle = data.idle;
+      on.played(data.item, ms, data.level, data.idle);
+    };
+  }
+
+  /** Milliseconds from the page to the ear, as far as the browser knows. */
+  get latency() {
+    return (this.context.outputLatency || this.context.baseLatency || 0) * 1000;
+  }
+
+  /** @param {string} item @param {number} from sample of the item @param {Int16Array<ArrayBuffer>} pcm */
+  play(item, from, pcm) {
+    this.idle = false;
+    this.node.port.postMessage({ epoch: this.#epoch, item, from, pcm }, [pcm.buffer]);
+  }
+
+  /** Silence, at once. */
+  flush() {
+    this.node.port.postMessage({ flush: ++this.#epoch });
+  }
+
+  /** @param {string} device */
+  async use(device) {
+    const context = /** @type {AudioContext & {setSinkId?: (id: string) => Promise<void>}} */ (this.context);
+    await context.setSinkId?.(device);
+  }
+}
+
+export const CHOOSES_SPEAKER = "AudioContext" in globalThis && "setSinkId" in AudioContext.prototype;
+
+/** @param {Int16Array} pcm @returns {string} base64 of little-endian samples, as every browser's machine has them */
+export function encode(pcm) {
+  return btoa(String.fromCharCode(...new Uint8Array(pcm.buffer, pcm.byteOffset, pcm.byteLength)));
+}
+
+/** @param {string} text @returns {Int16Array<ArrayBuffer>} */
+export function decode(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return new Int16Array(bytes.buffer, 0, bytes.length >> 1);
+}
