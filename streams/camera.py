@@ -56,6 +56,7 @@ class Shot:
 
     jpeg: bytes = field(repr=False)
     at: float
+    size: tuple[int, int]  # height, width
     grey: np.ndarray = field(repr=False)  # uint8 [18, 32]
 
 
@@ -109,7 +110,7 @@ class Camera:
         self._given: tuple[bytes, float] | None = None
         self._moved = threading.Condition()  # guards what is above
         self._over = threading.Event()
-        self._source, self._shots = source, _opener(source, self)
+        self.source, self._shots = source, _opener(source, self)
         name = f"camera {shown(source)}"
         self._threads = [threading.Thread(target=run, name=name, daemon=True) for run in (self._grab, self._watch)]
         for thread in self._threads:
@@ -134,7 +135,7 @@ class Camera:
 
     def push(self, picture: bytes, at: float | None = None) -> None:
         """The next picture of a PUSHED camera, as a file's bytes. Returns at once; what cannot be decoded is reported."""
-        assert self._source == PUSHED, "this camera has a source of its own"
+        assert self.source == PUSHED, "this camera has a source of its own"
         with self._moved:
             self._given = picture, time.time() if at is None else at
             self._moved.notify_all()
@@ -166,7 +167,7 @@ class Camera:
                         return
             except (MediaError, cv2.error) as error:
                 with self._moved:
-                    self._lost = str(error) if isinstance(error, MediaError) else f"{shown(self._source)} cannot be decoded"
+                    self._lost = str(error) if isinstance(error, MediaError) else f"{shown(self.source)} cannot be decoded"
                     self._moved.notify_all()
                 self._over.wait(pause)
                 pause = min(2 * pause, PAUSES[1])
@@ -213,10 +214,10 @@ class Camera:
             health = Health("lost", lost)
         elif self._frame is None:
             health = self.health
-        elif fault and not (fault.state == "stalled" and self._source == PUSHED):  # who pushes does so when there is something
+        elif fault and not (fault.state == "stalled" and self.source == PUSHED):  # who pushes does so when there is something
             health = fault
         else:
-            health = Health("live", f"{shown(self._source)} is live")
+            health = Health("live", f"{shown(self.source)} is live")
         if health.state != self.health.state or (lost and health != self.health):
             self.health = health
             self._tell(health)
@@ -240,7 +241,7 @@ def _shot(frame: _Frame, side: int) -> Shot:
         pixels, jpeg = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), None
     if jpeg is None:
         jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-    return Shot(jpeg, frame.at, grey(pixels))
+    return Shot(jpeg, frame.at, pixels.shape[:2], grey(pixels))
 
 
 def _decoded(data: bytes, name: str, at: float) -> _Frame:
