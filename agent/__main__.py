@@ -107,14 +107,10 @@ def _parser() -> argparse.ArgumentParser:
 
     watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=watch.__doc__)
     _model_options(watching)
-    watching.add_argument(
-        "--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}"
-    )
+    watching.add_argument("--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}")
     watching.add_argument("--camera", action="append", metavar="NAME=SOURCE", help="a camera, without a file or beside it")
     watching.add_argument("--broker", metavar="HOST[:PORT]", help="default 127.0.0.1:1883")
-    watching.add_argument(
-        "--once", nargs=2, metavar=("CAMERA", "QUESTION"), help="ask without a broker and print the answer"
-    )
+    watching.add_argument("--once", nargs=2, metavar=("CAMERA", "QUESTION"), help="ask without a broker and print the answer")
     watching.add_argument("--json", action="store_true", help="with --once: print one JSON object")
     watching.set_defaults(run=_watch)
 

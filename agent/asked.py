@@ -156,12 +156,17 @@ def marked(marks: Sequence[Mark]) -> list[dict[str, Any]]:
     return [{"box_2d": list(mark.box), "label": mark.label} for mark in marks]
 
 
-def chosen(shots: list[Shot], count: int, still: float = 2.0) -> list[Shot]:
-    """The first, the last, and of the others those that differ most from what is chosen already, in their order. What differs
-    from all of it by less than `still` grey levels shows nothing new."""
-    left, taken = list(range(1, len(shots) - 1)), [*{0, len(shots) - 1}] if shots else []
-    if len(taken) == 2 and _differ(shots[0], shots[-1]) < still:
-        taken = [len(shots) - 1]
+def chosen(shots: list[Shot], count: int, moment: float, still: float = 2.0) -> list[Shot]:
+    """The last, the one just before the moment, and of the others those that differ most from what is chosen already, in their
+    order. What differs from all of it by less than `still` grey levels shows nothing new."""
+    if not shots:
+        return []
+    last = len(shots) - 1
+    taken = [last]
+    before = max((n for n in range(last) if shots[n].at < moment), default=None)
+    if before is not None and (shots[last].at - shots[before].at > 1 or _differ(shots[last], shots[before]) >= still):
+        taken.append(before)
+    left = [n for n in range(last) if n not in taken]
     while left and len(taken) < count:
         best = max(left, key=lambda n: min(_differ(shots[n], shots[other]) for other in taken))
         if min(_differ(shots[best], shots[other]) for other in taken) < still:

@@ -69,7 +69,7 @@ def look(camera: Camera, query: Query) -> list[Shot]:
     if not query.look_back_s:
         return [newest]
     kept = camera.around(query.moment, query.look_back_s, max(0.0, now - query.moment))
-    return chosen([*[shot for shot in kept if shot.at < newest.at], newest], query.frames)
+    return chosen([*[shot for shot in kept if shot.at < newest.at], newest], query.frames, query.moment)
 
 
 def drawn(shot: Shot, found: Sequence[Mark]) -> bytes:

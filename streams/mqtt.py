@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import aiomqtt
 from msgspec import Struct
-from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -108,8 +108,8 @@ class Line:
                 client = self._open()
                 self._receive(client, inbox)
                 async with client:
-                    options = [(topic, self._options()) for topic in self._topics]
-                    await client.subscribe(options, timeout=PATIENCE)
+                    if options := [(topic, self._options()) for topic in self._topics]:
+                        await client.subscribe(options, timeout=PATIENCE)
                     self._client, self.connections, pause = client, self.connections + 1, PAUSES[0]
                     self._up.set()
                     log.info("the broker %s is there", self._broker.host)
@@ -157,7 +157,7 @@ class Line:
             identifier=b.client_id or self._name,
             protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
             clean_session=None if five else False,
-            clean_start=False,
+            clean_start=False if five else MQTT_CLEAN_START_FIRST_ONLY,  # 3.1.1 has no such flag, and wants the default
             properties=properties,
             will=aiomqtt.Will(self.will.topic, self.will.payload, 1, retain=True),
             tls_context=context,
