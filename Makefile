@@ -7,7 +7,7 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo test nano exam compiler lock clean
+.PHONY: help demo test nano exam compiler broker lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal'
 	@echo 'make test    lint, types and tests'
@@ -20,7 +20,7 @@ demo: .venv/demo
 	@mkdir -p build
 	$(BIN)/attend ask --model nano --audio $(DEMO)/question.wav --image $(DEMO)/picture.jpg --mark-image build/answer.png
 
-test: .venv/test compiler
+test: .venv/test compiler broker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,6 +37,14 @@ nano: .venv/demo compiler
 compiler: | $(BIN)/pip
 	@$(call need,c++ --version,g++)
 	@$(call need,$(BIN)/python -c '$(HEADERS)',python3-dev)
+
+# What the tests of attend watch talk to: a broker with its clients, and an RTSP camera, which runs in the system's own Python.
+broker:
+	@$(call need,PATH=$$PATH:/usr/sbin command -v mosquitto,mosquitto)
+	@$(call need,command -v mosquitto_rr,mosquitto-clients)
+	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstjpeg.so,gstreamer1.0-plugins-good)
+	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstvideotestsrc.so,gstreamer1.0-plugins-base)
+	@$(call need,/usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0")',python3-gi gir1.2-gst-rtsp-server-1.0)
 
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)

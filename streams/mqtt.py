@@ -97,7 +97,7 @@ class Line:
         self._client: aiomqtt.Client | None = None
         self._up = asyncio.Event()
         self.connections = 0
-        self._password = broker.password()
+        broker.password()  # a file or variable that is not there is better told now than at every try
 
     async def run(self, greet: Callable[[], None] = lambda: None) -> None:
         """For ever. `greet` is called after each connection."""
@@ -115,7 +115,7 @@ class Line:
                     log.info("the broker %s is there", self._broker.host)
                     greet()
                     await self._listen(client, inbox)
-            except (aiomqtt.MqttError, OSError) as error:
+            except (aiomqtt.MqttError, OSError, BrokerError) as error:
                 log.warning("the broker %s is not there: %s", self._broker.host, str(error) or type(error).__name__)
             finally:
                 self._up.clear()
@@ -153,7 +153,7 @@ class Line:
             b.host,
             b.port or (8883 if b.tls else 1883),
             username=b.user,
-            password=self._password,
+            password=b.password(),  # read anew: it may have been changed
             identifier=b.client_id or self._name,
             protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
             clean_session=None if five else False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jinja2
 import msgspec
 import numpy as np
 import psutil
@@ -291,11 +293,17 @@ async def test_nano_which_writes_no_json_is_told_apart(loaded, broker, scene, tm
 
 def frigate(kind: str, id: str = "1718.5-abc", **more: Any) -> dict[str, Any]:
     after = {
-        "id": id, "camera": "front", "frame_time": time.time(), "snapshot": {"box": [1, 2, 3, 4]}, "label": "person", "sub_label": None,
-        "top_score": 0.8, "false_positive": False, "start_time": time.time() - 0.5, "end_time": None, "score": 0.78, "box": [424, 500, 536, 712],
-        "area": 23744, "region": [264, 450, 667, 853], "current_zones": ["porch"], "entered_zones": ["porch"], "thumbnail": None,
-        "has_snapshot": True, "has_clip": False, "stationary": False, "motionless_count": 0, "position_changes": 2, "attributes": {},
-    }  # fmt: skip
+        "id": id,
+        "camera": "front",
+        "frame_time": time.time(),
+        "label": "person",
+        "sub_label": None,
+        "snapshot": {"score": 1},
+    }
+    after |= {"top_score": 0.8, "score": 0.78, "false_positive": False, "start_time": time.time() - 0.5, "end_time": None}
+    after |= {"box": [424, 500, 536, 712], "area": 23744, "region": [264, 450, 667, 853], "thumbnail": None, "attributes": {}}
+    after |= {"current_zones": ["porch"], "entered_zones": ["porch"], "has_snapshot": True, "has_clip": False}
+    after |= {"stationary": False, "motionless_count": 0, "position_changes": 2}
     return {"type": kind, "before": after, "after": after | more}
 
 
@@ -351,6 +359,7 @@ async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_
         events = [got.json for got in sub.on("front/event") if got.json["id"] == "red"]
         kinds = [event["event_type"] for event in events]
         assert kinds[:4] in (["began", "ended"] * 2, ["ended", "began"] * 2) and kinds[0] == "began"
+        await until(lambda: len(sub.on("home/alarm")) >= 4)
         assert [got.json for got in sub.on("home/alarm")][:4] == events[:4]
         assert events[0]["condition"] == "it is red" and events[0]["frames"]
         pictures = [decode_picture(got.payload, "it").reshape(-1, 3).mean(0) for got in sub.on("front/image")]
@@ -450,9 +459,8 @@ sys.exit(__main__.main(sys.argv[1:]))
 @pytest.mark.slow
 async def test_killed_hard_in_the_middle_of_a_question_it_answers_once_when_it_is_back(broker, scene, tmp_path):
     file, reached = tmp_path / "attend.toml", tmp_path / "reached"
-    file.write_text(
-        f'node = "home"\nstate = "{tmp_path}/state"\n[broker]\nport = {broker.port}\n[camera.front]\nsource = "{scene}"\nquick = false\n'
-    )
+    where = f'node = "home"\nstate = "{tmp_path}/state"\n[broker]\nport = {broker.port}\n'
+    file.write_text(f'{where}[camera.front]\nsource = "{scene}"\n')
     command = ["watch", "--config", str(file)]
     sub = Sub(broker, "agent/home/#")
     first = subprocess.Popen([sys.executable, "-c", SLOW, str(reached), *command], cwd=ROOT, start_new_session=True)
@@ -535,12 +543,21 @@ async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path,
     ]
     cameras = {"front": {"source": scene}, "pushed": {"topic": "jpegs"}}
     junk = [
-        b"", b"\x00", b"\xff\xfe", b"{", b"[" * 100_000, b'{"question": 5}', b'{"nonsense": 1}', b'{"question": "a", "budget": 71}',
-        b'{"question":"a","schema":{"$ref":"http://example.com/x"}}', b'{"question":"a","schema":{"type":"nope"}}', b"x" * 70_000,
-        b'{"question":"a","schema":{"properties":{"a":{"pattern":"(a+)+$"}}}}', b'{"question":"a","look_back_s":1e9}', "🙂".encode() * 3,
-        b'{"question":"a","reply_to":"a/#"}', b'{"question":"a","reply_to":"agent/home/front/ask"}', b'{"question":"a","reply_to":"$SYS/x"}',
-        b'{"type":"new"}', b'{"type":"new","after":{"id":1,"camera":{}}}', b'{"a":{"b":[]}}', b'{"at":1e999,"question":"x"}', b'{"id":""}',
-    ]  # fmt: skip
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b"{",
+        b"[" * 100_000,
+        b"x" * 70_000,
+        "🙂".encode() * 3,
+        b'{"type":"new"}',
+        b'{"a":{"b":[]}}',
+    ]
+    junk += [b'{"type":"new","after":{"id":1,"camera":{}}}', b'{"question": 5}', b'{"nonsense": 1}', b'{"id":""}']
+    orders = ["budget=71", 'schema={"$ref":"http://example.com/x"}', 'schema={"type":"nope"}', "look_back_s=1e9", "at=1e999"]
+    orders += ['schema={"properties":{"a":{"pattern":"(a+)+$"}}}', 'reply_to="a/#"', 'reply_to="agent/home/front/ask"']
+    for name, _, value in [order.partition("=") for order in [*orders, 'reply_to="$SYS/x"', 'reply_to="\\ud800"', "frames=0"]]:
+        junk.append(f'{{"question":"a","{name}":{value}}}'.encode())
     async with attending(loaded, told(broker, tmp_path, cameras, trigger=triggers, queue=1000)):
         await until(lambda: sub.on("home/status"))
         verbs = ("ask", "watch", "unwatch", "watching/set", "nothing")
@@ -612,6 +629,57 @@ async def test_schedules_and_other_topics_ask_too(loaded, broker, scene, tmp_pat
         broker.pub("bell/front", {"action": "press"})
         await until(lambda: {got.json["question"] for got in sub.on("/answer")} == {"Who rings?", "All well?"})
         assert len([1 for got in sub.on("/answer") if got.json["question"] == "Who rings?"]) == 1
+    sub.close()
+
+
+# ---- Home Assistant
+
+# What its MQTT integration takes of each platform, as its documentation of 2026.11 says; nothing else is allowed there.
+SHARED = {"p", "name", "unique_id", "qos", "icon"}
+PLATFORMS = {
+    "sensor": ({"state_topic"}, {"value_template", "json_attributes_topic"}),
+    "image": ({"image_topic"}, {"content_type"}),
+    "event": ({"state_topic", "event_types"}, set()),
+    "text": ({"command_topic"}, {"max"}),
+    "button": ({"command_topic"}, {"payload_press"}),
+    "switch": ({"command_topic"}, {"state_topic"}),
+}
+
+
+async def test_home_assistant_is_told_a_device_for_each_camera_and_again_when_it_is_born(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "homeassistant/device/#", "agent/home/#")
+    cameras = {"Front door": {"source": scene, "label": "Haustür"}, "back": {"source": scene}}
+    async with attending(loaded, told(broker, tmp_path, cameras)):
+        devices = await until(lambda: [*found] if len(found := sub.on("/config")) == 2 else None)
+        ids: list[str] = []
+        for got in devices:
+            payload = got.json
+            assert set(payload) == {"dev", "o", "cmps", "avty", "avty_mode"} and payload["o"]["name"] == "attend"
+            assert payload["dev"]["ids"] and payload["dev"]["name"] in ("Haustür", "back") and len(payload["avty"]) == 2
+            assert re.fullmatch(r"homeassistant/device/[A-Za-z0-9_-]+/config", got.topic)
+            assert sorted(part["p"] for part in payload["cmps"].values()) == sorted(PLATFORMS)
+            for part in payload["cmps"].values():
+                needed, allowed = PLATFORMS[part["p"]]
+                assert needed <= set(part) <= needed | allowed | SHARED
+                ids.append(part["unique_id"])
+                assert not any(set("+#") & set(part[key]) for key in part if key.endswith("_topic"))
+            assert payload["cmps"]["ask"]["max"] <= 255
+            assert {"answered", "failed", "began", "ended"} <= set(payload["cmps"]["event"]["event_types"])
+        assert len(set(ids)) == len(ids) == 12
+        door = next(got.json for got in devices if got.json["dev"]["name"] == "Haustür")["cmps"]
+        broker.pub(door["ask"]["command_topic"], "who is it? " * 30)
+        answered = (await until(lambda: [got for got in sub.got if got.topic == door["answer"]["state_topic"]]))[0].json
+        template = jinja2.Environment(autoescape=False).from_string(door["answer"]["value_template"])
+        assert len(template.render(value_json=answered)) <= 255 < len(answered["answer"]), "all of it is in the attributes"
+        assert template.render(value_json={"error": "busy"}) == "busy"
+        event = (await until(lambda: [got for got in sub.got if got.topic == door["event"]["state_topic"]]))[0]
+        assert event.json["event_type"] in door["event"]["event_types"] and not event.retained
+        broker.pub("homeassistant/status", "online")
+        await until(lambda: len(sub.on("/config")) == 4)
+    late = Sub(broker, "homeassistant/device/#")
+    await until(lambda: len(late.got) == 2)
+    assert all(got.retained for got in late.got)
+    late.close()
     sub.close()
 
 
