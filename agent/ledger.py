@@ -6,6 +6,7 @@ published of it are written in one transaction, so after any crash an ask is eit
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from streams.mqtt import Publication
 
 REMEMBERED = 10_000  # asks that are known if they come again
 UNSENT, UNSENT_BYTES = 1_000, 64 << 20  # publications that wait for the broker; the oldest go first
+
+log = logging.getLogger("attend.watch")
 
 TABLES = """
 create table if not exists asks (n integer primary key autoincrement, key text unique, state text, asked real, query blob);
@@ -101,6 +104,7 @@ class Ledger:
             n, length = self._db.execute("select n, length(payload) from outbox order by n limit 1").fetchone()
             self._db.execute("delete from outbox where n = ?", (n,))
             count, size, self.dropped = count - 1, size - length, self.dropped + 1
+            log.warning("the broker has been away for too long: %d answers, pictures and events are lost so far", self.dropped)
 
     def unsent(self) -> tuple[int, Publication] | None:
         """What is to be published next."""

@@ -113,6 +113,8 @@ class Sub:
     def _read(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
+            if not line.endswith("\n"):  # it was closed in the middle of a line
+                return
             topic, retained, payload = line.rstrip("\n").split(" ")
             if topic == self._topic:
                 self._ready.set()
