@@ -44,7 +44,7 @@ broker:
 	@$(call need,command -v mosquitto_rr,mosquitto-clients)
 	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstjpeg.so,gstreamer1.0-plugins-good)
 	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstvideotestsrc.so,gstreamer1.0-plugins-base)
-	@$(call need,/usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0")',python3-gi gir1.2-gst-rtsp-server-1.0)
+	@$(call need,/usr/bin/python3 -c '$(RTSP)',python3-gi gir1.2-gst-rtsp-server-1.0)
 
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)
@@ -76,6 +76,7 @@ $(BIN)/pip:
 FIND = python=$$(for p in $(PYTHON); do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 HEADERS := import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+RTSP := import gi; gi.require_version("GstRtspServer", "1.0")
 PINS := import json, sys; of = [p["metadata"] for p in json.load(sys.stdin)["install"]]; \
 	print(*sorted(m["name"].lower() + "==" + m["version"].split("+")[0] for m in of if m["name"] != "attend"), sep="\n")
 
