@@ -9,9 +9,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from streams import camera, mqtt
 from streams.camera import Shot
 from streams.files import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, until
+from tests.talk import settled
 
 ROOT = Path(__file__).parent.parent
 PICTURE = NANO / "demo" / "picture.jpg"
@@ -234,6 +237,33 @@ def test_several_pictures_stand_in_the_prompt_as_timed_video(loaded):
     ids = [part for part in asyncio.run(parts()) if isinstance(part, tuple)]
     written = [loaded.tokenizer.decode(list(part)) for part in ids]
     assert [text for text in written if ":" in text] == ["00:00 ", " 00:01 ", " 01:02 "]
+
+
+async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_waits_for(loaded, monkeypatch):
+    shot, passes, extend = Shot(PICTURE.read_bytes(), 0.0, (480, 640), np.zeros((18, 32), np.uint8)), [], loaded.model.extend
+
+    def counted(cache: Any, rows: Any, x: Any, **how: Any) -> Any:
+        passes.append(([row.index for row in rows], x.shape[1]))
+        return extend(cache, rows, x, **how)
+
+    with Engine(loaded, rows=2, spares=1, length=2048) as engine:
+        looker = Looker(engine, None)
+        await looker.ask([shot], QUESTION, brief=True)  # its kept row is the first one now
+        live, hold = engine.claim(lambda error: None), threading.Event()
+        engine._orders.put(partial(hold.wait, SOON))
+        asking = asyncio.create_task(looker.ask([shot], QUESTION))
+        await asyncio.sleep(0)
+        live.append(tuple(range(20, 50)) * 20)
+        engine._pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
+        monkeypatch.setattr(loaded.model, "extend", counted)
+        hold.set()
+        assert (await asyncio.wait_for(asking, SOON)).text == ANSWER
+        await asyncio.wait_for(settled(live), SOON)
+        mine = [live._seat.row.index]
+    chunks = [(rows == mine, count) for rows, count in passes if count > 1]
+    first = [count for is_mine, count in chunks if is_mine]
+    assert sum(first) == 600 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
+    assert sum(count for _, count in chunks[len(first) :]) >= 60, "and then the picture"
 
 
 # ---- JSON of a schema
