@@ -109,20 +109,20 @@ def test_the_newest_is_the_frame_that_came_last_and_not_the_next_one_in_a_queue(
 def test_what_is_kept_is_of_the_last_seconds_and_small(tmp_path, monkeypatch):
     monkeypatch.setattr(camera, "RATE", 50.0)
     noisy = [np.random.default_rng(n).integers(0, 255, (720, 1280, 3), dtype=np.uint8) for n in range(4)]
-    with Camera(video(tmp_path / "a.mp4", noisy), keep=0.5) as it:
+    with Camera(video(tmp_path / "a.mp4", noisy), keep=1.0) as it:
         until(lambda: it.around(time.time(), 60))
         first = it.around(time.time(), 60)[0].at
-        until(lambda: it.newest().at - first > 1.5 and len(it.around(time.time(), 60)) > 3)
+        until(lambda: it.newest().at - first > 1.5 and len(it.around(time.time(), 60)) > 1)
         kept = it.around(time.time(), 60)
         assert [shot.at for shot in kept] == sorted(shot.at for shot in kept)
-        assert kept[0].at > first and kept[-1].at - kept[0].at <= 0.6
+        assert kept[0].at > first and kept[-1].at - kept[0].at <= 1.1
         assert decode_picture(kept[0].jpeg, "it").shape == (540, 960, 3)
         assert decode_picture(it.newest().jpeg, "it").shape == (720, 1280, 3)
         middle = kept[len(kept) // 2].at
         assert all(shot.at <= middle for shot in it.around(middle, 60))
-        held = sum(len(shot.jpeg) for shot in it.around(time.time(), 60))
-        monkeypatch.setattr(camera, "KEPT_BYTES", held // 4)
-        until(lambda: sum(len(shot.jpeg) for shot in it.around(time.time(), 60)) <= held // 4)
+        largest = max(len(shot.jpeg) for shot in kept)
+        monkeypatch.setattr(camera, "KEPT_BYTES", largest)
+        until(lambda: len(it.around(time.time(), 60)) == 1)
 
 
 @pytest.mark.parametrize(
