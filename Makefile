@@ -7,7 +7,7 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo test nano exam compiler lock clean
+.PHONY: help demo test nano exam compiler broker lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make test    lint, types and tests'
@@ -25,7 +25,7 @@ demo: .venv/demo
 SERVE ?=
 WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
 
-test: .venv/test compiler build/node/stamp
+test: .venv/test compiler broker build/node/stamp
 	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +51,14 @@ build/node/stamp: Makefile
 	@$(call need,command -v chromium,chromium)
 	npm install --prefix build/node --no-save --no-audit --no-fund $(NODE)
 	@touch $@
+
+# What the tests of attend watch talk to: a broker with its clients, and an RTSP camera, which runs in the system's own Python.
+broker:
+	@$(call need,PATH=$$PATH:/usr/sbin command -v mosquitto,mosquitto)
+	@$(call need,command -v mosquitto_rr,mosquitto-clients)
+	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstjpeg.so,gstreamer1.0-plugins-good)
+	@$(call need,test -e /usr/lib/*/gstreamer-1.0/libgstvideotestsrc.so,gstreamer1.0-plugins-base)
+	@$(call need,/usr/bin/python3 -c '$(RTSP)',python3-gi gir1.2-gst-rtsp-server-1.0)
 
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)
@@ -82,6 +90,7 @@ $(BIN)/pip:
 FIND = python=$$(for p in $(PYTHON); do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 HEADERS := import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+RTSP := import gi; gi.require_version("GstRtspServer", "1.0")
 PINS := import json, sys; of = [p["metadata"] for p in json.load(sys.stdin)["install"]]; \
 	print(*sorted(m["name"].lower() + "==" + m["version"].split("+")[0] for m in of if m["name"] != "attend"), sep="\n")
 

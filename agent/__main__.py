@@ -18,9 +18,11 @@ from typing import Any, get_args
 
 import cv2
 
-from agent import ask, bench, checkpoint, crowd, hours, marks, script, waits
+from agent import ask, bench, checkpoint, config, crowd, hours, marks, script, waits, watch
 from agent.ask import Answer, Part
 from agent.engine import Engine, EngineStopped, RowLost
+from agent.ledger import LedgerError
+from agent.looking import NoAnswer
 from agent.session import Session, Settings
 from agent.tape import Setting
 from agent.view import Policy
@@ -31,19 +33,21 @@ from model.pixels import BUDGETS
 from model.tokenizer import TokenizerError
 from model.vad import Vad, VadMissing
 from streams.frames import MediaError
+from streams.mqtt import BrokerError
 from streams.voice import VoiceMissing, open_voice
 from web import server
 from web.access import Access, NotServed
 from web.caller import Caller
 
 COMPLAINTS = (CheckpointError, TokenizerError, MediaError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing, NotServed)
+OF_CAMERAS = (config.ConfigError, LedgerError, BrokerError, NoAnswer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return int(given.run(given))
-    except COMPLAINTS as complaint:
+    except (*COMPLAINTS, *OF_CAMERAS) as complaint:
         print(f"attend: {complaint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -102,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--log-content", action="store_true", help="log what is said too")
     serving.add_argument("--log-json", action="store_true", help="log lines of JSON")
     serving.set_defaults(run=_serve)
+
+    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=watch.__doc__)
+    _model_options(watching)
+    watching.add_argument("--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}")
+    watching.add_argument("--camera", action="append", metavar="NAME=SOURCE", help="a camera, without a file or beside it")
+    watching.add_argument("--broker", metavar="HOST[:PORT]", help="default 127.0.0.1:1883")
+    watching.add_argument("--once", nargs=2, metavar=("CAMERA", "QUESTION"), help="ask without a broker and print the answer")
+    watching.add_argument("--json", action="store_true", help="with --once: print one JSON object")
+    watching.set_defaults(run=_watch)
 
     benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
     kinds = benching.add_subparsers(required=True, metavar="WHAT")
@@ -269,6 +282,41 @@ def _token(file: Path) -> str:
     if not token:
         raise NotServed(f"{file} holds no token")
     return token
+
+
+def _watch(given: argparse.Namespace) -> int:
+    told = config.read(given.config, *_given(given))
+    loaded = _load(given)
+
+    async def ask_once() -> dict[str, Any]:
+        with Engine(loaded, spares=1) as engine:
+            return await watch.once(told, engine, given.model, *given.once)
+
+    async def stay() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        with Engine(loaded, spares=told.at_once + 1) as engine:  # one for what is watched for
+            await watch.Watch(told, engine, given.model).run(stop)
+
+    if given.once:
+        answer = asyncio.run(ask_once())
+        print(json.dumps(answer) if given.json else answer["answer"])
+        for mark in [] if given.json else answer["marks"]:
+            print(f"mark      {mark['label'] or 'point'} at {mark['box_2d']} (top, left, bottom, right in thousandths)")
+        return 0
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    asyncio.run(stay())
+    return 0
+
+
+def _given(given: argparse.Namespace) -> tuple[dict[str, str], str | None]:
+    cameras = dict(camera.partition("=")[::2] for camera in given.camera or ())
+    if not all(name and source for name, source in cameras.items()):
+        raise config.ConfigError("--camera wants NAME=SOURCE, as in --camera front=rtsp://10.0.0.5/stream")
+    if not given.config and not cameras:
+        raise config.ConfigError("there is no camera: give --config attend.toml or --camera NAME=SOURCE")
+    return cameras, given.broker
 
 
 def _write_picture(path: Path, bgr: object) -> None:

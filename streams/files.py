@@ -208,15 +208,20 @@ def _on_white(buffer: np.ndarray) -> np.ndarray | None:
     return cv2.imdecode(flat, cv2.IMREAD_COLOR_RGB)
 
 
+def check_video(path: Path) -> None:
+    """Raises MediaError where a file does not begin as a video does."""
+    with _open(path) as file:
+        if not VIDEO.match(file.read(189)):
+            raise MediaError(f"{path} is not an MP4, MOV, Matroska, WebM, AVI or MPEG video")
+
+
 def read_video(path: Path, frames: int = 32) -> list[tuple[float, np.ndarray]]:
     """(seconds, uint8 RGB [H, W, 3]) of `frames` frames spread evenly from the first on, upright.
 
     A video of fewer frames gives all it has (transformers raises). Seconds are index / fps, as if the rate were constant.
     """
     assert frames > 0, frames
-    with _open(path) as file:
-        if not VIDEO.match(file.read(189)):
-            raise MediaError(f"{path} is not an MP4, MOV, Matroska, WebM, AVI or MPEG video")
+    check_video(path)
     taken, claimed, seen = _sample_video(path, frames, None)
     if seen != claimed:  # some containers do not know, and a file cut short knows wrong
         taken, _, seen = _sample_video(path, frames, seen)

@@ -1,0 +1,229 @@
+"""The broker: one connection that comes back, messages in that are acknowledged when they are safe, messages out in order.
+
+aiomqtt 2 does not reconnect, acknowledges what nobody has looked at, and hides whether a message came before; those three
+are done here, with the paho client that it keeps in `_client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import aiomqtt
+from msgspec import Struct
+from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, MQTTMessage
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+LARGEST = 4 << 20  # bytes of a message
+PAUSES = (0.5, 30.0)  # seconds before the broker is tried again: the first, doubled up to the last
+PATIENCE = 10.0  # seconds for the broker to answer
+AWAY = 300  # seconds for which the broker keeps what comes while we are not there
+INBOX = 1_000  # messages that nobody has looked at; a broker sends some 20 before it wants them acknowledged
+
+log = logging.getLogger("attend.mqtt")
+logging.getLogger("attend.mqtt.paho").setLevel(logging.CRITICAL + 1)  # it logs payloads and addresses
+
+
+class BrokerError(RuntimeError):
+    """The broker cannot be used as configured: one sentence."""
+
+
+class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    host: str = "127.0.0.1"
+    port: int | None = None  # 1883, and 8883 with TLS
+    user: str | None = None
+    password_file: str | None = None
+    password_env: str | None = None  # the name of an environment variable
+    client_id: str | None = None  # attend-<node> unless said; two at one broker must differ
+    tls: bool = False
+    ca: str | None = None  # a file; the system's own unless said
+    protocol: Literal["5", "3.1.1"] = "5"
+
+    def password(self) -> str | None:
+        """Raises BrokerError."""
+        if self.password_file:
+            try:
+                return Path(self.password_file).expanduser().read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise BrokerError(f"the password file {self.password_file} cannot be read: {error}") from error
+        if self.password_env:
+            if self.password_env not in os.environ:
+                raise BrokerError(f"the environment variable {self.password_env}, which should hold the password, is not set")
+            return os.environ[self.password_env]
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What came. `again`: the broker has sent it before and does not know whether it arrived."""
+
+    topic: str
+    payload: bytes = field(repr=False)
+    retained: bool = False
+    again: bool = False
+    reply_to: str | None = None
+    correlation: bytes | None = None
+    expiry_s: float | None = None
+    mid: int = 0  # the broker's number, the same when it sends it again
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    topic: str
+    payload: bytes = field(repr=False)
+    retain: bool = False
+    qos: int = 1
+    correlation: bytes | None = None
+
+
+class Line:
+    """`take` is called on the event loop with each message and must not block; when it returns, the message is acknowledged.
+    If the process dies before that, the broker sends it again."""
+
+    def __init__(
+        self, broker: Broker, name: str, topics: Sequence[str], will: Publication, take: Callable[[Message], None]
+    ) -> None:
+        self._broker, self._name, self._topics, self.will, self._take = broker, name, topics, will, take
+        self._client: aiomqtt.Client | None = None
+        self._up = asyncio.Event()
+        self.connections = 0
+        broker.password()  # a file or variable that is not there is better told now than at every try
+
+    async def run(self, greet: Callable[[], None] = lambda: None) -> None:
+        """For ever. `greet` is called after each connection."""
+        pause = PAUSES[0]
+        while True:
+            try:
+                inbox: asyncio.Queue[MQTTMessage] = asyncio.Queue(INBOX)
+                client = self._open()
+                self._receive(client, inbox)
+                async with client:
+                    if options := [(topic, self._options()) for topic in self._topics]:
+                        await client.subscribe(options, timeout=PATIENCE)
+                    self._client, self.connections, pause = client, self.connections + 1, PAUSES[0]
+                    self._up.set()
+                    log.info("the broker %s is there", self._broker.host)
+                    greet()
+                    await self._listen(client, inbox)
+            except (aiomqtt.MqttError, OSError, BrokerError) as error:
+                log.warning("the broker %s is not there: %s", self._broker.host, str(error) or type(error).__name__)
+            finally:
+                self._up.clear()
+                self._client = None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, PAUSES[1])
+
+    async def publish(self, it: Publication) -> None:
+        """Returns when the broker has it, however often it has to be asked."""
+        while True:
+            await self._up.wait()
+            if self._client is None:
+                continue
+            try:
+                return await self._client.publish(it.topic, it.payload, it.qos, it.retain, self._properties(it), timeout=PATIENCE)
+            except (aiomqtt.MqttError, ValueError) as error:
+                if isinstance(error, ValueError):
+                    log.error("%s cannot be published to: %s", it.topic, error)
+                    return None
+                await asyncio.sleep(0.05)  # until the line has noticed
+
+    def _open(self) -> aiomqtt.Client:
+        b, five = self._broker, self._broker.protocol == "5"
+        properties = None
+        if five:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval, properties.MaximumPacketSize = AWAY, LARGEST + 1024
+        context = None
+        if b.tls:
+            try:
+                context = ssl.create_default_context(cafile=b.ca and os.path.expanduser(b.ca))
+            except OSError as error:
+                raise BrokerError(f"the certificates in {b.ca} cannot be read: {error}") from error
+        return aiomqtt.Client(
+            b.host,
+            b.port or (8883 if b.tls else 1883),
+            username=b.user,
+            password=b.password(),  # read anew: it may have been changed
+            identifier=b.client_id or self._name,
+            protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
+            clean_session=None if five else False,
+            clean_start=False if five else MQTT_CLEAN_START_FIRST_ONLY,  # 3.1.1 has no such flag, and wants the default
+            properties=properties,
+            will=aiomqtt.Will(self.will.topic, self.will.payload, 1, retain=True),
+            tls_context=context,
+            timeout=PATIENCE,
+            keepalive=20,
+            max_queued_incoming_messages=1,
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],  # or every question waits for a delayed ACK
+            logger=logging.getLogger("attend.mqtt.paho"),
+        )
+
+    def _options(self) -> Any:
+        return SubscribeOptions(qos=1) if self._broker.protocol == "5" else 1
+
+    def _receive(self, client: aiomqtt.Client, inbox: asyncio.Queue[MQTTMessage]) -> None:
+        def came(_: Client, __: object, message: MQTTMessage) -> None:
+            with suppress(asyncio.QueueFull):  # not acknowledged, so it comes again
+                inbox.put_nowait(message)
+
+        client._client.manual_ack_set(True)
+        client._client.on_message = came
+
+    async def _listen(self, client: aiomqtt.Client, inbox: asyncio.Queue[MQTTMessage]) -> None:
+        lost = asyncio.ensure_future(anext(client.messages))  # brings nothing but the end of the connection
+        try:
+            while True:
+                getting = asyncio.ensure_future(inbox.get())
+                await asyncio.wait({getting, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    getting.cancel()
+                    await lost
+                    return
+                message = getting.result()
+                self._take(_message(message))
+                if message.qos:
+                    client._client.ack(message.mid, message.qos)
+        finally:
+            lost.cancel()
+            await asyncio.gather(lost, return_exceptions=True)
+
+    def _properties(self, it: Publication) -> Properties | None:
+        if self._broker.protocol != "5" or it.correlation is None:
+            return None
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.CorrelationData = it.correlation
+        return properties
+
+
+def _message(message: MQTTMessage) -> Message:
+    given = message.properties
+    expiry = getattr(given, "MessageExpiryInterval", None)
+    return Message(
+        message.topic,
+        bytes(message.payload),
+        bool(message.retain),
+        bool(message.dup),
+        getattr(given, "ResponseTopic", None),
+        getattr(given, "CorrelationData", None),
+        None if expiry is None else float(expiry),
+        message.mid,
+    )
+
+
+def can_publish_to(topic: str) -> bool:
+    """No wildcards, nothing of the broker's own, no control characters."""
+    try:
+        size = len(topic.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= 250 and not topic.startswith("$") and topic.isprintable() and not set("+#") & set(topic)

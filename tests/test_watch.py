@@ -1,0 +1,763 @@
+"""The door over MQTT with real parts: mosquitto and its clients, videos as cameras, nano as the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import msgspec
+import numpy as np
+import pytest
+
+from agent import checkpoint, vigil, watch
+from agent.checkpoint import Loaded
+from agent.config import Config
+from agent.engine import Engine, EngineStopped
+from agent.looking import Looker, Said
+from agent.marks import Mark
+from agent.watch import Watch
+from model.weights import NANO
+from streams import camera, mqtt
+from streams.camera import Shot
+from streams.files import decode_picture
+from tests.broker import SOON, Mosquitto, Sub, until
+from tests.talk import settled
+
+ROOT = Path(__file__).parent.parent
+PICTURE = NANO / "demo" / "picture.jpg"
+QUESTION, ANSWER, BOX = "where is the orange square", "The orange square is at the top.", (90, 230, 520, 570)
+
+
+def video(path: Path, frames: list[np.ndarray], fps: float = 10) -> str:
+    """Lossless: nano has never seen what a codec does to a picture."""
+    height, width = frames[0].shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"FFV1"), fps, (width, height))
+    assert writer.isOpened()
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    return str(path)
+
+
+def flat(b: int, g: int, r: int) -> np.ndarray:
+    return np.full((96, 128, 3), (b, g, r), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return checkpoint.load("nano")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return video(tmp_path_factory.mktemp("videos") / "scene.avi", [cv2.imread(str(PICTURE))] * 20)
+
+
+@pytest.fixture(scope="module")
+def turning(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Red for a second, blue for the next one."""
+    return video(tmp_path_factory.mktemp("videos") / "turning.avi", [flat(0, 0, 220)] * 10 + [flat(220, 0, 0)] * 10)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    it = Mosquitto(tmp_path)
+    it.start()
+    yield it
+    it.stop(signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "PAUSES", (0.05, 0.5))
+    monkeypatch.setattr(camera, "RATE", 20.0)
+
+
+def told(at: Mosquitto, tmp_path: Path, cameras: dict[str, Any], **more: Any) -> Config:
+    data = {"camera": cameras, "broker": {"port": at.port}, "state": str(tmp_path / "state"), "node": "home"} | more
+    return msgspec.convert(data, Config).checked("test")
+
+
+@asynccontextmanager
+async def attending(loaded: Loaded, config: Config) -> AsyncIterator[Watch]:
+    with Engine(loaded, spares=config.at_once + 1, length=2048) as engine:
+        it, stop = Watch(config, engine, "nano"), asyncio.Event()
+        running = asyncio.create_task(it.run(stop))
+        try:
+            yield it
+        finally:
+            stop.set()
+            async with asyncio.timeout(SOON):
+                await running
+
+
+class Gate:
+    """The model's answers, which are given when they are let through; what was asked is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[list[Shot], str, dict[str, Any]]] = []
+        self.open = asyncio.Event()
+        self.trouble: Exception | None = None
+        self.at_once = self.most = 0
+        monkeypatch.setattr(Looker, "ask", self._ask)
+
+    async def _ask(self, shots: list[Shot], question: str, **how: Any) -> Said:
+        self.asked.append((list(shots), question, how))
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        try:
+            await self.open.wait()
+        finally:
+            self.at_once -= 1
+        if self.trouble:
+            raise self.trouble
+        return Said(f"answer to {question}", [Mark((100, 100, 500, 500), "it")])
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    it = Gate(monkeypatch)
+    it.open.set()
+    return it
+
+
+def memory() -> int:
+    """Bytes that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def iou(a: Any, b: Any) -> float:
+    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, height) * max(0, width)
+    return float(both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both))
+
+
+# ---- a question and its answer
+
+
+@pytest.mark.parametrize("version", ["5", "311"])
+async def test_a_question_is_answered_about_what_is_in_view_with_a_box_at_the_right_place(
+    loaded, broker, scene, tmp_path, version
+):
+    sub = Sub(broker, "agent/home/#")
+    protocol = {"5": "5", "311": "3.1.1"}[version]
+    broker_config = {"port": broker.port, "protocol": protocol}
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}, broker=broker_config)):
+        await until(lambda: any(got.payload == b"online" for got in sub.on("front/status")))
+        ask = {"question": QUESTION, "id": "one"} | ({} if version == "5" else {"reply_to": "back/311"})
+        got = await broker.request("agent/home/front/ask", ask, version, f"back/{version}")
+        assert got["answer"] == ANSWER and got["id"] == "one" and got["camera"] == "front" and got["question"] == QUESTION
+        assert iou(got["marks"][0]["box_2d"], BOX) > 0.8 and got["marks"][0]["label"] == "orange square"
+        assert abs(got["frames"][0] - time.time()) < SOON and got["model"] == "nano" and got["stage"] == "final"
+        assert 0 < got["timings_ms"]["first_token"] <= got["timings_ms"]["model"] <= got["timings_ms"]["total"]
+        await until(lambda: sub.on("front/event") and sub.on("front/image"))
+        assert sub.on("front/answer")[0].json == got, "everybody may read it"
+        assert sub.on("front/event")[0].json["event_type"] == "answered"
+        shown, seen = decode_picture(sub.on("front/image")[0].payload, "it"), decode_picture(PICTURE.read_bytes(), "it")
+        assert shown.shape == seen.shape and (np.abs(shown.astype(int) - seen).max(2) > 60).mean() > 0.002, "the box is drawn"
+        late = Sub(broker, "agent/home/front/answer", "agent/home/front/image")
+        await until(lambda: len(late.got) == 2)
+        assert all(got.retained for got in late.got)
+        late.close()
+    await until(lambda: sub.on("home/status")[-1].payload == b"offline", "a clean stop says offline")
+    sub.close()
+
+
+async def test_the_correlation_data_comes_back(loaded, broker, scene, tmp_path, gate):
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+        command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-t", "back", "-F", "%D %p", "-C", "1"]
+        ready = Sub(broker, "agent/home/status")
+        waiting = await asyncio.create_subprocess_exec(*command, stdout=-1)
+        await until(lambda: ready.got)
+        broker.pub("agent/home/front/ask", "hello", "-V", "5", "-D", "publish", "response-topic", "agent-test/early")
+        more = ["-V", "5", "-D", "publish", "response-topic", "back", "-D", "publish", "correlation-data", "xyz"]
+        broker.pub("agent/home/front/ask", "hello there", *more)
+        printed = (await asyncio.wait_for(waiting.communicate(), SOON))[0].decode()
+        assert printed.startswith("xyz {") and "answer to hello there" in printed
+        ready.close()
+
+
+async def test_a_first_line_comes_at_once_and_the_answer_after_it(loaded, broker, scene, tmp_path):
+    sub = Sub(broker, "agent/home/front/answer", "agent/home/status")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "quick": True, "retain": False}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", {"question": QUESTION, "id": "q"})
+        await until(lambda: len(sub.on("/answer")) == 2)
+        first, final = (got.json for got in sub.on("/answer"))
+        assert (first["stage"], final["stage"], first["id"], final["id"]) == ("first", "final", "q", "q")
+        assert first["answer"].startswith("The orange square is at the top") and final["answer"] == ANSWER and final["marks"]
+    sub.close()
+
+
+async def test_the_button_asks_the_cameras_own_question(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "question": "Who is there?"}})):
+        await until(lambda: sub.on("home/status"))
+        for _ in range(2):
+            broker.pub("agent/home/front/look", "look")
+        await until(lambda: len(sub.on("front/event")) == 2, "pressed twice, answered twice")
+        assert sub.on("front/answer")[0].json["question"] == "Who is there?"
+    sub.close()
+
+
+async def test_looking_back_shows_what_changed_with_its_times(loaded, broker, turning, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": turning}})) as it:
+        await until(lambda: sub.on("home/status"))
+        await until(lambda: len({shot.grey.mean() > 40 for shot in it._cameras["front"].around(time.time(), 60)}) == 2)
+        broker.pub("agent/home/front/ask", {"question": "what happened", "look_back_s": 10, "frames": 3})
+        got = (await until(lambda: sub.on("/answer")))[0].json
+        shots, _, _ = gate.asked[0]
+        assert 2 <= len(shots) <= 3 and [round(shot.at, 3) for shot in shots] == got["frames"] == sorted(got["frames"])
+        assert len({shot.grey.mean() > 40 for shot in shots}) == 2, "one of each colour, although most are alike"
+    sub.close()
+
+
+def test_several_pictures_stand_in_the_prompt_as_timed_video(loaded):
+    pictures = [Shot(PICTURE.read_bytes(), 1000.0 + at, (480, 640), np.zeros((18, 32), np.uint8)) for at in (0, 1.5, 62)]
+
+    async def parts() -> list[Any]:
+        with Engine(loaded, length=512) as engine:
+            return Looker(engine, None)._pictures(pictures, None)
+
+    ids = [part for part in asyncio.run(parts()) if isinstance(part, tuple)]
+    written = [loaded.tokenizer.decode(list(part)) for part in ids]
+    assert [text for text in written if ":" in text] == ["00:00 ", " 00:01 ", " 01:02 "]
+
+
+async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_waits_for(loaded, monkeypatch):
+    shot, passes, extend = Shot(PICTURE.read_bytes(), 0.0, (480, 640), np.zeros((18, 32), np.uint8)), [], loaded.model.extend
+
+    def counted(cache: Any, rows: Any, x: Any, **how: Any) -> Any:
+        passes.append(([row.index for row in rows], x.shape[1]))
+        return extend(cache, rows, x, **how)
+
+    with Engine(loaded, rows=2, spares=1, length=2048) as engine:
+        looker = Looker(engine, None)
+        await looker.ask([shot], QUESTION, brief=True)  # its kept row is the first one now
+        live, hold = engine.claim(lambda error: None), threading.Event()
+        engine._orders.put(partial(hold.wait, SOON))
+        asking = asyncio.create_task(looker.ask([shot], QUESTION))
+        await asyncio.sleep(0)
+        live.append(tuple(range(20, 50)) * 20)
+        engine._pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
+        monkeypatch.setattr(loaded.model, "extend", counted)
+        hold.set()
+        assert (await asyncio.wait_for(asking, SOON)).text == ANSWER
+        await asyncio.wait_for(settled(live), SOON)
+        mine = [live._seat.row.index]
+    chunks = [(rows == mine, count) for rows, count in passes if count > 1]
+    first = [count for is_mine, count in chunks if is_mine]
+    assert sum(first) == 600 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
+    assert sum(count for _, count in chunks[len(first) :]) >= 60, "and then the picture"
+
+
+# ---- JSON of a schema
+
+SCHEMA = {"type": "object", "required": ["open"], "properties": {"open": {"type": "boolean"}}, "additionalProperties": False}
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What the model writes, one text for each try; returns what it was asked."""
+    asked: list[str] = []
+
+    def script(*texts: str) -> list[str]:
+        left = list(texts)
+
+        async def write(self: Looker, row: Any, wanted: str, said: Said, begun: float, *, brief: bool) -> tuple[str, int]:
+            asked.append(wanted)
+            return left.pop(0), 1
+
+        monkeypatch.setattr(Looker, "_write", write)
+        return asked
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("texts", "value", "error"),
+    [
+        (['{"open": true}'], {"open": True}, None),
+        (['```json\n{"open": false}\n```'], {"open": False}, None),
+        (["It is open.", '{"open": "yes"}', '{"open": true}'], {"open": True}, None),
+        (["no", '{"open": NaN}', '{"open": 1}'], None, "1 is not of type 'boolean' - at `$.open`"),
+    ],
+)
+async def test_an_answer_is_json_of_the_schema_or_an_error_that_says_why(
+    loaded, broker, scene, tmp_path, writes, texts, value, error
+):
+    asked = writes(*texts)
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", {"question": "is it open?", "schema": SCHEMA})
+        got = (await until(lambda: sub.on("/answer")))[0].json
+        assert got.get("value") == value and len(asked) == len(texts)
+        assert error is None or error in got["error"]
+        assert "That is not it" in asked[-1] or len(texts) == 1
+    sub.close()
+
+
+async def test_nano_which_writes_no_json_is_told_apart(loaded, broker, scene, tmp_path):
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "schema": SCHEMA}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", "is it open?")
+        assert "after 3 tries the answer is not JSON of the schema" in (await until(lambda: sub.on("/answer")))[0].json["error"]
+    sub.close()
+
+
+# ---- Frigate
+
+
+def frigate(kind: str, id: str = "1718.5-abc", **more: Any) -> dict[str, Any]:
+    after = {
+        "id": id,
+        "camera": "front",
+        "frame_time": time.time(),
+        "label": "person",
+        "sub_label": None,
+        "snapshot": {"score": 1},
+    }
+    after |= {"top_score": 0.8, "score": 0.78, "false_positive": False, "start_time": time.time() - 0.5, "end_time": None}
+    after |= {"box": [424, 500, 536, 712], "area": 23744, "region": [264, 450, 667, 853], "thumbnail": None, "attributes": {}}
+    after |= {"current_zones": ["porch"], "entered_zones": ["porch"], "has_snapshot": True, "has_clip": False}
+    after |= {"stationary": False, "motionless_count": 0, "position_changes": 2}
+    return {"type": kind, "before": after, "after": after | more}
+
+
+async def test_frigate_events_get_one_answer_each_at_their_start_with_the_frame_before(loaded, broker, turning, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    trigger = {"on": "frigate", "camera": "front", "labels": ["person"], "zones": ["porch"], "min_score": 0.6, "look_back_s": 20}
+    picture = cv2.imencode(".jpg", flat(0, 255, 0))[1].tobytes()
+    broker.pub("frigate/front/person/snapshot", picture, "-r")
+    broker.pub("frigate/events", frigate("new", "retained"), "-r")
+    cameras = {"front": {"source": turning}, "snap": {"topic": "frigate/front/person/snapshot"}}
+    async with attending(loaded, told(broker, tmp_path, cameras, trigger=[trigger])) as it:
+        await until(lambda: sub.on("home/status"))
+        await until(lambda: len({shot.grey.mean() > 40 for shot in it._cameras["front"].around(time.time(), 60)}) == 2)
+        began = time.time() - 0.5
+        broker.pub("frigate/events", frigate("new", "a", score=0.5, top_score=0.5), "-q", "1")
+        broker.pub("frigate/events", frigate("new", "b", label="car"))
+        broker.pub("frigate/events", frigate("new", "c", start_time=began))
+        broker.pub("frigate/events", frigate("update", "a"))
+        for kind in ("update", "update", "end"):
+            for id in "abc":
+                broker.pub("frigate/events", frigate(kind, id, **({"label": "car"} if id == "b" else {})))
+        broker.pub("frigate/front/person/snapshot", picture, "-r")
+        broker.pub("agent/home/front/ask", {"question": "the last one", "id": "end"})
+        await until(lambda: [got for got in sub.on("/answer") if got.json["id"] == "end"])
+        answers = [got.json for got in sub.on("/answer")]
+        assert [got["cause"]["id"] for got in answers[:-1]] == ["c", "a"] and len(answers) == 3
+        assert answers[0]["frames"][0] < began <= answers[0]["frames"][-1]
+    sub.close()
+
+
+# ---- watching
+
+
+@pytest.fixture
+def red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of the model: whether the picture is more red than blue. What it is asked is tested beside this."""
+
+    async def holds(self: Looker, shot: Shot, condition: str) -> tuple[bool, str]:
+        r, _, b = decode_picture(shot.jpeg, "it").reshape(-1, 3).mean(0)
+        return bool(r > b), "yes" if r > b else "no"
+
+    monkeypatch.setattr(Looker, "holds", holds)
+
+
+async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_ends(loaded, broker, turning, tmp_path, red):
+    sub = Sub(broker, "agent/home/#", "home/alarm")
+    state = told(broker, tmp_path, {"front": {"source": turning}})
+    async with attending(loaded, state):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/watch", {"condition": "it is red", "id": "red", "interval_s": 0.1, "reply_to": "home/alarm"})
+        broker.pub("agent/home/front/watch", {"condition": "it is also red", "interval_s": 0.1, "looks": 3})
+        await until(lambda: len([got for got in sub.on("front/event") if got.json["id"] == "red"]) >= 4)
+        events = [got.json for got in sub.on("front/event") if got.json["id"] == "red"]
+        kinds = [event["event_type"] for event in events]
+        assert kinds[:4] in (["began", "ended"] * 2, ["ended", "began"] * 2) and kinds[0] == "began"
+        await until(lambda: len(sub.on("home/alarm")) >= 4)
+        assert [got.json for got in sub.on("home/alarm")][:4] == events[:4]
+        assert events[0]["condition"] == "it is red" and events[0]["frames"]
+        pictures = [decode_picture(got.payload, "it").reshape(-1, 3).mean(0) for got in sub.on("front/image")]
+        assert any(r > b for r, _, b in pictures) and any(b > r for r, _, b in pictures), "each comes with its frame"
+        assert await until(lambda: [got for got in sub.on("front/event") if got.json["id"] != "red"])
+        broker.pub("agent/home/front/watching/set", "OFF")
+        await until(lambda: sub.on("front/watching") and sub.on("front/watching")[-1].payload == b"OFF")
+        broker.pub("agent/home/front/unwatch", "red")
+        await until(lambda: len(sub.on("front/watches")[-1].json) == 1)
+    async with attending(loaded, state):
+        await until(lambda: sub.on("front/watching")[-1].payload == b"OFF" and len(sub.on("front/watches")[-1].json) == 1)
+    sub.close()
+
+
+def test_so_many_looks_have_to_agree():
+    state = vigil.Hysteresis(2)
+    looks = [True, False, True, None, True, True, False, True, False, False]
+    assert [state.see(look) for look in looks] == [None, None, None, None, "began", None, None, None, None, "ended"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "asked"),
+    [
+        ("Is there a red circle?", "Is there a red circle?"),
+        ("tell me when is there a star?", "is there a star?"),
+        ("Let me know if the kettle boils", 'Is this so in the picture: "the kettle boils"? Answer yes or no.'),
+    ],
+)
+async def test_a_condition_is_asked_as_a_question_of_yes_or_no(loaded, monkeypatch, condition, asked):
+    said = []
+
+    async def ask(self: Looker, shots: Any, question: str, **how: Any) -> Said:
+        said.append(question)
+        return Said(("Yes, it is.", "No.", "Sorry, I did not understand.")[len(said) - 1])
+
+    monkeypatch.setattr(Looker, "ask", ask)
+    with Engine(loaded, length=512) as engine:
+        found = [(await Looker(engine, None).holds(None, condition))[0] for _ in range(3)]  # type: ignore[arg-type]
+    assert found == [True, False, None] and said == [asked] * 3
+
+
+# ---- faults
+
+
+async def test_a_broker_that_is_absent_at_the_start_is_found_later(loaded, broker, scene, tmp_path, gate):
+    broker.stop()
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})) as it:
+        await until(lambda: it._cameras and it._cameras["front"].newest())
+        broker.start()
+        sub = Sub(broker, "agent/home/#")
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", "hello")
+        await until(lambda: sub.on("/answer"))
+        sub.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_broker_that_goes_in_the_middle_of_a_question_loses_nothing(loaded, broker, scene, tmp_path, gate, how):
+    gate.open.clear()
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})) as it:
+        await until(lambda: sub.on("home/status"))
+        for n in range(3):
+            broker.pub("agent/home/front/ask", {"question": "what", "id": str(n)})
+        await until(lambda: gate.asked and it._waiting == 2)
+        sub.close()
+        broker.stop(how)
+        await until(lambda: not it._line._up.is_set())
+        gate.open.set()
+        await until(lambda: not it._ledger.open(), "all of it is written down")
+        gate.open.clear()
+        broker.start()
+        after = Sub(broker, "agent/home/front/#")
+        await until(lambda: it._line.connections == 2 and it._ledger.unsent() is None)
+        broker.pub("agent/home/front/ask", {"question": "what", "id": "2"})  # it comes again: known
+        broker.pub("agent/home/front/ask", {"question": "what", "id": "new"})
+        gate.open.set()
+        await until(lambda: [got for got in after.on("/answer") if got.json["id"] == "new"])
+        finals = [got.json["id"] for got in after.on("/answer")]
+        assert [id for id in finals if id != "new"][-1] == "2" and finals.count("2") == 1 and finals.count("new") == 1
+        assert len(gate.asked) == 4, "each was put to the model once"
+        after.close()
+
+
+SLOW = """
+import asyncio, pathlib, sys
+from agent import __main__, looking
+ask, mark = looking.Looker.ask, pathlib.Path(sys.argv.pop(1))
+async def stuck(self, *given, **how):
+    mark.touch()
+    await asyncio.Event().wait()
+looking.Looker.ask = stuck
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+async def test_killed_hard_in_the_middle_of_a_question_it_answers_once_when_it_is_back(broker, scene, tmp_path):
+    file, reached = tmp_path / "attend.toml", tmp_path / "reached"
+    where = f'node = "home"\nstate = "{tmp_path}/state"\n[broker]\nport = {broker.port}\n'
+    file.write_text(f'{where}[camera.front]\nsource = "{scene}"\n')
+    command = ["watch", "--config", str(file)]
+    sub = Sub(broker, "agent/home/#")
+    first = subprocess.Popen([sys.executable, "-c", SLOW, str(reached), *command], cwd=ROOT, start_new_session=True)
+    try:
+        await until(lambda: sub.on("home/status"))
+        for n in range(5):
+            broker.pub("agent/home/front/ask", {"question": QUESTION, "id": str(n)})
+        await until(reached.exists)
+    finally:
+        first.kill()
+        first.wait()
+    await until(lambda: sub.on("home/status")[-1].payload == b"offline", "the last will")
+    broker.pub("agent/home/front/ask", {"question": QUESTION, "id": "while away"})
+    second = subprocess.Popen([sys.executable, "-m", "agent", *command], cwd=ROOT, start_new_session=True)
+    try:
+        await until(lambda: [got for got in sub.on("/answer") if got.json["id"] == "while away"])
+        assert [got.json["id"] for got in sub.on("/answer")] == ["0", "1", "2", "3", "4", "while away"]
+        assert all(got.json["answer"] == ANSWER for got in sub.on("/answer"))
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(SOON) == 0
+        await until(lambda: sub.on("home/status")[-1].payload == b"offline")
+    finally:
+        second.kill()
+        second.wait()
+    sub.close()
+
+
+async def test_a_burst_over_many_cameras_is_answered_or_told_busy_in_order(loaded, broker, turning, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    cameras = {f"c{n}": {"source": turning, "retain": False} for n in range(8)}
+    async with attending(loaded, told(broker, tmp_path, cameras, queue=40, at_once=3)) as it:
+        await until(lambda: sub.on("home/status") and all(each.newest() for each in it._cameras.values()))
+        held = memory()
+        gate.open.clear()
+        command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-l"]
+        senders = []
+        for camera in range(8):
+            lines = "".join(
+                json.dumps({"question": "what", "id": f"{camera}-{n}"}) + "\n" for n in range(13 if camera < 4 else 12)
+            )
+            sender = subprocess.Popen([*command, "-t", f"agent/home/c{camera}/ask"], stdin=subprocess.PIPE)
+            sender.stdin.write(lines.encode())
+            sender.stdin.close()
+            senders.append(sender)
+        assert all(sender.wait(SOON) == 0 for sender in senders)
+        await until(lambda: len([got for got in sub.on("/event") if got.json["event_type"] == "busy"]) >= 100 - 43)
+        gate.open.set()
+        await until(lambda: len(sub.on("/event")) == 100)
+        ids = [got.json["id"] for got in sub.on("/event")]
+        assert len(ids) == len(set(ids)) == 100
+        for camera in range(8):
+            answered = [
+                int(got.json["id"].split("-")[1]) for got in sub.on(f"c{camera}/event") if got.json["event_type"] == "answered"
+            ]
+            assert answered == sorted(answered)
+        assert 40 <= len([got for got in sub.on("/event") if got.json["event_type"] == "answered"]) <= 43
+        assert gate.most == 3, "no more at once than said"
+        assert memory() - held < 200 << 20
+    sub.close()
+
+
+async def test_what_nobody_waits_for_any_more_is_not_asked(loaded, broker, scene, tmp_path, gate):
+    gate.open.clear()
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", {"question": "old", "at": time.time() - 100, "deadline_s": 50})
+        broker.pub("agent/home/front/ask", {"question": "stuck", "deadline_s": 0.5})
+        await until(lambda: len(sub.on("/answer")) == 2)
+        assert all("too late" in got.json["error"] for got in sub.on("/answer"))
+        assert [question for _, question, _ in gate.asked] == ["stuck"]
+    sub.close()
+
+
+async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    triggers = [
+        {"on": "frigate", "camera": "front"},
+        {"on": "topic", "topic": "bell/#", "camera": "front", "field": "a.b", "equals": 1},
+    ]
+    cameras = {"front": {"source": scene}, "pushed": {"topic": "jpegs"}}
+    junk = [
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b"{",
+        b"[" * 100_000,
+        b"x" * 70_000,
+        "🙂".encode() * 3,
+        b'{"type":"new"}',
+        b'{"a":{"b":[]}}',
+    ]
+    junk += [b'{"type":"new","after":{"id":1,"camera":{}}}', b'{"question": 5}', b'{"nonsense": 1}', b'{"id":""}']
+    orders = ["budget=71", 'schema={"$ref":"http://example.com/x"}', 'schema={"type":"nope"}', "look_back_s=1e9", "at=1e999"]
+    orders += ['schema={"properties":{"a":{"pattern":"(a+)+$"}}}', 'reply_to="a/#"', 'reply_to="agent/home/front/ask"']
+    for name, _, value in [order.partition("=") for order in [*orders, 'reply_to="$SYS/x"', 'reply_to="\\ud800"', "frames=0"]]:
+        junk.append(f'{{"question":"a","{name}":{value}}}'.encode())
+    async with attending(loaded, told(broker, tmp_path, cameras, trigger=triggers, queue=1000)):
+        await until(lambda: sub.on("home/status"))
+        verbs = ("ask", "watch", "unwatch", "watching/set", "nothing")
+        for topic in (
+            *(f"agent/home/front/{verb}" for verb in verbs),
+            "jpegs",
+            "frigate/events",
+            "bell/x",
+            "homeassistant/status",
+        ):
+            for payload in junk:
+                if payload:
+                    broker.pub(topic, payload)
+        broker.pub("agent/home/front/ask", {"question": "still there?", "id": "end"})
+        await until(lambda: [got for got in sub.on("front/answer") if got.json["id"] == "end"])
+        assert sub.on("front/answer")[-1].json["answer"] == "answer to still there?"
+        errors = [got.json["error"] for got in sub.on("front/answer") if "error" in got.json]
+        assert any("a reference leads outside" in why for why in errors) and any("at `$.question`" in why for why in errors)
+        assert not [got for got in sub.got if got.topic.startswith("agent/home/front/ask") and b'"error"' in got.payload]
+    sub.close()
+
+
+async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(loaded, broker, tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(watch, "FIRST_PICTURE", 0.1)
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": str(tmp_path / "gone.mp4")}})):
+        await until(lambda: [got for got in sub.on("front/health") if got.json["state"] == "lost"])
+        broker.pub("agent/home/front/ask", "hello")
+        assert "gone.mp4 cannot be read" in (await until(lambda: sub.on("/answer")))[0].json["error"]
+        assert sub.on("front/status")[-1].payload == b"offline"
+    sub.close()
+
+
+async def test_a_model_that_stops_ends_the_command_with_its_sentence(loaded, broker, scene, tmp_path, gate):
+    gate.trouble = EngineStopped("the model has stopped: it fell over")
+    with Engine(loaded, spares=2, length=512) as engine:
+        running = asyncio.create_task(
+            Watch(told(broker, tmp_path, {"front": {"source": scene}}), engine, "nano").run(asyncio.Event())
+        )
+        sub = Sub(broker, "agent/home/status")
+        await until(lambda: sub.got)
+        broker.pub("agent/home/front/ask", "hello")
+        with pytest.raises(EngineStopped, match="it fell over"):
+            await asyncio.wait_for(running, SOON)
+        await until(lambda: sub.got[-1].payload == b"offline")
+        sub.close()
+
+
+async def test_pictures_that_come_over_mqtt_are_looked_at(loaded, broker, tmp_path):
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"topic": "bell/jpeg"}})) as it:
+        await until(lambda: sub.on("home/status"))
+        broker.pub("bell/jpeg", PICTURE.read_bytes())
+        await until(lambda: it._cameras["front"].newest())
+        broker.pub("agent/home/front/ask", QUESTION)
+        assert (await until(lambda: sub.on("/answer")))[0].json["answer"] == ANSWER
+    sub.close()
+
+
+async def test_schedules_and_other_topics_ask_too(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    triggers = [
+        {"on": "topic", "topic": "bell/+", "camera": "front", "field": "action", "equals": "press", "question": "Who rings?"},
+        {"on": "schedule", "camera": "front", "every_s": 1, "question": "All well?"},
+    ]
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}, trigger=triggers)):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("bell/front", {"action": "hold"})
+        broker.pub("bell/front", {"action": "press"})
+        await until(lambda: {got.json["question"] for got in sub.on("/answer")} == {"Who rings?", "All well?"})
+        assert len([1 for got in sub.on("/answer") if got.json["question"] == "Who rings?"]) == 1
+    sub.close()
+
+
+# ---- Home Assistant
+
+# What its MQTT integration takes of each platform, as its documentation of 2026.11 says; nothing else is allowed there.
+SHARED = {"p", "name", "unique_id", "qos", "icon"}
+PLATFORMS = {
+    "sensor": ({"state_topic"}, {"value_template", "json_attributes_topic"}),
+    "image": ({"image_topic"}, {"content_type"}),
+    "event": ({"state_topic", "event_types"}, set()),
+    "text": ({"command_topic"}, {"max"}),
+    "button": ({"command_topic"}, {"payload_press"}),
+    "switch": ({"command_topic"}, {"state_topic"}),
+}
+
+
+async def test_home_assistant_is_told_a_device_for_each_camera_and_again_when_it_is_born(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "homeassistant/device/#", "agent/home/#")
+    cameras = {"Front door": {"source": scene, "label": "Haustür"}, "back": {"source": scene}}
+    async with attending(loaded, told(broker, tmp_path, cameras)):
+        devices = await until(lambda: [*found] if len(found := sub.on("/config")) == 2 else None)
+        ids: list[str] = []
+        for got in devices:
+            payload = got.json
+            assert set(payload) == {"dev", "o", "cmps", "avty", "avty_mode"} and payload["o"]["name"] == "attend"
+            assert payload["dev"]["ids"] and payload["dev"]["name"] in ("Haustür", "back") and len(payload["avty"]) == 2
+            assert re.fullmatch(r"homeassistant/device/[A-Za-z0-9_-]+/config", got.topic)
+            assert sorted(part["p"] for part in payload["cmps"].values()) == sorted(PLATFORMS)
+            for part in payload["cmps"].values():
+                needed, allowed = PLATFORMS[part["p"]]
+                assert needed <= set(part) <= needed | allowed | SHARED
+                ids.append(part["unique_id"])
+                assert not any(set("+#") & set(part[key]) for key in part if key.endswith("_topic"))
+            assert payload["cmps"]["ask"]["max"] <= 255
+            assert {"answered", "failed", "began", "ended"} <= set(payload["cmps"]["event"]["event_types"])
+        assert len(set(ids)) == len(ids) == 12
+        door = next(got.json for got in devices if got.json["dev"]["name"] == "Haustür")["cmps"]
+        broker.pub(door["ask"]["command_topic"], "who is it? " * 30)
+        answered = (await until(lambda: [got for got in sub.got if got.topic == door["answer"]["state_topic"]]))[0].json
+        template = jinja2.Environment(autoescape=False).from_string(door["answer"]["value_template"])
+        assert len(template.render(value_json=answered)) <= 255 < len(answered["answer"]), "all of it is in the attributes"
+        assert template.render(value_json={"error": "busy"}) == "busy"
+        event = (await until(lambda: [got for got in sub.got if got.topic == door["event"]["state_topic"]]))[0]
+        assert event.json["event_type"] in door["event"]["event_types"] and not event.retained
+        broker.pub("homeassistant/status", "online")
+        await until(lambda: len(sub.on("/config")) == 4)
+    late = Sub(broker, "homeassistant/device/#")
+    await until(lambda: len(late.got) == 2)
+    assert all(got.retained for got in late.got)
+    late.close()
+    sub.close()
+
+
+# ---- without a broker
+
+
+def test_once_asks_without_a_broker(scene, capsys, monkeypatch, tmp_path):
+    from agent.__main__ import main
+
+    assert main(["watch", "--camera", f"front={scene}", "--once", "front", QUESTION]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{ANSWER}\nmark      orange square at [")
+    assert main(["watch", "--camera", f"front={scene}", "--once", "back", QUESTION]) == 2
+    assert "there is no camera back; there are front" in capsys.readouterr().err
+
+
+# ---- how long it takes
+
+
+async def test_how_long_an_answer_takes(loaded, broker, scene, tmp_path, capsys):
+    """Prints, and bounds only what a broken path would exceed: seconds of waiting for a delayed ACK, a poll, or a queue."""
+    sub = Sub(broker, "agent/home/front/answer", "agent/home/status")
+    first, final, outside = [], [], []
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "quick": True, "retain": False}})):
+        await until(lambda: sub.on("home/status"))
+        asking = mqtt.Line(mqtt.Broker(port=broker.port), "asker", [], mqtt.Publication("asker/gone", b""), lambda message: None)
+        line = asyncio.create_task(asking.run())
+        for n in range(20):
+            begun, seen = time.perf_counter(), len(sub.on("/answer"))
+            await asking.publish(
+                mqtt.Publication("agent/home/front/ask", json.dumps({"question": QUESTION, "id": str(n)}).encode())
+            )
+            await until(lambda seen=seen: len(sub.on("/answer")) == seen + 1)
+            first.append((time.perf_counter() - begun) * 1000)
+            await until(lambda seen=seen: len(sub.on("/answer")) == seen + 2)
+            final.append((time.perf_counter() - begun) * 1000)
+            models = sum(got.json["timings_ms"]["model"] for got in sub.on("/answer")[-2:])
+            outside.append(1 - models / final[-1])
+        line.cancel()
+    lines = []
+    for name, times in (("ask → first line", first), ("ask → answer", final)):
+        p95 = statistics.quantiles(times, n=20)[18]
+        lines.append(f"{name:18} p50 {statistics.median(times):6.0f} ms   p95 {p95:6.0f} ms")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines) + f"\noutside the model  {statistics.median(outside):.0%}")
+    assert statistics.median(outside) < 0.9
+    sub.close()
