@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agent import events
 from agent.calls import ToolCall
@@ -1001,125 +998,8 @@ def test_words_stand_in_the_sound_as_it_is_sent():
 
 
 def test_nothing_that_was_cleared_counts_as_heard():
-    for extension, heard in (("playback", 0), ("marks", 0.5)):
+    for extension in ("playback", "marks"):
         c = client("espeak", extension)
         c.hear(Answering(6), Wrote(6, "Yes."), said(6, 0, 0.5), events.Cleared(6))
         c.wait(1)
-        assert [e.sample for e in c.inputs if isinstance(e, events.Heard)] == ([heard * RATE] if heard else [])
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "", "[]", "null", "5", "{", b"{}",
-        '{"a": NaN}', '{"a": Infinity}', "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud800"',
-    ],
-)  # fmt: skip
-def test_messages_that_are_none(message):
-    c = client()
-    assert refused(c.raw(message))["code"] == "invalid_json"
-
-
-def test_unknown_events_are_answered_with_their_id():
-    c = client()
-    assert refused(c.say("input_audio_buffer.explode", event_id="abc"))["event_id"] == "abc"
-    assert refused(c.say("nope", event_id=5))["event_id"] is None
-    assert refused(c.raw('{"type": "x", "event_id": "\\ud800"}'))["event_id"] == "?"
-    for type in (None, 5, [], {}):
-        assert refused(c.raw(json.dumps({"type": type})))["param"] == "type"
-    assert kinds(c.say("conversation.item.create", item=text("and on"))) == ITEM
-
-
-def test_what_goes_wrong_is_said():
-    c = client()
-    assert c.hear(events.Noted("The voice is lost"))[0]["error"]["code"] == "noted"
-    assert c.hear(events.Failed("The row is lost"))[0]["error"]["type"] == "server_error"
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-TYPES = [
-    "session.update", "input_audio_buffer.append", "input_audio_buffer.commit", "input_audio_buffer.clear",
-    "conversation.item.create", "conversation.item.retrieve", "conversation.item.truncate", "conversation.item.delete",
-    "response.create", "response.cancel", "attend.camera.frame",
-]  # fmt: skip
-WORDS = [
-    "session", "audio", "item", "response", "input", "output", "format", "turn_detection", "type", "role", "content", "user",
-    "message", "text", "input_text", "input_audio", "input_image", "image_url", "server_vad", "semantic_vad", "tools", "name",
-    "parameters", "properties", "function", "metadata", "event_id", "item_id", "call_id", "audio_end_ms", "instructions",
-    "output_modalities", "max_output_tokens", "previous_item_id", "tool_choice", "transcription", "function_call_output",
-]  # fmt: skip
-knowing = st.recursive(
-    st.sampled_from(WORDS) | st.none() | st.booleans() | st.integers(-1, 9999) | st.just("AAAA") | st.floats(0, 1),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=6),
-    max_leaves=20,
-)
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(TYPES), st.dictionaries(st.sampled_from(WORDS), json_values | knowing, max_size=6)), max_size=8
-    )
-)
-def test_any_junk_is_answered_and_the_conversation_goes_on(said):
-    c = client("espeak", "camera", strict=False)
-    for type, fields in said:
-        sent = c.say(**{**fields, "type": type})
-        json.dumps(sent, allow_nan=False)
-    assert kinds(c.say("conversation.item.create", item=text("and on")))[-1] in ("conversation.item.done", "error")
-    assert kinds(c.say("conversation.item.retrieve", item_id="nobody")) == ["error"]
-
-
-@given(st.text() | st.binary())
-def test_any_bytes_are_answered(message):
-    c = client()
-    assert kinds(c.raw(message)) == ["error"]
-
-
-@given(st.data())
-def test_whatever_the_order_every_event_is_valid(data):
-    """Events of a session in any order that can be, between those of a client."""
-    c = client("espeak", "marks", "camera", "timeline")
-    clock = answer = turn = 0
-    open = giving = False
-    for _ in range(data.draw(st.integers(0, 25))):
-        match data.draw(st.sampled_from(["turn", "answer", "write", "say", "call", "create", "cancel", "text", "wait", "clear"])):
-            case "turn" if not open:
-                turn, clock, open = turn + 10, clock + RATE, True
-                c.hear(Started(turn, clock, clock - 4000))
-            case "turn":
-                clock, open = clock + RATE, False
-                c.hear(Stopped(turn, clock, clock - 8000, "silence"), Captioned(turn, "hm"))
-            case "answer" if not giving:
-                answer, giving = answer + 10, True
-                c.hear(Answering(answer))
-            case "answer":
-                giving = False
-                c.hear(answered(answer, "a b", data.draw(st.sampled_from(["stop", "length", "interrupted"])), 2))
-            case "write" if giving:
-                c.hear(Wrote(answer, "a "))
-            case "say" if giving:
-                c.hear(said(answer, data.draw(st.integers(0, 4)) * 1600, 0.1))
-            case "call" if giving:
-                c.hear(Called(answer, answer + 5, ToolCall("f", {}), more=data.draw(st.integers(0, 1))))
-            case "create":
-                c.say("response.create")
-            case "cancel":
-                c.say("response.cancel")
-            case "text":
-                c.say("conversation.item.create", item=text("hello"))
-            case "clear":
-                c.say("input_audio_buffer.clear")
-            case "wait":
-                c.wait(0.05)
-    ids = [event["event_id"] for event in c.sent]
-    assert len(ids) == len(set(ids))
-    begun = [event["response"]["id"] for event in c.sent if event["type"] == "response.created"]
-    ended = [event["response"]["id"] for event in c.sent if event["type"] == "response.done"]
-    assert ended == begun[: len(ended)] and len(begun) <= len(ended) + 1
+        assert not [e for e in c.inputs if isinstance(e, events.Heard)]

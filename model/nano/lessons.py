@@ -254,7 +254,9 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         media("outlines", world.FINE**2, "patches_at").float(),
         media("extents", 4, "patches_at").long(),
         media("tallies", len(world.TALLIES), "patches_at").long(),
-        torch.tensor([(i * length + at, *rest) for i, x in enumerate(lessons) for at, *rest in x.asked if at < length]),
+        torch.tensor([(i * length + at, *rest) for i, x in enumerate(lessons) for at, *rest in x.asked if at < length])
+        .view(-1, 5)
+        .long(),
         torch.tensor([i * length + at for i, at, _ in looks]).long(),
         looks_to,
         torch.tensor([t[:3] for t in targets]),
