@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from model.nano.cover import patch_boxes, patch_labels, patch_tallies
 from model.nano.draw import draw
 from model.nano.world import (
     COLOURS,
@@ -14,9 +15,6 @@ from model.nano.world import (
     SHAPES,
     Scene,
     corpus,
-    patch_boxes,
-    patch_labels,
-    patch_tallies,
     sample_ask,
     sample_scene,
     spoken,

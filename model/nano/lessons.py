@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from agent.prompt import Prompt
-from model.nano import draw, speech, world
+from model.nano import cover, draw, speech, world
 from model.pixels import patches as cut
 from model.tokenizer import Tokenizer
 from model.weights import read_config
@@ -183,12 +183,12 @@ class Teacher:
         lesson.patches_at += range(start, start + len(patches))
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
-        covering = world.covering(scene, self.config.patch)
+        covering = cover.covering(scene, self.config.patch)
         lesson.things = [(start + np.flatnonzero(covering == n)).tolist() for n in range(len(scene.things))]
-        lesson.outlines.append(np.any(world.patch_cover(scene, self.config.patch), 0))
-        lesson.extents.append(world.patch_boxes(scene, self.config.patch))
-        lesson.tallies.append(world.patch_tallies(scene, self.config.patch))
-        for i, label in enumerate(world.patch_labels(scene, self.config.patch)):
+        lesson.outlines.append(np.any(cover.patch_cover(scene, self.config.patch), 0))
+        lesson.extents.append(cover.patch_boxes(scene, self.config.patch))
+        lesson.tallies.append(cover.patch_tallies(scene, self.config.patch))
+        for i, label in enumerate(cover.patch_labels(scene, self.config.patch)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))
             else:
@@ -251,9 +251,9 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
         media("patches", 6912, "patches_at"),
         media("places", 2, "patches_at").long(),
         flat("patches_at").long(),
-        media("outlines", world.FINE**2, "patches_at").float(),
+        media("outlines", cover.FINE**2, "patches_at").float(),
         media("extents", 4, "patches_at").long(),
-        media("tallies", len(world.TALLIES), "patches_at").long(),
+        media("tallies", len(cover.TALLIES), "patches_at").long(),
         torch.tensor([(i * length + at, *rest) for i, x in enumerate(lessons) for at, *rest in x.asked if at < length])
         .view(-1, 5)
         .long(),
