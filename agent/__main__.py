@@ -23,7 +23,8 @@ from agent.ask import Answer, Part
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.ledger import LedgerError
 from agent.looking import NoAnswer
-from agent.session import Session, Settings
+from agent.session import Session
+from agent.settings import Settings
 from agent.tape import Setting
 from agent.view import Policy
 from model.cache import RowFull

@@ -27,7 +27,8 @@ from agent.checkpoint import Loaded
 from agent.engine import Engine
 from agent.marks import Mark
 from agent.script import Exchange, Performance, Turn
-from agent.session import Session, Settings
+from agent.session import Session
+from agent.settings import Settings
 from model.vad import Vad
 from streams.frames import RATE
 from streams.voice import Voice

@@ -21,7 +21,8 @@ from agent.checkpoint import Loaded
 from agent.crowd import Person, Talk
 from agent.engine import Engine
 from agent.script import Performance, Turn
-from agent.session import Session, Settings
+from agent.session import Session
+from agent.settings import Settings
 from agent.view import Policy
 from model.vad import Vad
 from streams.voice import Voice

@@ -21,7 +21,6 @@ from agent.engine import Engine, Feed
 from agent.marks import Mark
 from agent.prompt import AnswerReader, Text
 from agent.segments import Picture, Segment
-from model.pixels import target_size
 from streams.camera import Shot
 
 SMALL = 70  # soft tokens of a picture among several, or of a quick look
@@ -103,8 +102,7 @@ class Looker:
         for number, shot in enumerate(shots):
             if len(shots) > 1:
                 out.append(tuple(prompt.timestamp(shot.at - shots[0].at, first=number == 0)))
-            height, width = target_size(*shot.size, budget, patch)
-            out += [(prompt.boi,), Picture(shot.jpeg, budget, height * width // patch**2), (prompt.eoi,)]
+            out += [(prompt.boi,), Picture.of(shot.jpeg, *shot.size, budget, patch), (prompt.eoi,)]
         return out
 
     async def _write(self, row: Feed, wanted: str, said: Said, begun: float, *, brief: bool) -> tuple[str, int]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from agent.prompt import Prompt
 from agent.tape import Sound
+from model.pixels import target_size
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Picture:
     data: bytes
     budget: int
     positions: int
+
+    @classmethod
+    def of(cls, data: bytes, height: int, width: int, budget: int, patch: int) -> Picture:
+        """Of a picture's file and its size in pixels."""
+        height, width = target_size(height, width, budget, patch)
+        return cls(data, budget, height * width // patch**2)
 
 
 Segment = tuple[int, ...] | Sound | Picture

@@ -22,7 +22,7 @@ from agent.events import Event, Input
 from agent.journal import JournalError
 from agent.record import Caption, Record
 from agent.reply import Reply
-from agent.settings import Settings as Settings
+from agent.settings import Settings
 from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, State, TakenUp, Turns
 from agent.turns import Event as Decision
 from model.cache import RowFull

@@ -31,7 +31,6 @@ from agent.tape import (
     Typed,
 )
 from model.cache import RowFull
-from model.pixels import target_size
 
 # ---- what the entries say together
 
@@ -195,9 +194,8 @@ class _Writer:
                     if part.seconds is not None:
                         yield tuple(prompt.timestamp(part.seconds, first=not timed))
                         timed = True
-                    height, width = target_size(part.height, part.width, part.budget, self.patch)
                     yield (prompt.boi,)
-                    yield Picture(part.data, part.budget, height * width // self.patch**2)
+                    yield Picture.of(part.data, part.height, part.width, part.budget, self.patch)
                     yield (prompt.eoi,)
                 case str():  # a line of its own after other words: what was said does not run into what was typed
                     yield tuple(prompt.tokenizer.encode("\n" + part) if glued else prompt.text(part))

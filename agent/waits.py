@@ -22,7 +22,6 @@ from agent.segments import Picture, Segment, View
 from agent.tape import Sound
 from model.cache import SLACK, Cache
 from model.gemma import CheckpointError
-from model.pixels import target_size
 from model.sampling import Generation, draw
 from model.weights import free_memory
 from streams.files import decode_picture
@@ -177,10 +176,8 @@ def write(path: Path, found: Sequence[Mapping[str, float]], where: str) -> None:
 
 
 def _picture(loaded: Loaded, data: bytes, budget: int) -> Picture:
-    patch = loaded.model.config.patch
-    high, wide = decode_picture(data, "the picture").shape[:2]
-    height, width = target_size(high, wide, budget, patch)
-    return Picture(data, budget, height * width // patch**2)
+    height, width = decode_picture(data, "the picture").shape[:2]
+    return Picture.of(data, height, width, budget, loaded.model.config.patch)
 
 
 def _endless(loaded: Loaded) -> Generation:

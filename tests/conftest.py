@@ -1,6 +1,7 @@
 """The rules of a run: what needs a GPU waits for one, and nothing else is skipped unnoticed."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -66,3 +67,22 @@ def engine():
 
     with Engine(LOADED, rows=2, length=3200) as engine:
         yield engine
+
+
+@pytest.fixture
+def broker(tmp_path):
+    """A mosquitto that is running."""
+    from tests.broker import Mosquitto
+
+    it = Mosquitto(tmp_path)
+    it.start()
+    yield it
+    it.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A lost broker is tried again at once."""
+    from streams import mqtt
+
+    monkeypatch.setattr(mqtt, "PAUSES", (0.05, 0.5))

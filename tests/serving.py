@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from agent import checkpoint
 from agent.engine import Engine
-from agent.session import Settings
+from agent.settings import Settings
 from agent.view import Budget
 from model.vad import Vad
 from streams.files import read_audio

@@ -15,7 +15,7 @@ import pytest
 
 from agent import checkpoint
 from agent.engine import Engine
-from agent.session import Settings
+from agent.settings import Settings
 from streams.voice import open_voice
 from tests.serving import DEMO, SETTINGS, question, serving
 from tests.talk import jpeg

@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from agent.engine import Engine
 from agent.segments import Segment
-from agent.session import Settings
+from agent.settings import Settings
 from agent.view import Budget, view
 from tests.serving import LOADED, SETTINGS, UPGRADE, VAD, fast, free, get, plain, say, serving, text, until, works
 from tests.talk import PROMPT, TOKENIZER, Beeps, jpeg

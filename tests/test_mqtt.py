@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
-from streams import mqtt
 from streams.mqtt import Broker, Line, Message, Publication, can_publish_to
 from tests.broker import Mosquitto, Sub, until
 
 WILL = Publication("gone", b"offline", retain=True)
 
 
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    it = Mosquitto(tmp_path)
-    it.start()
-    yield it
-    it.stop(signal.SIGKILL)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "PAUSES", (0.05, 0.5))
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @asynccontextmanager

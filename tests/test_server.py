@@ -21,7 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from agent import checkpoint
 from agent.__main__ import main
 from agent.engine import Engine
-from agent.session import Session, Settings
+from agent.session import Session
+from agent.settings import Settings
 from agent.tape import Answered, Heard
 from streams.voice import open_voice
 from tests.serving import (
@@ -52,6 +53,14 @@ TOKEN = "a long secret"
 
 
 # ---- stock clients
+
+
+async def done(connection):
+    """The end of the next response."""
+    async for event in connection:
+        if event.type == "response.done":
+            return event
+    raise AssertionError("the connection was closed")
 
 
 async def test_a_typed_question_is_answered_aloud(engine, mind):
@@ -124,9 +133,7 @@ async def test_a_function_is_called_and_its_result_used(engine, mind):
         await connection.session.update(session={"type": "realtime", "tools": [tool]})
         await connection.conversation.item.create(item=text("Look left."))
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         call = event.response.output[0]
         assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "look", {"at": "left"})
         mind.says("A ball.")
@@ -134,9 +141,7 @@ async def test_a_function_is_called_and_its_result_used(engine, mind):
             item={"type": "function_call_output", "call_id": call.call_id, "output": "a ball"}
         )
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         assert event.response.output[0].content[0].transcript == "A ball."
 
 
@@ -146,9 +151,7 @@ async def test_a_function_that_must_be_called(engine, mind):
     async with serving(engine) as port, stock(port) as connection:
         await connection.session.update(session={"type": "realtime", "tools": [tool], "tool_choice": "required"})
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         call = event.response.output[0]
         assert (call.name, json.loads(call.arguments)) == ("look", {"at": "left"})
 
@@ -169,9 +172,7 @@ async def test_a_response_beside_the_conversation(engine, mind):
         assert not any(kind.startswith("conversation.item") for kind in kinds)
         mind.says("Yes.")
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         assert event.response.output[0].content[0].transcript == "Yes."
 
 
@@ -233,9 +234,7 @@ async def test_cancel_and_on(engine, mind):
         assert event.error.event_id == "mine"
         mind.says("Yes.")
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         assert event.response.output[0].content[0].transcript == "Yes."
 
 
@@ -246,9 +245,7 @@ async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_cl
     mind.says("word " * 30, "Yes.")
     async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port, stock(port) as connection:
         await connection.response.create()
-        async for event in connection:
-            if event.type == "response.done":
-                break
+        event = await done(connection)
         assert event.response.status == "completed", "all of it was sent long before all of it was played"
         item = event.response.output[0].id
         mind.hears("where is it")

@@ -21,7 +21,8 @@ from agent.calls import ToolCall
 from agent.engine import Engine, RowLost
 from agent.record import Caption
 from agent.segments import View
-from agent.session import DoorStuck, Session, Settings
+from agent.session import DoorStuck, Session
+from agent.settings import Settings
 from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, Sound, Tape, Transcript, Typed
 from agent.turns import Manners
 from agent.view import Budget, Policy, view

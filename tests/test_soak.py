@@ -17,7 +17,7 @@ from websockets.asyncio.client import ClientConnection
 
 from agent import checkpoint
 from agent.engine import Engine
-from agent.session import Settings
+from agent.settings import Settings
 from streams.voice import open_voice
 from tests.serving import DEMO, plain, question, say, serving, text, until
 from tests.test_faults import resident

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -73,17 +73,8 @@ def turning(tmp_path_factory: pytest.TempPathFactory) -> str:
     return video(tmp_path_factory.mktemp("videos") / "turning.avi", [flat(0, 0, 220)] * 10 + [flat(220, 0, 0)] * 10)
 
 
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    it = Mosquitto(tmp_path)
-    it.start()
-    yield it
-    it.stop(signal.SIGKILL)
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "PAUSES", (0.05, 0.5))
+def quick(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camera, "RATE", 20.0)
 
 

@@ -32,7 +32,8 @@ from websockets.typing import Subprotocol
 from agent import events
 from agent.engine import Engine, EngineStopped
 from agent.events import Event
-from agent.session import DoorStuck, Session, Settings
+from agent.session import DoorStuck, Session
+from agent.settings import Settings
 from model.cache import NoRow
 from model.vad import Vad
 from streams.voice import Voice

@@ -89,7 +89,7 @@ class Teacher:
     """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it. Of the rest most questions are
     spoken; in `galleries`, a share of the lessons, one picture follows the other with typed questions."""
 
-    def __init__(self, folder: Path, length: int = 320, galleries: float = 0.5) -> None:
+    def __init__(self, folder: Path, length: int = 320, galleries: float = 0.15) -> None:
         self.config = read_config(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.prompt = Prompt(self.tokenizer, self.config.media)
