@@ -7,7 +7,7 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo test nano exam compiler broker lock clean
+.PHONY: help demo test nano exam compiler broker soundcard lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make test    lint, types and tests'
@@ -25,7 +25,7 @@ demo: .venv/demo
 SERVE ?=
 WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
 
-test: .venv/test compiler broker build/node/stamp
+test: .venv/test compiler broker soundcard build/node/stamp
 	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +51,13 @@ build/node/stamp: Makefile
 	@$(call need,command -v chromium,chromium)
 	npm install --prefix build/node --no-save --no-audit --no-fund $(NODE)
 	@touch $@
+
+# A virtual sound card, which the tests of attend talk speak into and hear.
+soundcard:
+	@$(call need,ldconfig -p | grep libportaudio.so.2,libportaudio2)
+	@$(call need,ls /usr/lib/*/alsa-lib/libasound_module_pcm_pulse.so,libasound2-plugins)
+	@$(call need,pulseaudio --version,pulseaudio)
+	@$(call need,parec --version,pulseaudio-utils)
 
 # What the tests of attend watch talk to: a broker with its clients, and an RTSP camera, which runs in the system's own Python.
 broker:

@@ -143,6 +143,13 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
+class Say:
+    """Words that the agent is to say of itself, as an answer that nobody asked for: an opening line."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delete:
     """The turn or answer never was."""
 
@@ -166,6 +173,7 @@ Input = (
     | Set
     | Truncate
     | Recall
+    | Say
     | Delete
 )
 

@@ -26,7 +26,8 @@ VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one tha
 
 class Reply:
     """The answer `of`, written on the record and told with `emit`. `run` ends when all of it was heard, or read where there is
-    no voice; whoever cancels it says with `cut` how much of it counts. `picture`: marks are on it."""
+    no voice; whoever cancels it says with `cut` how much of it counts. `picture`: marks are on it. `given`: the ids it consists
+    of, where the model is not asked."""
 
     def __init__(
         self,
@@ -37,7 +38,9 @@ class Reply:
         voice: Voice | None,
         picture: int | None,
         emit: Callable[[Event], None],
+        given: tuple[int, ...] | None = None,
     ) -> None:
+        self._given = given
         self.of, self.written, self.lost = of, False, False  # `lost`: its voice is
         self.waiting = 0  # positions that were not in the row when the turn ended
         self._record, self._settings, self._voice, self._picture, self._emit = record, settings, voice, picture, emit
@@ -135,7 +138,10 @@ class Reply:
     async def _write(self) -> None:
         answer, record, stretch = self._answer, self._record, self._answer.stretches[-1]
         while True:
-            await self._stretch()
+            if self._given is None:
+                await self._stretch()
+            else:
+                self._quote(self._given)
             self._keep()
             if not stretch.calls or answer.tokens >= self._settings.most:
                 break
@@ -183,6 +189,13 @@ class Reply:
                 self._tell(answer.push(token))
                 self._finish = "stop" if token in self._how.stop else "length"
         self._tell(answer.flush())
+        self._say(self._clauses.flush())
+
+    def _quote(self, ids: tuple[int, ...]) -> None:
+        self._prompt, self._kinds, self._finish = self._record.positions, self._record.kinds(), "stop"
+        for id in ids:
+            self._tell(self._answer.push(id))
+        self._tell(self._answer.flush())
         self._say(self._clauses.flush())
 
     def _tell(self, pieces: list[Piece]) -> None:

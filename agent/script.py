@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import soundfile
 import soxr
 
 from agent import events
 from agent.events import Event, Input
 from agent.marks import Mark
+from agent.recording import Recording
 from streams.files import read_audio
 from streams.frames import FRAME, RATE, Audio, MediaError
 
@@ -127,8 +127,10 @@ def _spoken(text: str, voice: str, where: str) -> np.ndarray:
 class Performance:
     """Plays `turns` to a session and keeps what comes back. `quiet`: a little noise instead of digital silence."""
 
-    def __init__(self, turns: Iterable[Turn], real_time: bool = False, quiet: float = 1e-4) -> None:
-        self.turns, self.real_time = turns, real_time
+    def __init__(
+        self, turns: Iterable[Turn], real_time: bool = False, quiet: float = 1e-4, recording: Recording | None = None
+    ) -> None:
+        self.turns, self.real_time, self._recording = turns, real_time, recording
         self.exchanges: list[Exchange] = []
         self.events: list[Event] = []
         self.times: list[float] = []  # of `events`, by `clock`
@@ -136,8 +138,6 @@ class Performance:
         self.late: list[float] = []  # in real time: by how many seconds each frame came too late
         self.answers: dict[int, Exchange] = {}
         self._rng, self._quiet = np.random.default_rng(0), quiet
-        self._user: list[np.ndarray] = []
-        self._agent: list[tuple[int, int, np.ndarray]] = []  # frame at which it was played, rate, sound
         self._frames = 0
         self._answer: int | None = None  # the one that is being given
         self._captions: dict[int, str] = {}
@@ -161,8 +161,8 @@ class Performance:
         return time.monotonic() - self._begun if self.real_time else self._frames * FRAME / RATE
 
     def forget(self) -> None:
-        """Between two turns: what was told and played so far is let go of, the recording too."""
-        for kept in (self.exchanges, self.events, self.times, self.asked, self.late, self.answers, self._user, self._agent):
+        """Between two turns: what was told so far is let go of."""
+        for kept in (self.exchanges, self.events, self.times, self.asked, self.late, self.answers):
             kept.clear()
         self._captions.clear()
         self._asked.clear()
@@ -245,8 +245,10 @@ class Performance:
                 self._changed.clear()
                 await self._changed.wait()
         yield Audio((frame + self._quiet * self._rng.standard_normal(FRAME)).clip(-1, 1).astype(np.float32), self._frames * FRAME)
-        self._user.append(frame)
-        if heard := self._play():
+        heard = self._play()
+        if self._recording:
+            self._recording.hear(frame)
+        if heard:
             yield heard
         self._frames += 1
 
@@ -258,29 +260,10 @@ class Performance:
             said = self._playing[0]
             at = self._played - said.sample if said.sample <= self._played < said.sample + len(said.pcm) else 0
             piece = said.pcm[at : at + wanted]
-            self._agent.append((self._frames, said.rate, piece))
+            if self._recording:
+                self._recording.play(said.rate, piece)
             self._played = said.sample + at + len(piece)
             wanted -= len(piece)
             if at + len(piece) == len(said.pcm):
                 self._playing.pop(0)
         return events.Heard(said.answer, self._played)
-
-    def write(self, path: Path) -> None:
-        """Left the user, right the agent, 16 kHz."""
-        user = np.concatenate(self._user)
-        agent = np.zeros(len(user) + RATE, np.float32)
-        rates = {rate for _, rate, _ in self._agent}
-        for rate in rates:
-            track = np.zeros(-(-len(agent) * rate // RATE), np.float32)
-            at, last = 0, -2
-            for frame, own, piece in self._agent:
-                if own == rate:
-                    at = at if frame in (last, last + 1) else frame * FRAME * rate // RATE
-                    track[at : at + len(piece)] += piece[: len(track) - at]
-                    at, last = at + len(piece), frame
-            sound = soxr.resample(track, rate, RATE)[: len(agent)]
-            agent[: len(sound)] += sound
-        try:
-            soundfile.write(path, np.stack([user, agent[: len(user)].clip(-1, 1)], 1), RATE)
-        except soundfile.LibsndfileError as error:
-            raise MediaError(f"{path} cannot be written: {error.error_string.strip(' .')}") from error

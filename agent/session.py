@@ -179,6 +179,10 @@ class Session:
             case events.Recall():
                 self.record.recall(item.text, item.calls)
                 self.record.follow()
+            case events.Say() if self._turns.floor == "user":
+                self._note("nothing can be said while the user speaks")
+            case events.Say():
+                self._answer(0, None, tuple(self.engine.loaded.tokenizer.encode(item.text)))
             case events.Delete():
                 self.record.delete(item.of)
 
@@ -314,10 +318,10 @@ class Session:
 
     # -- the answer
 
-    def _answer(self, waiting: int, ended: Ended | None) -> None:
+    def _answer(self, waiting: int, ended: Ended | None, given: tuple[int, ...] | None = None) -> None:
         of, loaded = self.record.ask(), self.engine.loaded
         voice = self.voice if self.settings.spoken else None
-        reply = Reply(of, self.record, loaded, self.settings, voice, self._picture, self._emit)
+        reply = Reply(of, self.record, loaded, self.settings, voice, self._picture, self._emit, given)
         reply.waiting = waiting
         if ended:
             reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)

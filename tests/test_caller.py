@@ -17,7 +17,7 @@ from web.caller import Caller
 
 
 def url(port: int) -> str:
-    return f"ws://127.0.0.1:{port}/v1/realtime?extensions=marks"
+    return f"ws://127.0.0.1:{port}"
 
 
 async def test_a_caller_tells_its_door_what_a_session_would(engine, mind):

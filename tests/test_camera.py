@@ -358,24 +358,28 @@ SERVER = ["/usr/bin/python3", str(Path(__file__).with_name("rtsp.py"))]
 
 
 class Rtsp:
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(SERVER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *port: str) -> None:
+        self.process = subprocess.Popen([*SERVER, *port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout and self.process.stderr
         line = self.process.stdout.readline()
         if not line:
             complaint = self.process.stderr.read()
             assert "gi" in complaint or "Namespace" in complaint, complaint
             pytest.skip("the system packages gir1.2-gst-rtsp-server-1.0, python3-gi and gstreamer1.0-plugins-good are missing")
-        self.address = f"rtsp://127.0.0.1:{int(line)}/ball"
+        self.port = str(int(line))
+        self.address = f"rtsp://127.0.0.1:{self.port}/ball"
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.fixture
 def rtsp() -> Iterator[Rtsp]:
     server = Rtsp()
     yield server
-    server.process.send_signal(signal.SIGCONT)
-    server.process.kill()
-    server.process.communicate()
+    server.end()
 
 
 def test_a_stream_is_watched_its_loss_told_and_a_stall_noticed(rtsp, told, monkeypatch):

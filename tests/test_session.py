@@ -363,6 +363,24 @@ async def test_what_was_deleted_never_was_and_what_is_brought_along_was(running,
         assert await holds(door.session, mind, by_hand(brought))
 
 
+@pytest.mark.parametrize("over", [False, True])
+async def test_an_opening_line_is_an_answer_that_nobody_asked_for(running, mind, over):
+    mind.says("The left one.")
+    async with Door(session(running)) as door:
+        await door.put(events.Say("Hello, ask me what you see."))
+        if over:
+            await door.until(events.Said)
+            await door.hear(np.zeros(16_000, np.float32))
+            await door.hear(np.pad(said(QUESTION), (0, 16_000)))
+            await door.answered(2)
+        else:
+            await door.answered(1)
+        opening = door.of(events.Answered)[0]
+        assert opening.text == "Hello, ask me what you see."
+        assert (opening.finish, opening.heard < len(opening.text)) == (("interrupted", True) if over else ("stop", False))
+        assert await holds(door.session, mind, by_hand(door.session.record.tape.entries))
+
+
 async def test_text_alone_was_read_as_far_as_it_was_written(running, mind):
     mind.says("It is a red circle and it is large.")
     mind.stop_after(len(ids("It is a red")))

@@ -1,4 +1,4 @@
-"""A client of the protocol, as it stands behind `Session.run`: for whoever measures a server as its clients know it."""
+"""A client of the protocol, as it stands behind `Session.run`: a conversation with a server, for a door or a measurement."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from agent import events
 from agent.events import Event, Input
@@ -20,31 +22,48 @@ from agent.marks import Mark
 from streams.frames import RATE, Audio
 from web.audio import PCM, Resampler
 
-WORD = PCM.rate * 2 // 5  # samples that a word takes, about: the protocol has no times of words
+EXTENSIONS = "camera,marks,playback"
+FRAMES = 16  # of a camera, of which the server may still say that it looked at them
 Emit = Callable[[Event], Awaitable[None]]
 
 
-class Caller:
-    """One conversation with the server at `url`. What it takes from its door is what a session takes, of speech, pictures and
-    typed words; what it tells is what a client can know. Times are in milliseconds after word came that the turn is over;
-    "speech_end" is when the last word left here."""
+def address(url: str) -> str:
+    """Of the protocol at a server: `ws://host:port` is enough."""
+    scheme, host, path, query, _ = urlsplit(url)
+    more = f"extensions={EXTENSIONS}"
+    return urlunsplit((scheme, host, path if path.strip("/") else "/v1/realtime", f"{query}&{more}" if query else more, ""))
 
-    def __init__(self, url: str, token: str | None = None) -> None:
+
+class Caller:
+    """One conversation with the server at `url`. What it takes from its door is what a session takes, but for what the server
+    decides; what it tells is what a client can know. Times are in milliseconds after word came that the turn is over;
+    "speech_end" is when the last word left here. `spoken` False: answers are to be text alone. `keys`: only `Press` and
+    `Release` open and close turns."""
+
+    def __init__(self, url: str, token: str | None = None, spoken: bool = True, keys: bool = False) -> None:
         self.lost: str | None = None  # why the conversation ended before its door had said everything
-        self._url, self._headers = url, {"Authorization": f"Bearer {token}"} if token else {}
+        self._url, self._headers = address(url), {"Authorization": f"Bearer {token}"} if token else {}
+        self._spoken, self._keys, self._pressed = spoken, keys, False
         self._resampler = Resampler(RATE, PCM.rate)
         self._sent: deque[tuple[int, float]] = deque(maxlen=2000)  # ends of pieces of sound, and when they went
-        self._numbers: dict[str, int] = {}  # of items and responses
+        self._frames: deque[tuple[str, bytes]] = deque(maxlen=FRAMES)
+        self._count = 0  # of them
+        self._numbers: dict[str, int] = {}  # of items, responses and frames
         self._answer: int | None = None  # the one that is told or played
-        self._item, self._finish = "", ""
+        self._item, self._finish, self._kept = "", "", ""
         self._text, self._told, self._heard = "", 0, 0  # of it: words, samples that came, samples that were played
-        self._stopped = 0.0  # when the turn was over
+        self._stopped: float | None = None  # when the turn was over that no answer belongs to yet
+        self._ended = 0.0  # milliseconds before that: its last word left here
+        self._begun = 0.0  # the answer's turn was over then
         self._stages: dict[str, float] = {}
 
     async def run(self, inputs: AsyncIterator[Input], emit: Emit) -> None:
+        """Until `inputs` end. A server that cannot be reached, or goes, is told as Failed."""
         try:
             async with connect(self._url, additional_headers=self._headers, compression=None, max_size=None) as line:
-                await self._say(line, "session.update", session={"audio": {"input": {"transcription": {"model": "attend"}}}})
+                heard: dict[str, Any] = {"transcription": {"model": "attend"}} | ({"turn_detection": None} if self._keys else {})
+                how = {} if self._spoken else {"output_modalities": ["text"]}
+                await self._say(line, "session.update", session={"type": "realtime", "audio": {"input": heard}, **how})
                 read = asyncio.create_task(self._read(line, emit))
                 try:
                     async for item in inputs:
@@ -56,7 +75,7 @@ class Caller:
                     read.cancel()
                     with suppress(asyncio.CancelledError, ConnectionClosed):
                         await read
-        except (ConnectionClosed, InvalidHandshake, OSError) as error:
+        except (ConnectionClosed, InvalidHandshake, InvalidURI, OSError) as error:
             self.lost = str(error)
             await emit(events.Failed(f"the conversation with {self._url} is over: {error}"))
 
@@ -65,13 +84,28 @@ class Caller:
 
     async def _take(self, line: ClientConnection, item: Input, emit: Emit) -> None:
         match item:
-            case Audio():
+            case Audio() if self._pressed or not self._keys:
                 pcm = PCM.encode(self._resampler.push(item.samples))
                 await self._say(line, "input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
                 self._sent.append((item.at + len(item.samples), time.monotonic()))
+            case events.Press():
+                self._pressed = True
+                if self._answer is not None:
+                    await self._say(line, "response.cancel")
+                    await emit(events.Cleared(self._answer))
+                await emit(events.Started(-1, 0, 0))
+            case events.Release():
+                self._pressed = False
+                self._stopped, self._ended = time.monotonic(), 0.0
+                await self._say(line, "input_audio_buffer.commit")
+                await self._say(line, "response.create")
+                await emit(events.Stopped(-1, 0, 0, "released"))
+            case events.Show(live=True):
+                self._count += 1
+                self._frames.append((f"frame{self._count}", item.data))
+                await self._say(line, "attend.camera.frame", frame_id=f"frame{self._count}", image_url=_uri(item.data))
             case events.Show():
-                url = "data:image/jpeg;base64," + base64.b64encode(item.data).decode()
-                await self._create(line, {"type": "input_image", "image_url": url})
+                await self._create(line, {"type": "input_image", "image_url": _uri(item.data)})
             case events.Write():
                 await self._create(line, {"type": "input_text", "text": item.text})
                 if item.ask:
@@ -88,56 +122,68 @@ class Caller:
             event = json.loads(message)
             match event["type"]:
                 case "input_audio_buffer.speech_started":
-                    await self._interrupt(line, emit)
                     await emit(events.Started(self._number(event["item_id"]), 0, event["audio_start_ms"] * RATE // 1000))
                 case "input_audio_buffer.speech_stopped":
                     await self._stop(event, emit)
+                case "input_audio_buffer.cleared":  # it was no turn
+                    self._stopped = None
+                    await emit(events.Passed(0))
                 case "conversation.item.input_audio_transcription.completed":
                     await emit(events.Captioned(self._number(event["item_id"]), event["transcript"]))
                 case "response.created":
-                    self._answer = self._number(event["response"]["id"])
-                    self._text, self._finish, self._told, self._heard = "", "", 0, 0
-                    await emit(events.Answering(self._answer))
-                case "response.output_audio_transcript.delta" | "response.output_text.delta":
+                    await self._begin(event["response"]["id"], emit)
+                case "response.output_audio_transcript.delta" | "response.output_text.delta" if self._answer is not None:
                     self._reached("first_token")
                     self._text += event["delta"]
-                case "response.output_audio.delta":
-                    await self._sound(event, emit)
+                    await emit(events.Wrote(self._answer, event["delta"]))
+                case "response.output_audio.delta" if self._answer is not None:
+                    self._reached("first_sound")
+                    pcm = PCM.decode(base64.b64decode(event["delta"]))
+                    said = events.Said(self._answer, self._told, pcm, PCM.rate)
+                    self._item, self._told = event["item_id"], self._told + len(pcm)
+                    await emit(said)
+                case "attend.words" if self._answer is not None:
+                    words = [events.Spoken(word["start"], word["end"], _samples(word["audio_ms"])) for word in event["words"]]
+                    await emit(events.Said(self._answer, self._told, np.zeros(0, np.float32), PCM.rate, tuple(words)))
+                case "attend.cleared" if self._answer is not None:
+                    await emit(events.Cleared(self._answer))
+                case "attend.camera.looked":
+                    if data := next((data for name, data in self._frames if name == event["frame_id"]), None):
+                        await emit(events.Looked(self._number(event["frame_id"]), -1, data))
                 case "attend.mark" if self._answer is not None:
-                    mark = event["mark"]
-                    await emit(events.Marked(self._answer, None, Mark(tuple(mark["box_2d"]), mark["label"])))
+                    mark, frame = event["mark"], event["frame_id"]
+                    picture = self._number(frame) if frame is not None else None
+                    await emit(events.Marked(self._answer, picture, Mark(tuple(mark["box_2d"]), mark["label"])))
                 case "response.done":
-                    status = event["response"]["status"]
-                    self._finish = {"completed": "stop", "incomplete": "length", "cancelled": "interrupted"}.get(status, "failed")
-                    await self._over(emit)
+                    await self._done(line, event["response"], emit)
                 case "error":
                     await emit(events.Noted(event["error"]["message"]))
 
     async def _stop(self, event: dict[str, Any], emit: Emit) -> None:
         end, now = event["audio_end_ms"] * RATE // 1000, time.monotonic()
         left = next((at for sample, at in self._sent if sample >= end), now)
-        self._stopped, self._stages = now, {"speech_end": (left - now) * 1000}
+        self._stopped, self._ended = now, (left - now) * 1000
         await emit(events.Stopped(self._number(event["item_id"]), 0, end, "silence"))
 
-    async def _sound(self, event: dict[str, Any], emit: Emit) -> None:
-        if self._answer is None:  # it was interrupted
-            return
-        self._reached("first_sound")
-        self._item = event["item_id"]
-        pcm = PCM.decode(base64.b64decode(event["delta"]))
-        first, self._told = self._told, self._told + len(pcm)
-        words = tuple(events.Spoken(0, 0, at) for at in range(-(-first // WORD) * WORD, self._told, WORD))
-        await emit(events.Said(self._answer, first, pcm, PCM.rate, words))
+    async def _begin(self, response: str, emit: Emit) -> None:
+        self._answer = self._number(response)
+        self._text, self._finish, self._kept, self._told, self._heard, self._item = "", "", "", 0, 0, ""
+        self._stages = {} if self._stopped is None else {"speech_end": self._ended}
+        self._begun, self._stopped = self._stopped or 0.0, None
+        await emit(events.Answering(self._answer))
 
-    async def _interrupt(self, line: ClientConnection, emit: Emit) -> None:
-        """The user talks: nothing more is played, and the server is told how much was."""
+    async def _done(self, line: ClientConnection, response: dict[str, Any], emit: Emit) -> None:
         if self._answer is None:
             return
-        await emit(events.Cleared(self._answer))
-        if self._told:
-            ms = self._heard * 1000 // PCM.rate
-            await self._say(line, "conversation.item.truncate", item_id=self._item, content_index=0, audio_end_ms=ms)
-        self._finish, self._heard = "interrupted", self._told
+        self._finish = {"completed": "stop", "incomplete": "length", "cancelled": "interrupted"}.get(response["status"], "failed")
+        parts = [part for item in response["output"] for part in item.get("content", ())]
+        self._kept = "".join(part.get("transcript") or part.get("text") or "" for part in parts)
+        if self._finish == "interrupted":
+            if self._item:  # the server has counted what was played, and here it is known
+                ms = min(self._heard, self._told) * 1000 // PCM.rate
+                where = {"item_id": self._item, "content_index": 0, "audio_end_ms": ms}
+                await self._say(line, "conversation.item.truncate", **where)
+            self._heard = self._told
         await self._over(emit)
 
     async def _over(self, emit: Emit) -> None:
@@ -146,13 +192,21 @@ class Caller:
             return
         answer, self._answer = self._answer, None
         finish: Any = self._finish
-        await emit(events.Answered(answer, self._text, len(self._text), finish, 0, 0))
-        stages, self._stages = self._stages, {}
-        await emit(events.Timed(answer, stages, 0))
+        kept = len(self._kept) if self._finish == "interrupted" else len(self._text)
+        await emit(events.Answered(answer, self._text, kept, finish, 0, 0))
+        await emit(events.Timed(answer, self._stages, 0))
 
     def _reached(self, stage: str) -> None:
         if self._stages:
-            self._stages.setdefault(stage, (time.monotonic() - self._stopped) * 1000)
+            self._stages.setdefault(stage, (time.monotonic() - self._begun) * 1000)
 
     def _number(self, id: str) -> int:
         return self._numbers.setdefault(id, len(self._numbers) + 1)
+
+
+def _uri(picture: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+
+
+def _samples(ms: float) -> int:
+    return round(ms * PCM.rate / 1000)

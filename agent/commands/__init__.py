@@ -1,0 +1,1 @@
+"""What is typed: each command's options, and what is wired for it. Nothing else imports these."""

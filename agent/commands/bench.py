@@ -1,0 +1,83 @@
+"""attend bench."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent import bench, crowd, hours, waits
+from agent.commands import options
+from agent.commands.options import Commands
+from streams.frames import MediaError
+from streams.voice import open_voice
+from web.caller import Caller
+
+
+def add(commands: Commands) -> None:
+    benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
+    kinds = benching.add_subparsers(required=True, metavar="WHAT")
+    model = kinds.add_parser(
+        "model", help="the model alone, beside transformers where it is installed", description=bench.__doc__
+    )
+    model.add_argument(
+        "--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
+    )
+    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    model.add_argument("--compile", action="store_true", help="measure compiled steps too, where there is a C++ compiler")
+    model.add_argument("--json", action="store_true", help="print one JSON object")
+    model.set_defaults(run=_bench_model)
+    talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
+    options.model(talking)
+    talking.add_argument(
+        "--speakers", type=options.positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
+    )
+    talking.add_argument("--url", metavar="WS", help="at a server that is running, ws://127.0.0.1:8765/v1/realtime, not in here")
+    talking.add_argument("--token-file", type=Path, metavar="F", help="with --url: a file with the server's token")
+    talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
+    talking.add_argument("--json", action="store_true", help="print one JSON object")
+    talking.add_argument("--hours", type=float, metavar="H", help="instead: one conversation of so long, simulated")
+    talking.set_defaults(run=_bench_session)
+
+
+def _bench_model(given: argparse.Namespace) -> int:
+    say: Callable[[str], None] = (lambda line: None) if given.json else print
+    result = bench.model(given.shape, given.device, say, compiled=given.compile)
+    if given.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _bench_session(given: argparse.Namespace) -> int:
+    from model.nano import people  # the recipe's: only here somebody must ask
+
+    if given.chart and not given.chart.parent.is_dir():
+        raise MediaError(f"{given.chart} cannot be written: its folder must exist")
+    say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
+    if given.url:
+        token = options.token(given.token_file) if given.token_file else None
+        called = asyncio.run(crowd.calls(given.speakers or [1, 4, 16], lambda: Caller(given.url, token), people.person, say))
+        if given.json:
+            print(json.dumps(called))
+        return 0
+    voice, loaded = open_voice("espeak"), options.load(given)
+
+    async def measure() -> dict[str, Any]:
+        if given.hours:
+            return await hours.conversation(loaded, voice, people.person, given.hours, say)
+        result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say)
+        result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
+        if given.chart:
+            result["first_token"] = await waits.first_token(loaded, people.picture(0, *people.SIZE), say)
+        return result
+
+    result = asyncio.run(measure())
+    if given.chart and not given.hours:
+        waits.write(given.chart, result["first_token"], f"{given.model} on {result['device']}, {result['threads']} threads")
+    if given.json:
+        print(json.dumps(result))
+    return 0

@@ -1,0 +1,58 @@
+"""Options that several commands have, and what comes of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TypeAlias
+
+from agent import checkpoint
+from model.compiled import NotCompiled, compile_steps
+from web.access import NotServed
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
+    told = "nano, which is embedded" if usual else "the recording's"
+    parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--compile", action="store_true", help="on a CPU, compile first what a step of one row computes; needs a C++ compiler"
+    )
+
+
+def load(given: argparse.Namespace) -> checkpoint.Loaded:
+    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
+    if given.compile:
+        try:
+            compile_steps(loaded.model, lambda: print("attend: compiling, half a minute the first time", file=sys.stderr))
+        except NotCompiled as reason:
+            print(f"attend: not compiled, which is slower and nothing else: {reason}", file=sys.stderr)
+    return loaded
+
+
+def _progress(done: int, total: int) -> None:
+    """Only where somebody watches and waits: nano is there in a blink."""
+    if total > 1 << 28 and sys.stderr.isatty():
+        end = "\n" if done == total else "\r"
+        print(f"loading {done / 2**30:.1f} of {total / 2**30:.1f} GiB", end=end, file=sys.stderr, flush=True)
+
+
+def token(file: Path) -> str:
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotServed(f"the token file {file} cannot be read: {error}") from error
+    if not token:
+        raise NotServed(f"{file} holds no token")
+    return token

@@ -1,0 +1,68 @@
+"""attend serve."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import ssl
+from pathlib import Path
+from typing import get_args
+
+from agent.commands import options
+from agent.commands.options import Commands
+from agent.engine import Engine
+from agent.settings import Settings
+from agent.view import Policy
+from model.vad import Vad
+from streams.voice import open_voice
+from web import server
+from web.access import Access, NotServed
+
+
+def add(commands: Commands) -> None:
+    serving = commands.add_parser("serve", help="OpenAI Realtime over a websocket", description=server.__doc__)
+    options.model(serving)
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); any other needs a token")
+    serving.add_argument("--port", type=int, default=8765, metavar="N", help="default 8765")
+    serving.add_argument("--rows", type=options.positive, default=4, metavar="N", help="conversations at once (default 4)")
+    serving.add_argument("--voice", default="auto", help="auto, none, or a voice's name")
+    serving.add_argument("--policy", default="transcripts", choices=get_args(Policy), help="what a row keeps of finished turns")
+    serving.add_argument("--token-file", type=Path, metavar="F", help="a file with the token that clients must have")
+    serving.add_argument("--allow-origin", action="append", metavar="O", help="a page elsewhere that may connect; repeatable")
+    serving.add_argument("--tls-cert", type=Path, metavar="F", help="certificate chain (PEM)")
+    serving.add_argument("--tls-key", type=Path, metavar="F", help="its key (PEM)")
+    serving.add_argument("--log-content", action="store_true", help="log what is said too")
+    serving.add_argument("--log-json", action="store_true", help="log lines of JSON")
+    serving.set_defaults(run=_serve)
+
+
+def _serve(given: argparse.Namespace) -> int:
+    token, tls = options.token(given.token_file) if given.token_file else None, None
+    if given.tls_cert:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            tls.load_cert_chain(given.tls_cert, given.tls_key)
+        except OSError as error:
+            raise NotServed(f"the certificate {given.tls_cert} cannot be read: {error}") from error
+    access = Access(given.host, token, tuple(given.allow_origin or ()))
+    voice = open_voice(given.voice)
+    loaded = options.load(given)
+    logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
+    how = server.Options(
+        access, given.port, given.model, given.voice, Settings(policy=given.policy), tls, given.log_content, given.log_json
+    )
+
+    async def listen() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        with Engine(loaded, given.rows) as engine:
+            async with server.Door(engine, Vad(), voice, how).open() as port:
+                print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
+                print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
+                await stop.wait()
+
+    asyncio.run(listen())
+    return 0

@@ -1,0 +1,159 @@
+"""attend talk, attend devices and attend replay."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TextIO
+
+from agent import devices, keys, recording, replay, talk
+from agent.commands import options
+from agent.commands.options import Commands
+from agent.engine import Engine
+from agent.session import Session
+from agent.settings import Settings
+from agent.tape import Setting
+from agent.terminal import Terminal
+from agent.turns import Manners
+from model.vad import Vad
+from streams import sound
+from streams.frames import MediaError
+from streams.voice import open_voice
+from web.caller import Caller
+
+LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end", "live": "live"}
+
+
+def add(commands: Commands) -> None:
+    talking = commands.add_parser("talk", help="with this machine's microphone and speaker", description=talk.__doc__)
+    options.model(talking)
+    _ends(talking)
+    talking.add_argument("--server", metavar="WS", help="talk to a running attend serve, ws://host:8765, which has the model")
+    talking.add_argument("--token-file", type=Path, metavar="F", help="with --server: a file with the server's token")
+    talking.add_argument(
+        "--look", default="turn", choices=tuple(LOOKS), help="at the camera: never, as a turn ends (default), as it begins too"
+    )
+    talking.add_argument("--push-to-talk", action="store_true", help="the space bar opens a turn, and closes it")
+    talking.add_argument("--voice", default="auto", help="auto, none, or a voice's name")
+    talking.add_argument("--say", metavar="T", help="an opening line")
+    talking.add_argument("--system", metavar="T", help="system prompt")
+    talking.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    talking.add_argument("--record", type=Path, metavar="OUT.wav", help="both sides in stereo, and a log beside it for replay")
+    talking.add_argument("--marks", type=Path, metavar="DIR", help="a folder for pictures with the marks drawn")
+    talking.add_argument("--plain", action="store_true", help="plain lines, as without a terminal")
+    talking.set_defaults(run=_talk)
+
+    listing = commands.add_parser("devices", help="microphones, speakers and cameras", description=devices.__doc__)
+    _ends(listing)
+    listing.add_argument("--check", action="store_true", help="try those that talk would take: hear, say and see something")
+    listing.set_defaults(run=_devices)
+
+    replaying = commands.add_parser("replay", help="a recorded conversation held again", description=replay.__doc__)
+    replaying.add_argument("recording", type=Path, metavar="FILE", help="what talk --record wrote")
+    options.model(replaying, None)
+    replaying.set_defaults(run=_replay)
+
+
+def _ends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mic", metavar="NAME", help="number or part of the name of a microphone (see attend devices)")
+    parser.add_argument("--speaker", metavar="NAME", help="the same of a speaker")
+    parser.add_argument("--camera", metavar="SOURCE", help="number of a camera, a video, a picture, or an rtsp:// address")
+
+
+def _talk(given: argparse.Namespace) -> int:
+    held: _There | _Here = _There(given) if given.server else _Here(given)
+
+    async def hold(out: TextIO) -> str | None:
+        async with AsyncExitStack() as stack:
+            view = stack.enter_context(Terminal(out, lively=out.isatty() and not given.plain))
+            camera = given.camera if given.look != "off" else None
+            ends = await stack.enter_async_context(talk.ends(view, given.mic, given.speaker, camera, held.spoken))
+            tracks = talk.Tracks.begin(given.record, held.head()) if given.record else None
+            if tracks:
+                stack.callback(tracks.close)
+            conversation = stack.enter_context(held.conversation(tracks))
+            door = talk.Talk(view, ends, tracks, given.say, given.marks)
+            if given.push_to_talk:
+                stack.enter_context(keys.pressed(b" ", door.key))
+            stack.enter_context(keys.interrupted(door.stop))
+            view.note(talk.advice(ends))
+            await door.run(conversation)
+            return door.failed
+
+    with keys.own_terminal() as out:
+        failed = asyncio.run(hold(out))
+    return 1 if failed else 0
+
+
+class _There:
+    """A conversation at a server. Raises MediaError for what only the server can decide."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        decided = {"--say": given.say, "--system": given.system, "--greedy": given.greedy, "--look live": given.look == "live"}
+        if told := [name for name, value in decided.items() if value]:
+            raise MediaError(f"{told[0]} is not for a conversation at a server: leave it out, or leave --server out")
+        token = options.token(given.token_file) if given.token_file else None
+        self.spoken = given.voice != "none"
+        self._url, self._caller = given.server, Caller(given.server, token, self.spoken, given.push_to_talk)
+
+    def head(self) -> dict[str, object]:
+        return {"model": self._url}
+
+    @contextmanager
+    def conversation(self, tracks: talk.Tracks | None) -> Iterator[talk.Conversation]:
+        yield self._caller
+
+
+class _Here:
+    """A conversation with a model of this process."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.model, self.voice = given.model, open_voice(given.voice)
+        self.spoken, self.loaded = self.voice is not None, options.load(given)
+        how = replace(self.loaded.generation, greedy=self.loaded.generation.greedy or given.greedy)
+        manners, setting = Manners(hands_free=not given.push_to_talk), Setting(given.system)
+        self.settings = Settings(manners=manners, setting=setting, camera=LOOKS[given.look], how=how)
+
+    def head(self) -> dict[str, object]:
+        assert self.settings.how
+        return recording.head(self.model, self.settings, self.settings.how, self.voice)
+
+    @contextmanager
+    def conversation(self, tracks: talk.Tracks | None) -> Iterator[talk.Conversation]:
+        with Engine(self.loaded) as engine:
+            voice = recording.LoggedVoice(self.voice, tracks.log) if self.voice and tracks else self.voice
+            session = Session(engine, Vad(), voice, self.settings)
+            if tracks:
+                tracks.session = session
+            yield session
+
+
+def _devices(given: argparse.Namespace) -> int:
+    async def look(out: TextIO) -> int:
+        found = await asyncio.to_thread(sound.devices)
+        print(*devices.lines(found, devices.cameras()), sep="\n", file=out, flush=True)
+        if not given.check:
+            return 0
+        return await devices.check(found, given.mic, given.speaker, given.camera, open_voice(), out)
+
+    with keys.own_terminal() as out:
+        return asyncio.run(look(out))
+
+
+def _replay(given: argparse.Namespace) -> int:
+    log = replay.read(given.recording)
+    given.model = given.model or log.head["model"]
+    loaded = options.load(given)
+
+    async def hold() -> list[replay.Compared]:
+        with Engine(loaded) as engine:
+            return await replay.replay(log, engine)
+
+    compared = asyncio.run(hold())
+    for number, one in enumerate(compared, 1):
+        print(f"{number}  {'the same' if one.same else 'not the same'} {len(one.then)} ids: {one.text.strip()}")
+    return 0 if all(one.same for one in compared) else 1

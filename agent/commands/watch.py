@@ -1,0 +1,62 @@
+"""attend watch."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from agent import config, watch
+from agent.commands import options
+from agent.commands.options import Commands
+from agent.engine import Engine
+
+
+def add(commands: Commands) -> None:
+    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=watch.__doc__)
+    options.model(watching)
+    watching.add_argument("--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}")
+    watching.add_argument("--camera", action="append", metavar="NAME=SOURCE", help="a camera, without a file or beside it")
+    watching.add_argument("--broker", metavar="HOST[:PORT]", help="default 127.0.0.1:1883")
+    watching.add_argument("--once", nargs=2, metavar=("CAMERA", "QUESTION"), help="ask without a broker and print the answer")
+    watching.add_argument("--json", action="store_true", help="with --once: print one JSON object")
+    watching.set_defaults(run=_watch)
+
+
+def _watch(given: argparse.Namespace) -> int:
+    told = config.read(given.config, *_given(given))
+    loaded = options.load(given)
+
+    async def ask_once() -> dict[str, Any]:
+        with Engine(loaded, spares=1) as engine:
+            return await watch.once(told, engine, given.model, *given.once)
+
+    async def stay() -> None:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        with Engine(loaded, spares=told.at_once + 1) as engine:  # one for what is watched for
+            await watch.Watch(told, engine, given.model).run(stop)
+
+    if given.once:
+        answer = asyncio.run(ask_once())
+        print(json.dumps(answer) if given.json else answer["answer"])
+        for mark in [] if given.json else answer["marks"]:
+            print(f"mark      {mark['label'] or 'point'} at {mark['box_2d']} (top, left, bottom, right in thousandths)")
+        return 0
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    asyncio.run(stay())
+    return 0
+
+
+def _given(given: argparse.Namespace) -> tuple[dict[str, str], str | None]:
+    cameras = dict(camera.partition("=")[::2] for camera in given.camera or ())
+    if not all(name and source for name, source in cameras.items()):
+        raise config.ConfigError("--camera wants NAME=SOURCE, as in --camera front=rtsp://10.0.0.5/stream")
+    if not given.config and not cameras:
+        raise config.ConfigError("there is no camera: give --config attend.toml or --camera NAME=SOURCE")
+    return cameras, given.broker

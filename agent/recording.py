@@ -1,0 +1,203 @@
+"""A conversation on disk: both sides as a stereo wav, and a log beside it from which it can be held again (agent/replay.py).
+
+The log is lines of JSON, in the order in which things happened; `at` counts the microphone's frames before them:
+
+    {"attend": 1, "model": …, …}                     first: what it was held with
+    {"at": 57, "input": "Heard", …}                  what went in, but for sound, which is the wav's left side
+    {"at": 57, "event": "Answered", …, "ids": […]}   what came out, but for sound
+    {"at": 57, "picture": 3, "data": …}              of the pictures that went in, those that were looked at
+    {"at": 57, "said": "Yes,", "chunks": […]}        how long the voice took over it, and where each word began
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import soundfile
+import soxr
+
+from agent import events, tape
+from agent.events import Event, Input
+from agent.session import Session
+from agent.settings import Settings
+from model.sampling import Generation
+from streams.frames import FRAME, RATE, Audio, MediaError
+from streams.voice import Chunk, Stream, Voice
+
+LATE = 3  # frames that sound may stay in a resampler
+
+
+class Recording:
+    """Left the user, right the agent, 16 kHz, written as it goes."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises MediaError where it cannot be written."""
+        try:
+            self._file = soundfile.SoundFile(path, "w", RATE, 2, "PCM_16", format="WAV")
+        except soundfile.LibsndfileError as error:
+            raise MediaError(f"{path} cannot be written: {error.error_string.strip(' .')}") from error
+        self._resampler: Any = None  # while the agent speaks
+        self._rate = 0
+        self._played = False  # since the last frame
+        self._user: deque[np.ndarray] = deque()  # frames not written yet, since a resampler is some of them late
+        self._agent = np.zeros(0, np.float32)  # at 16 kHz, beside them
+
+    def play(self, rate: int, pcm: np.ndarray) -> None:
+        """What was played while the user's next frame was heard."""
+        if self._resampler is None or rate != self._rate:
+            self._flush()
+            self._rate, self._resampler = rate, soxr.ResampleStream(rate, RATE, 1, dtype="float32")
+            self._agent = np.pad(self._agent, (0, max(0, len(self._user) * FRAME - len(self._agent))))
+        self._agent = np.concatenate([self._agent, self._resampler.resample_chunk(pcm)])
+        self._played = True
+
+    def hear(self, frame: np.ndarray) -> None:
+        if not self._played:
+            self._flush()
+        self._played = False
+        self._user.append(frame)
+        if len(self._user) > LATE:
+            self._write()
+
+    def _flush(self) -> None:
+        if self._resampler:
+            self._agent = np.concatenate([self._agent, self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
+            self._resampler = None
+
+    def _write(self) -> None:
+        piece, self._agent = self._agent[:FRAME], self._agent[FRAME:]
+        sides = np.stack([self._user.popleft(), np.pad(piece, (0, FRAME - len(piece)))], 1) * 32768
+        self._file.write(np.rint(sides).clip(-32768, 32767).astype(np.int16))
+
+    def close(self) -> None:
+        self._flush()
+        while self._user:
+            self._write()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Log:
+    """Writes the lines. Its verbs are called on the event loop, but for those of the voice."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        """Raises MediaError where it cannot be written."""
+        try:
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise MediaError(f"{path} cannot be written: {error.strerror}") from error
+        self.at = 0
+        self._lock = threading.Lock()  # voices speak in threads
+        self._shown: deque[tuple[int, bytes]] = deque(maxlen=64)
+        self._pictures = 0
+        self._write({"attend": 1, **head})
+
+    def input(self, item: Input) -> None:
+        if isinstance(item, Audio):
+            self.at += 1
+        elif isinstance(item, events.Show):
+            self._pictures += 1
+            self._shown.append((self._pictures, item.data))
+            self._write({"at": self.at, "input": "Show", "live": item.live, "picture": self._pictures})
+        else:
+            self._write({"at": self.at, "input": type(item).__name__, **plain(item)})
+
+    def event(self, event: Event, session: Session | None) -> None:
+        """`session`: the one whose tape knows the ids of what it answered."""
+        if isinstance(event, events.Looked):
+            for number, data in self._shown:
+                if data is event.data:
+                    self._write({"at": self.at, "picture": number, "data": base64.b64encode(data).decode()})
+        line: dict[str, Any] = {"at": self.at, "event": type(event).__name__}
+        if isinstance(event, events.Answered) and session:
+            line["ids"] = ids(session, event.answer)
+        if isinstance(event, events.Said):
+            line |= {"answer": event.answer, "sample": event.sample, "samples": len(event.pcm)}
+        else:
+            line |= plain(event)
+        self._write(line)
+
+    def said(self, text: str, chunks: list[Chunk]) -> None:
+        told = [[len(chunk.pcm), [[word.start, word.end, word.sample] for word in chunk.words]] for chunk in chunks]
+        self._write({"at": self.at, "said": text, "chunks": told})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with self._lock, suppress(ValueError):  # closed, while a voice still spoke
+            self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+class LoggedVoice:
+    """The same voice; the log learns how it spoke."""
+
+    def __init__(self, voice: Voice, log: Log) -> None:
+        self.rate, self._voice, self._log = voice.rate, voice, log
+
+    def speak(self, text: str) -> Stream:
+        def make(take: Callable[[Chunk], bool], over: threading.Event) -> None:
+            chunks = []
+            with self._voice.speak(text) as stream:
+                for chunk in stream:
+                    chunks.append(chunk)
+                    if not take(chunk):
+                        break
+            self._log.said(text, chunks)
+
+        return Stream(make)
+
+
+def beside(path: Path) -> Path:
+    """The log of a recording."""
+    return path.with_suffix(".jsonl")
+
+
+def head(model: str, settings: Settings, how: Generation, voice: Voice | None) -> dict[str, Any]:
+    """The first line of the log: what a conversation is held with."""
+    said = {name: getattr(settings, name) for name in ("policy", "camera", "picture", "seed", "most")}
+    told = {"budget": settings.budget, "manners": settings.manners, "setting": settings.setting, "how": how}
+    return {"model": model, "rate": voice.rate if voice else 0, **said, **{name: plain(thing) for name, thing in told.items()}}
+
+
+def ids(session: Session, answer: int) -> list[int]:
+    """All that was drawn for the answer to what was Asked there."""
+    found: list[int] = []
+    for entry in session.record.tape.entries[answer + 1 :]:
+        if isinstance(entry, tape.Asked | tape.Opened):
+            break
+        if isinstance(entry, tape.Answered):
+            found += entry.ids
+    return found
+
+
+def plain(thing: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it, without sound and pictures."""
+    assert is_dataclass(thing) and not isinstance(thing, type)
+    named = {field.name: getattr(thing, field.name) for field in fields(thing) if field.name not in ("data", "pcm")}
+    return {name: asdict(value) if is_dataclass(value) else _listed(value) for name, value in named.items()}  # type: ignore[arg-type]
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value

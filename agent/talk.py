@@ -1,0 +1,307 @@
+"""The door of this machine: its microphone, its speaker and perhaps its camera, and a terminal.
+
+The microphone is the clock: with each of its frames go what the keys, the camera and the speaker have to say. It gives frames
+without end, silence where the device is away, so a conversation goes on whatever happens to the devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from agent import events, marks
+from agent.events import Event, Input
+from agent.marks import Mark
+from agent.recording import Log, Recording, beside
+from agent.session import Session
+from agent.terminal import Terminal
+from streams import sound
+from streams.camera import PUSHED, Camera, Health, Shot
+from streams.echo import Echo
+from streams.files import decode_picture
+from streams.frames import FRAME, Audio, MediaError
+from streams.sound import Microphone, Speaker
+
+LOOK = 0.5  # seconds between pictures of the camera
+LOSSES = 250  # frames between two words about sound that was lost
+PENDING = 64  # inputs that may wait for the next frame
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Conversation(Protocol):
+    """A `Session` of this process, or one of a server (agent/client.py)."""
+
+    async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a person speaks into, hears from and is seen by. None: there is none."""
+
+    microphone: Microphone
+    speaker: Speaker | None = None
+    echo: Echo | None = None
+    camera: Camera | None = None
+
+
+@dataclass
+class Tracks:
+    """What is written down. `session`: whose ids are logged."""
+
+    recording: Recording
+    log: Log
+    session: Session | None = None
+
+    @classmethod
+    def begin(cls, path: Path, head: Mapping[str, Any]) -> Tracks:
+        """The wav `path`, and its log with this first line. Raises MediaError where they cannot be written."""
+        if path.suffix != ".wav":
+            raise MediaError(f"{path} cannot be the recording: its name must end in .wav")
+        return cls(Recording(path), Log(beside(path), head))
+
+    def close(self) -> None:
+        self.recording.close()
+        self.log.close()
+
+
+@dataclass
+class Played:
+    """What was sent to the speaker and not yet heard."""
+
+    queue: deque[events.Said] = field(default_factory=deque)
+    taken: int = 0  # samples of the first that were
+
+    def said(self, said: events.Said) -> None:
+        if self.queue and (self.queue[-1].answer, self.queue[-1].sample + len(self.queue[-1].pcm)) != (said.answer, said.sample):
+            self.queue.clear()  # the rest was cleared, and nobody heard it
+        if not self.queue:
+            self.taken = 0
+        self.queue.append(said)
+
+    def upto(self, answer: int, sample: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Pieces, each with its rate, that were heard since the last call."""
+        while self.queue and self.queue[0].answer == answer:
+            said = self.queue[0]
+            end = min(sample - said.sample, len(said.pcm))
+            if end > self.taken:
+                yield said.rate, said.pcm[self.taken : end]
+                self.taken = end
+            if end < len(said.pcm):
+                return
+            self.queue.popleft()
+            self.taken = 0
+
+
+class Talk:
+    """One conversation. `opening` is said first; `folder`: where pictures with marks go. None: there is none of it."""
+
+    def __init__(
+        self,
+        terminal: Terminal,
+        ends: Ends,
+        tracks: Tracks | None = None,
+        opening: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.terminal, self.microphone, self.speaker = terminal, ends.microphone, ends.speaker
+        self.echo, self.camera = ends.echo, ends.camera
+        self._tracks, self._folder = tracks, folder
+        self._pending: deque[Input] = deque(maxlen=PENDING)
+        if opening:
+            self._pending.append(events.Say(opening))
+        self._pressed = self._stopping = False
+        self.failed: str | None = None  # why it is over
+        self._answer: int | None = None
+        self._reported: tuple[int, int] | None = None
+        self._played = Played()
+        self._frames = self._told = self._lost = 0
+        self._looked: dict[int, bytes] = {}  # the newest picture that was
+        self._marks: dict[int, list[Mark]] = {}  # of the answer, by picture
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, conversation: Conversation) -> None:
+        """Until `stop`, or until the conversation fails."""
+        for work in (self.speaker and self.speaker.stay(), self.camera and self._look(self.camera)):
+            if work:
+                self._spawn(work)
+        try:
+            await conversation.run(self._inputs(), self._emit)
+        finally:
+            if self.speaker:
+                self.speaker.clear()
+            drawing = [task for task in self._tasks if task.get_name() == "drawing"]
+            await asyncio.gather(*drawing, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        await self.microphone.close()
+
+    def key(self) -> None:
+        """Push to talk: a key opens the turn, and the next one closes it. (A terminal does not tell when a key is let go.)"""
+        self._pressed = not self._pressed
+        self._pending.append(events.Press() if self._pressed else events.Release())
+
+    # -- in
+
+    async def _inputs(self) -> AsyncIterator[Input]:
+        async for frame in self.microphone.frames():
+            if self._stopping:
+                return
+            frame = self.echo.clean(frame) if self.echo else frame
+            self.terminal.hear(frame)
+            self._count_losses()
+            while self._pending:
+                yield self._given(self._pending.popleft())
+            yield self._given(Audio(frame, self._frames * FRAME))
+            self._frames += 1
+            if heard := self._heard():
+                yield self._given(heard)
+            if self._tracks:
+                self._tracks.recording.hear(frame)
+
+    def _given(self, item: Input) -> Input:
+        if self._tracks:
+            self._tracks.log.input(item)
+        return item
+
+    def _heard(self) -> events.Heard | None:
+        heard = self.speaker.heard if self.speaker else None
+        if heard is None or heard == self._reported or heard[0] != self._answer:
+            return None
+        self._reported = heard
+        self.terminal.heard(*heard)
+        for rate, pcm in self._played.upto(*heard):
+            if self._tracks:
+                self._tracks.recording.play(rate, pcm)
+        return events.Heard(*heard)
+
+    def _count_losses(self) -> None:
+        lost = self.microphone.overflows + self.microphone.dropped
+        if lost > self._lost and self._frames >= self._told:
+            self.terminal.note(f"sound of the microphone was lost {lost - self._lost} times: this machine is too busy")
+            self._lost, self._told = lost, self._frames + LOSSES
+
+    async def _look(self, camera: Camera) -> None:
+        last: Shot | None = None
+        while True:
+            shot = await asyncio.to_thread(camera.newest)
+            if shot and shot is not last:
+                last = shot
+                self._pending = deque([item for item in self._pending if not isinstance(item, events.Show)], PENDING)
+                self._pending.append(events.Show(shot.jpeg, live=True))
+            await asyncio.sleep(LOOK)
+
+    # -- out
+
+    async def _emit(self, event: Event) -> None:
+        if self._tracks:
+            self._tracks.log.event(event, self._tracks.session)
+        match event:
+            case events.Answering():
+                self._answer, self._marks = event.answer, {}
+            case events.Said() if self.speaker:
+                self.speaker.play(event.answer, event.sample, event.pcm, event.rate)
+                self._played.said(event)
+            case events.Cleared() if self.speaker:
+                self.speaker.clear()
+            case events.Failed():
+                self.failed = event.message
+            case events.Looked():
+                self._looked = {event.picture: event.data}
+            case events.Marked() if event.picture is not None:
+                self._marks.setdefault(event.picture, []).append(event.mark)
+            case events.Answered():
+                self._answer = None
+                for picture, found in self._marks.items():
+                    if self._folder and picture in self._looked:
+                        self._spawn(self._draw(self._folder, self._looked[picture], found), "drawing")
+        self.terminal.tell(event)
+
+    async def _draw(self, folder: Path, picture: bytes, found: list[Mark]) -> None:
+        path = folder / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}.png"
+
+        def write() -> bool:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return bool(cv2.imwrite(str(path), marks.draw(decode_picture(picture, "the picture"), found)[:, :, ::-1]))
+            except (OSError, cv2.error, MediaError):
+                return False
+
+        written = await asyncio.to_thread(write)
+        self.terminal.note(f"the marks are drawn in {path}" if written else f"{path} cannot be written")
+
+    def _spawn(self, work: Awaitable[None], name: str | None = None) -> None:
+        task = asyncio.ensure_future(work)
+        if name:
+            task.set_name(name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@asynccontextmanager
+async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera: str | None, spoken: bool) -> AsyncIterator[Ends]:
+    """This machine's, by name; without a voice there is no speaker. Raises SoundError and MediaError."""
+    found = await asyncio.to_thread(sound.devices)
+    microphone = Microphone(sound.choose(found, "microphone", mic), terminal.note)
+    echo = Echo() if spoken else None
+    loud = Speaker(sound.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
+    eye = open_camera(camera, terminal.note) if camera is not None else None
+    try:
+        await microphone.open()
+        if loud:
+            await loud.open()
+        yield Ends(microphone, loud, echo, eye)
+    finally:
+        await microphone.close()
+        if loud:
+            await loud.close()
+        if eye:
+            await asyncio.to_thread(eye.close)
+
+
+def open_camera(source: str, note: Callable[[str], None]) -> Camera:
+    """A device's number, a video, an address, or a picture file, which is what a camera would see that never moves.
+
+    `note` is told on the loop that calls this. Raises MediaError for what can never be a camera."""
+    loop = asyncio.get_running_loop()
+
+    def changed(health: Health) -> None:
+        if health.state != "opening":
+            loop.call_soon_threadsafe(note, f"camera: {health.why}")
+
+    if not source.lower().endswith(PICTURES) or "://" in source:
+        return Camera(int(source) if source.isdecimal() else source, changed=changed)
+    try:
+        picture = Path(source).read_bytes()
+    except OSError as error:
+        raise MediaError(f"{source} cannot be read: {error.strerror}") from error
+    decode_picture(picture, source)
+    camera = Camera(PUSHED)
+    camera.push(picture)
+    return camera
+
+
+def advice(ends: Ends) -> str:
+    """What is open, and what is best done about echo."""
+    heard = f"listening to {ends.microphone.device}"
+    if ends.speaker is None or ends.echo is None:
+        return f"{heard}; answers are written"
+    if ends.microphone.device.cancels:
+        how = "the system takes its echo out"
+    elif ends.echo.cancels:
+        how = "its echo is taken out; a headset is better still"
+    else:
+        how = "a headset is best: beside a loudspeaker one must speak up to interrupt"
+    return f"{heard}, speaking to {ends.speaker.device}: {how}"
