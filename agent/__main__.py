@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from agent.commands import ask, bench, serve, talk, watch
-from agent.config import ConfigError
 from agent.engine import EngineStopped, RowLost
-from agent.ledger import LedgerError
-from agent.looking import NoAnswer
+from agent.watch.config import ConfigError
+from agent.watch.ledger import LedgerError
+from agent.watch.looking import NoAnswer
 from model.cache import RowFull
 from model.gemma import CheckpointError
 from model.tokenizer import TokenizerError

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from agent import bench
-from agent.bench import SHAPES, Effort, Figure, line
+from agent.bench import alone
+from agent.bench.alone import SHAPES, Effort, Figure, line
 from model.gemma import CheckpointError, Config, Gemma
 
 ONCE = Effort(seconds=0, least=1, most=1)
@@ -18,7 +18,7 @@ BESIDE = {key for key in ALONE if key.startswith(("append", "real_time", "first_
 def test_nano_is_measured_beside_transformers_which_computes_the_same() -> None:
     transformers = pytest.importorskip("transformers")
     said: list[str] = []
-    result = bench.model(["nano"], "cpu", said.append, ONCE)
+    result = alone.model(["nano"], "cpu", said.append, ONCE)
     nano = result["shapes"]["nano"]
     assert result["transformers"] == transformers.__version__
     assert nano["logits_differ_by"] < 1e-2
@@ -36,9 +36,9 @@ def test_nano_is_measured_beside_transformers_which_computes_the_same() -> None:
 
 
 def test_without_transformers_there_is_one_column_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_library", lambda say: None)
+    monkeypatch.setattr(alone, "_library", lambda say: None)
     said: list[str] = []
-    result = bench.model(["nano"], "cpu", said.append, ONCE)
+    result = alone.model(["nano"], "cpu", said.append, ONCE)
     figures = result["shapes"]["nano"]["figures"]
     assert "transformers is not installed here: attend's column alone" in said
     assert result["transformers"] is None and figures.keys() == ALONE
@@ -49,8 +49,8 @@ def test_compiled_steps_get_lines_of_their_own_beside_the_same_transformers(monk
     """What they compute is checked in test_compiled.py; compiling takes half a minute."""
     pytest.importorskip("transformers")
     given: list[Gemma] = []
-    monkeypatch.setattr(bench, "compile_steps", given.append)
-    result = bench.model(["nano"], "cpu", print, ONCE, compiled=True)
+    monkeypatch.setattr(alone, "compile_steps", given.append)
+    result = alone.model(["nano"], "cpu", print, ONCE, compiled=True)
     figures = result["shapes"]["nano"]["figures"]
     assert len(given) == 1 and figures.keys() == ALONE | {"step_compiled", "append_compiled"}
     assert figures["step_compiled"]["transformers"] == figures["step"]["transformers"]
@@ -58,10 +58,10 @@ def test_compiled_steps_get_lines_of_their_own_beside_the_same_transformers(monk
 
 
 def test_what_cannot_be_compiled_is_said_and_the_rest_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_library", lambda say: None)
+    monkeypatch.setattr(alone, "_library", lambda say: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     said: list[str] = []
-    result = bench.model(["nano"], "cpu", said.append, ONCE, compiled=True)
+    result = alone.model(["nano"], "cpu", said.append, ONCE, compiled=True)
     assert any(text.startswith("not compiled: there is no no-such-compiler here") for text in said)
     assert result["shapes"]["nano"]["figures"].keys() == ALONE
 
@@ -79,13 +79,13 @@ def test_the_real_shape_has_the_published_number_of_parameters() -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no device tpu"):
-        bench.model(["nano"], "tpu", print, ONCE)
+        alone.model(["nano"], "tpu", print, ONCE)
     if not torch.cuda.is_available():
         with pytest.raises(CheckpointError, match="no device cuda"):
-            bench.model(["nano"], "cuda", print, ONCE)
+            alone.model(["nano"], "cuda", print, ONCE)
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.weights.free_memory", lambda device: 2**30)
     with pytest.raises(CheckpointError, match=r"measuring 12b needs \d+\.\d GiB, 1\.0 free on cpu"):
-        bench.model(["12b"], "cpu", print, ONCE)
+        alone.model(["12b"], "cpu", print, ONCE)

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from agent import crowd, events
+from agent import events
+from agent.bench import crowd
 from agent.engine import Engine
 from agent.script import Performance, Turn
 from model.nano import people

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent import config
-from agent.config import Config, ConfigError, Frigate, Schedule, Topic, escaped, read, wrong_schema
+from agent.watch import config
+from agent.watch.config import Config, ConfigError, Frigate, Schedule, Topic, escaped, read, wrong_schema
 from streams.camera import PUSHED
 from streams.mqtt import Broker, BrokerError
 
@@ -119,7 +119,7 @@ def test_schemas_that_would_fetch_something_or_never_end_are_refused() -> None:
 
 
 def test_a_query_survives_being_written_down() -> None:
-    from agent.asked import Query
+    from agent.watch.asked import Query
 
     it = Query(key="k", camera="c", question="q", asked=1.0, moment=2.0, until=3.0, schema={"type": "object"}, look_back_s=3)
     assert msgspec.json.decode(msgspec.json.encode(it), type=Query) == it

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from agent import chart, checkpoint, crowd, events, waits
+from agent import checkpoint, events
 from agent.__main__ import main
+from agent.bench import chart, crowd, waits
+from agent.bench.crowd import Question, Spread, Talk
 from agent.checkpoint import Loaded
-from agent.crowd import Question, Spread, Talk
 from agent.marks import Mark
 from agent.script import Exchange, Performance, Turn
 from model.gemma import CheckpointError

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import checkpoint, talk
+from agent import checkpoint
 from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
-from agent.terminal import Terminal
+from agent.talk import door
+from agent.talk.terminal import Terminal
 from model.vad import Vad
 from streams.echo import Echo
 from streams.files import read_audio
@@ -84,9 +85,9 @@ async def evening(minutes: int) -> tuple[list[int], str]:
                 await asyncio.sleep(0.001)
 
         microphone.ready = ready
-        door = talk.Talk(terminal, talk.Ends(microphone, Ear(), Echo()))  # type: ignore[arg-type]
-        await door.run(session)
-        assert door.failed is None
+        conversation = door.Talk(terminal, door.Ends(microphone, Ear(), Echo()))  # type: ignore[arg-type]
+        await conversation.run(session)
+        assert conversation.failed is None
     return microphone.memory, out.getvalue()
 
 

@@ -1,7 +1,8 @@
 """Hours of one conversation, in small: what is counted, and what is let go of."""
 
-from agent import checkpoint, hours
-from agent.crowd import Question
+from agent import checkpoint
+from agent.bench import hours
+from agent.bench.crowd import Question
 from agent.marks import Mark
 from agent.script import Turn
 from model.nano import people

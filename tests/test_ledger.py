@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import ledger
-from agent.asked import Query
-from agent.config import Watched
-from agent.ledger import Ledger, LedgerError
+from agent.watch import ledger
+from agent.watch.asked import Query
+from agent.watch.config import Watched
+from agent.watch.ledger import Ledger, LedgerError
 from streams.mqtt import Publication
 
 

@@ -234,14 +234,17 @@ def test_readme_links_lead_somewhere():
         assert (ROOT / path).exists(), path
 
 
-def test_readme_maps_files_that_there_are():
-    folder, mapped = ROOT, []
+def test_readme_maps_all_files_that_there_are():
+    folders, mapped = {0: ROOT}, set()
     for line in re.search(r"^## Map\n+```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1].splitlines():
-        name = re.match(r" *(\S+)", line)[1]
-        folder = folder if line.startswith(" ") else ROOT / name
-        mapped.append(folder / name if line.startswith(" ") else folder)
-    assert len(mapped) > 15
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        path = folders[len(indent)] / name
+        folders[len(indent) + 2] = path
+        mapped.add(path)
     assert [path for path in mapped if not path.exists()] == []
+    whole = {path for path in mapped if path.is_dir() and not any(path in other.parents for other in mapped)}
+    there = {path for path in sources(*FOLDERS) if path.name != "__init__.py"}
+    assert {path for path in there - mapped if whole.isdisjoint(path.parents)} == set()
 
 
 def test_readme_places_every_class_that_transformers_exports():

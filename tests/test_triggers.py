@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.asked import chosen, read_ask
-from agent.config import Config
-from agent.triggers import Triggers, matches, topics
+from agent.watch.asked import chosen, read_ask
+from agent.watch.config import Config
+from agent.watch.triggers import Triggers, matches, topics
 from streams.camera import Shot
 from streams.mqtt import Message
 

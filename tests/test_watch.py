@@ -23,13 +23,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent import checkpoint, vigil, watch
+from agent import checkpoint
 from agent.checkpoint import Loaded
-from agent.config import Config
 from agent.engine import Engine, EngineStopped
-from agent.looking import Looker, Said
 from agent.marks import Mark
-from agent.watch import Watch
+from agent.watch import door, vigil
+from agent.watch.config import Config
+from agent.watch.door import Watch
+from agent.watch.looking import Looker, Said
 from model.weights import NANO
 from streams import camera, mqtt
 from streams.camera import Shot
@@ -471,7 +472,8 @@ async def test_a_broker_that_goes_in_the_middle_of_a_question_loses_nothing(load
 
 SLOW = """
 import asyncio, pathlib, sys
-from agent import __main__, looking
+from agent import __main__
+from agent.watch import looking
 ask, mark = looking.Looker.ask, pathlib.Path(sys.argv.pop(1))
 async def stuck(self, *given, **how):
     mark.touch()
@@ -606,7 +608,7 @@ async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path,
 
 
 async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(loaded, broker, tmp_path, gate, monkeypatch):
-    monkeypatch.setattr(watch, "FIRST_PICTURE", 0.1)
+    monkeypatch.setattr(door, "FIRST_PICTURE", 0.1)
     sub = Sub(broker, "agent/home/#")
     async with attending(loaded, told(broker, tmp_path, {"front": {"source": str(tmp_path / "gone.mp4")}})):
         await until(lambda: [got for got in sub.on("front/health") if got.json["state"] == "lost"])

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent import bench, crowd, hours, waits
+from agent.bench import alone, crowd, hours, waits
 from agent.commands import options
 from agent.commands.options import Commands
 from streams.frames import MediaError
@@ -22,10 +22,10 @@ def add(commands: Commands) -> None:
     benching = commands.add_parser("bench", help="measure", description="Measurements on this machine.")
     kinds = benching.add_subparsers(required=True, metavar="WHAT")
     model = kinds.add_parser(
-        "model", help="the model alone, beside transformers where it is installed", description=bench.__doc__
+        "model", help="the model alone, beside transformers where it is installed", description=alone.__doc__
     )
     model.add_argument(
-        "--shape", action="append", choices=sorted(bench.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
+        "--shape", action="append", choices=sorted(alone.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     model.add_argument("--compile", action="store_true", help="measure compiled steps too, where there is a C++ compiler")
@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
 
 def _bench_model(given: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else print
-    result = bench.model(given.shape, given.device, say, compiled=given.compile)
+    result = alone.model(given.shape, given.device, say, compiled=given.compile)
     if given.json:
         print(json.dumps(result))
     return 0

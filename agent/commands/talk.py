@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TextIO
 
-from agent import devices, keys, recording, replay, talk
+from agent import recording, replay
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
+from agent.talk import devices, door, keys
+from agent.talk.terminal import Terminal
 from agent.tape import Setting
-from agent.terminal import Terminal
 from agent.turns import Manners
 from model.vad import Vad
 from streams import sound
@@ -29,7 +30,7 @@ LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end
 
 
 def add(commands: Commands) -> None:
-    talking = commands.add_parser("talk", help="with this machine's microphone and speaker", description=talk.__doc__)
+    talking = commands.add_parser("talk", help="with this machine's microphone and speaker", description=door.__doc__)
     options.model(talking)
     _ends(talking)
     talking.add_argument("--server", metavar="WS", help="talk to a running attend serve, ws://host:8765, which has the model")
@@ -71,18 +72,18 @@ def _talk(given: argparse.Namespace) -> int:
         async with AsyncExitStack() as stack:
             view = stack.enter_context(Terminal(out, lively=out.isatty() and not given.plain))
             camera = given.camera if given.look != "off" else None
-            ends = await stack.enter_async_context(talk.ends(view, given.mic, given.speaker, camera, held.spoken))
-            tracks = talk.Tracks.begin(given.record, held.head()) if given.record else None
+            ends = await stack.enter_async_context(door.ends(view, given.mic, given.speaker, camera, held.spoken))
+            tracks = door.Tracks.begin(given.record, held.head()) if given.record else None
             if tracks:
                 stack.callback(tracks.close)
             conversation = stack.enter_context(held.conversation(tracks))
-            door = talk.Talk(view, ends, tracks, given.say, given.marks)
+            talk = door.Talk(view, ends, tracks, given.say, given.marks)
             if given.push_to_talk:
-                stack.enter_context(keys.pressed(b" ", door.key))
-            stack.enter_context(keys.interrupted(door.stop))
-            view.note(talk.advice(ends))
-            await door.run(conversation)
-            return door.failed
+                stack.enter_context(keys.pressed(b" ", talk.key))
+            stack.enter_context(keys.interrupted(talk.stop))
+            view.note(door.advice(ends))
+            await talk.run(conversation)
+            return talk.failed
 
     with keys.own_terminal() as out:
         failed = asyncio.run(hold(out))
@@ -104,7 +105,7 @@ class _There:
         return {"model": self._url}
 
     @contextmanager
-    def conversation(self, tracks: talk.Tracks | None) -> Iterator[talk.Conversation]:
+    def conversation(self, tracks: door.Tracks | None) -> Iterator[door.Conversation]:
         yield self._caller
 
 
@@ -123,7 +124,7 @@ class _Here:
         return recording.head(self.model, self.settings, self.settings.how, self.voice)
 
     @contextmanager
-    def conversation(self, tracks: talk.Tracks | None) -> Iterator[talk.Conversation]:
+    def conversation(self, tracks: door.Tracks | None) -> Iterator[door.Conversation]:
         with Engine(self.loaded) as engine:
             voice = recording.LoggedVoice(self.voice, tracks.log) if self.voice and tracks else self.voice
             session = Session(engine, Vad(), voice, self.settings)

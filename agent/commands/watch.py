@@ -10,14 +10,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from agent import config, watch
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.engine import Engine
+from agent.watch import config, door
 
 
 def add(commands: Commands) -> None:
-    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=watch.__doc__)
+    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=door.__doc__)
     options.model(watching)
     watching.add_argument("--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}")
     watching.add_argument("--camera", action="append", metavar="NAME=SOURCE", help="a camera, without a file or beside it")
@@ -33,14 +33,14 @@ def _watch(given: argparse.Namespace) -> int:
 
     async def ask_once() -> dict[str, Any]:
         with Engine(loaded, spares=1) as engine:
-            return await watch.once(told, engine, given.model, *given.once)
+            return await door.once(told, engine, given.model, *given.once)
 
     async def stay() -> None:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         with Engine(loaded, spares=told.at_once + 1) as engine:  # one for what is watched for
-            await watch.Watch(told, engine, given.model).run(stop)
+            await door.Watch(told, engine, given.model).run(stop)
 
     if given.once:
         answer = asyncio.run(ask_once())

@@ -7,7 +7,7 @@ from functools import partial
 import cv2
 import numpy as np
 
-from agent.crowd import Question
+from agent.bench.crowd import Question
 from agent.marks import Mark, parse
 from agent.script import Turn
 from model.nano import draw, exam, speech, world

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import torch
 
-from agent import events, script, waits
-from agent.bench import Figure, line
+from agent import events, script
+from agent.bench import waits
+from agent.bench.alone import Figure, line
 from agent.checkpoint import Loaded
 from agent.engine import Engine
 from agent.marks import Mark

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent.asked import Query
-from agent.config import Watched
+from agent.watch.asked import Query
+from agent.watch.config import Watched
 from streams.mqtt import Publication
 
 REMEMBERED = 10_000  # asks that are known if they come again

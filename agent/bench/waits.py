@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import chart
-from agent.bench import Figure, line
+from agent.bench import chart
+from agent.bench.alone import Figure, line
 from agent.checkpoint import Loaded, cut, new_cache
 from agent.engine import Engine, Feed
 from agent.segments import Picture, Segment, View

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.config import Asking, Config, ConfigError, Source, Text, Trigger, decoded, wrong_schema
 from agent.marks import Mark
+from agent.watch.config import Asking, Config, ConfigError, Source, Text, Trigger, decoded, wrong_schema
 from model.pixels import BUDGETS
 from streams.camera import Shot
 from streams.mqtt import Message, Publication, can_publish_to

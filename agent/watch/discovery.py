@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.config import Config, escaped
+from agent.watch.config import Config, escaped
 
 STATE = 250  # characters of an answer in a state, of which Home Assistant takes 255
 EVENTS = ("answered", "failed", "busy", "began", "ended", "camera")

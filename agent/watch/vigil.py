@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.asked import LARGEST, Asker, Refused, place
-from agent.config import ConfigError, Watched, decoded
 from agent.engine import RowLost
-from agent.ledger import Ledger
-from agent.looking import Looker, NoAnswer
+from agent.watch.asked import LARGEST, Asker, Refused, place
+from agent.watch.config import ConfigError, Watched, decoded
+from agent.watch.ledger import Ledger
+from agent.watch.looking import Looker, NoAnswer
 from model.cache import NoRow, RowFull
 from streams.camera import Camera, Shot
 from streams.frames import MediaError

@@ -10,8 +10,8 @@ from typing import TextIO
 
 import numpy as np
 
-from agent.talk import open_camera
-from agent.terminal import meter
+from agent.talk.door import open_camera
+from agent.talk.terminal import meter
 from streams import sound
 from streams.frames import FRAME, RATE, MediaError
 from streams.sound import Device, Microphone, SoundError, Speaker

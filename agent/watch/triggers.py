@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct
 
-from agent.asked import Query, stamp, triggered
-from agent.config import Config, Frigate, Schedule, Topic, Trigger
+from agent.watch.asked import Query, stamp, triggered
+from agent.watch.config import Config, Frigate, Schedule, Topic, Trigger
 from streams.mqtt import Message
 
 LARGEST = 1 << 20  # bytes of a message

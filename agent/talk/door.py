@@ -23,7 +23,7 @@ from agent.events import Event, Input
 from agent.marks import Mark
 from agent.recording import Log, Recording, beside
 from agent.session import Session
-from agent.terminal import Terminal
+from agent.talk.terminal import Terminal
 from streams import sound
 from streams.camera import PUSHED, Camera, Health, Shot
 from streams.echo import Echo

@@ -20,14 +20,15 @@ from typing import Any
 import cv2
 import msgspec
 
-from agent import discovery, marks, triggers
-from agent.asked import Asker, Query, Refused, answer, chosen, copies, marked, publications, read_ask
-from agent.config import Config, ConfigError, Schedule, escaped
+from agent import marks
 from agent.engine import Engine
-from agent.ledger import Ledger, LedgerError
-from agent.looking import SMALL, Looker, Said
 from agent.marks import Mark
-from agent.vigil import TROUBLE, Vigil
+from agent.watch import discovery, triggers
+from agent.watch.asked import Asker, Query, Refused, answer, chosen, copies, marked, publications, read_ask
+from agent.watch.config import Config, ConfigError, Schedule, escaped
+from agent.watch.ledger import Ledger, LedgerError
+from agent.watch.looking import SMALL, Looker, Said
+from agent.watch.vigil import TROUBLE, Vigil
 from streams.camera import PUSHED, Camera, Health, Shot
 from streams.files import PICTURE_BYTES, decode_picture
 from streams.frames import MediaError

@@ -16,9 +16,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any, get_args
 
-from agent import waits
+from agent.bench import waits
+from agent.bench.crowd import Person, Talk
 from agent.checkpoint import Loaded
-from agent.crowd import Person, Talk
 from agent.engine import Engine
 from agent.script import Performance, Turn
 from agent.session import Session

@@ -1,0 +1,1 @@
+"""A conversation in the room: this machine's microphone, speaker, camera and terminal."""
