@@ -22,6 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from model.gemma import Config, Layer
+    from model.single import Single
 
 SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
 
@@ -96,16 +97,6 @@ class Memory:
             self.values[every, :, reach.slots] = value.transpose(1, 2)
         return self.keys.narrow(2, reach.first, reach.live), self.values.narrow(2, reach.first, reach.live)
 
-    def past(self, reach: Reach) -> tuple[Tensor, Tensor]:
-        """For one position that sees all of `live`: what is there before it [1, heads, live - 1, D]."""
-        return self.keys.narrow(2, reach.first, reach.live - 1), self.values.narrow(2, reach.first, reach.live - 1)
-
-    def put(self, key: Tensor, value: Tensor, reach: Reach) -> None:
-        """Writes that position's own [1, heads, 1, D]."""
-        last = reach.first + reach.live - 1
-        self.keys.narrow(2, last, 1).copy_(key)
-        self.values.narrow(2, last, 1).copy_(value)
-
 
 def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
     """The span of a batch without a cache: positions 0..count-1, each row seeing itself only. `blocks` [B, T] or None.
@@ -145,14 +136,14 @@ def _mask(
 
 
 def _turn(layer: Layer, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angle = query[:, :, None, None].float() * _frequencies(layer, query.device)
+    angle = query[:, :, None, None].float() * frequencies(layer, query.device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 @lru_cache
-def _frequencies(layer: Layer, device: torch.device) -> Tensor:
-    """float32 [D/2]: theta^(-2i/D) for the pairs that turn, 0 for the rest ("proportional" RoPE)."""
+def frequencies(layer: Layer, device: torch.device) -> Tensor:
+    """Angles of one position, float32 [D/2]: theta^(-2i/D) for the pairs that turn, 0 for the rest ("proportional" RoPE)."""
     half = layer.head_dim // 2
     pair = torch.arange(half, dtype=torch.float32, device=device)
     turning = int(layer.rotated * layer.head_dim // 2)
@@ -174,11 +165,12 @@ class Cache:
     ) -> None:
         self.config, self.length, self.slack = config, length, slack
         self.device, self.dtype = torch.device(device), dtype
-        shapes = [(rows, x.kv_heads, self._slots(x) + 1, x.head_dim) for x in config.layers]
+        shapes = [(rows, x.kv_heads, self.slots(x) + 1, x.head_dim) for x in config.layers]
         # Zeros, not garbage: a masked score of NaN would still be NaN.
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self._free = list(range(rows))
+        self.single: Single | None = None  # what steps of one row are taken with, once there was one
 
     @staticmethod
     def bytes_per_row(config: Config, length: int, slack: int, dtype: torch.dtype) -> int:
@@ -186,7 +178,8 @@ class Cache:
         slots = sum((config.window + slack if x.sliding else length) * x.kv_heads * x.head_dim for x in config.layers)
         return 2 * slots * dtype.itemsize
 
-    def _slots(self, layer: Layer) -> int:
+    def slots(self, layer: Layer) -> int:
+        """That can be used, of one row."""
         return self.config.window + self.slack if layer.sliding else self.length
 
     @property
@@ -211,7 +204,7 @@ class Cache:
         child = self.claim()
         child.length, child.high = row.length, row.high
         for layer, key, value in zip(self.config.layers, self.keys, self.values, strict=True):
-            live = min(row.high, self._slots(layer))
+            live = min(row.high, self.slots(layer))
             key[child.index, :, :live] = key[row.index, :, :live]
             value[child.index, :, :live] = value[row.index, :, :live]
         return child
@@ -258,7 +251,7 @@ class Cache:
     def _cached_reach(
         self, layer: Layer, lengths: list[int], query: Tensor, blocks: Tensor | None, part: Tensor | None, whole: bool
     ) -> Reach:
-        count, size = query.shape[1], self._slots(layer)
+        count, size = query.shape[1], self.slots(layer)
         end = max(lengths) + count
         oldest = max(0, min(lengths) + 1 - self.config.window) if layer.sliding else 0  # position that counts
         # Only the slots from there to the newest are read, unless the ring's end lies between.

@@ -11,7 +11,7 @@ Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
-
-FEW = 3  # positions up to which a step runs uncompiled: a compiler takes one of them for a special case
+from model.single import Single
 
 
 class CheckpointError(ValueError):
@@ -254,13 +253,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
-        self.step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # see model/compiled.py
 
     def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool = True) -> Tensor | None:
-        if self.step is not None and memory is not None and reach.mask is None and reach.live > FEW:
-            x, key, value = self.step(x, reach.cos, reach.sin, *memory.past(reach))
-            memory.put(key, value, reach)
-            return x
         seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach, memory, wanted)
         if seen is None:
             return None
@@ -353,7 +347,19 @@ class Gemma(nn.Module):
         its positions see one another. Returns the hidden states [B, T, H] if they are wanted. Raises RowFull before
         anything is written."""
         with torch.inference_mode():
+            if blocks is None and x.shape[1] == len(rows) == 1 and (single := self._single(cache, rows[0])):
+                state = single(rows[0], x, wanted)
+                cache.advance(rows, 1)
+                return state
             span = cache.span(rows, x.shape[1], blocks)
             hidden = self(span.spread(x), span, cache, wanted=wanted)
             cache.advance(rows, x.shape[1])
             return None if hidden is None else span.gather(hidden)
+
+    def _single(self, cache: Cache, row: Row) -> Single | None:
+        """What takes the next position of a row alone, where it can."""
+        if not Single.suits(self, cache) or row.length == cache.length:
+            return None
+        if cache.single is None or cache.single.model is not self:
+            cache.single = Single(self, cache)
+        return cache.single if cache.single.ready(row) else None

@@ -45,27 +45,6 @@ def test_without_transformers_there_is_one_column_and_it_says_so(monkeypatch: py
     assert all(figure["transformers"] is None and figure["ratio"] is None for figure in figures.values())
 
 
-def test_compiled_steps_get_lines_of_their_own_beside_the_same_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they compute is checked in test_compiled.py; compiling takes half a minute."""
-    pytest.importorskip("transformers")
-    given: list[Gemma] = []
-    monkeypatch.setattr(alone, "compile_steps", given.append)
-    result = alone.model(["nano"], "cpu", print, ONCE, compiled=True)
-    figures = result["shapes"]["nano"]["figures"]
-    assert len(given) == 1 and figures.keys() == ALONE | {"step_compiled", "append_compiled"}
-    assert figures["step_compiled"]["transformers"] == figures["step"]["transformers"]
-    assert figures["append_compiled"]["transformers"] == figures["append_1"]["transformers"]
-
-
-def test_what_cannot_be_compiled_is_said_and_the_rest_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone, "_library", lambda say: None)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    said: list[str] = []
-    result = alone.model(["nano"], "cpu", said.append, ONCE, compiled=True)
-    assert any(text.startswith("not compiled: there is no no-such-compiler here") for text in said)
-    assert result["shapes"]["nano"]["figures"].keys() == ALONE
-
-
 def test_a_line_shows_three_figures_and_leaves_out_what_was_not_measured() -> None:
     assert line(Figure("k", "decode step", "ms", 3.6123, 10.04, 2.779)).split()[2:] == ["3.61", "ms", "10.0", "ms", "2.78×"]
     assert line(Figure("k", "weights", "MiB", 22_811.6, note="n")).split() == ["weights", "22,812", "MiB", "n"]

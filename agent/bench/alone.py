@@ -1,6 +1,5 @@
 """The model alone, measured on this machine: how fast rows are fed, how soon a first token comes, what rows cost. Where
-transformers is installed, its model stands beside it in the same run, over the same weights and never compiled; attend's
-steps are compiled in the lines that say so.
+transformers is installed, its model stands beside it in the same run, over the same weights. Neither is compiled.
 
 Contenders take turns, round by round, and a ratio is the median over rounds, so that a busy machine slows all alike.
 Weights, sound and pictures are random: they do not change the time. transformers is called as a bare module, without
@@ -13,7 +12,7 @@ import json
 import math
 import resource
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from statistics import median
@@ -25,7 +24,6 @@ from torch import Tensor
 
 from model import weights
 from model.cache import SLACK, Cache, Row
-from model.compiled import NotCompiled, compile_steps
 from model.gemma import CheckpointError, Config, Gemma
 from model.sampling import Generation, draw
 from streams.frames import RATE
@@ -111,11 +109,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one shape is measured with; `prompts` and `rows` by seconds of speech. `beside` is None without transformers,
-    `compiled` (the same weights) where that was not asked for or cannot be."""
+    """What one shape is measured with; `prompts` and `rows` by seconds of speech. `beside` is None without transformers."""
 
     model: Gemma
-    compiled: Gemma | None
     transformers: Any
     beside: Any
     cache: Cache
@@ -124,9 +120,7 @@ class Setting:
     effort: Effort
 
 
-def model(
-    shapes: list[str] | None, device: str, say: Callable[[str], None], effort: Effort | None = None, *, compiled: bool = False
-) -> dict[str, Any]:
+def model(shapes: list[str] | None, device: str, say: Callable[[str], None], effort: Effort | None = None) -> dict[str, Any]:
     """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures.
 
     Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
@@ -138,7 +132,6 @@ def model(
     for name in shapes or ["nano", "mid", *(["12b"] if place.type == "cuda" else [])]:
         with torch.inference_mode():
             s = _prepare(name, place, transformers, effort or Effort())
-            s = replace(s, compiled=_compiled(s.model, say)) if compiled else s
             result[name] = _measure(name, s, say)
     return {"device": str(place), "threads": threads, "torch": torch.__version__, "transformers": version, "shapes": result}
 
@@ -225,21 +218,7 @@ def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort)
     beside = _beside(gemma, raw, transformers) if transformers and (device.type == "cpu" or room > 1.1 * size) else None
     cache = Cache(config, ROWS, LENGTH, device=device, dtype=dtype)
     prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
-    return Setting(gemma, None, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
-
-
-def _compiled(gemma: Gemma, say: Callable[[str], None]) -> Gemma | None:
-    with torch.device("meta"):
-        twin = Gemma(gemma.config)
-    twin.load_state_dict(gemma.state_dict(), assign=True)
-    begun = perf_counter()
-    try:
-        compile_steps(twin.eval().requires_grad_(False))
-    except NotCompiled as reason:
-        say(f"not compiled: {reason}")
-        return None
-    say(f"steps of one row compiled in {perf_counter() - begun:.1f} s")
-    return twin
+    return Setting(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
 
 
 def _beside(gemma: Gemma, raw: dict[str, Any], transformers: Any) -> Any:
@@ -289,9 +268,9 @@ def _over(key: str, what: str, times: Times, a: str, b: str) -> Figure:
     return Figure(key, what, "×", median(x / y for x, y in zip(times[a], times[b], strict=True)))
 
 
-def _extend(s: Setting, row: Row, x: Tensor, blocks: Tensor | None = None, model: Gemma | None = None) -> Tensor:
+def _extend(s: Setting, row: Row, x: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Appends x [T, H]; logits of the last position."""
-    hidden = (model or s.model).extend(s.cache, [row], x[None], blocks=blocks)
+    hidden = s.model.extend(s.cache, [row], x[None], blocks=blocks)
     assert hidden is not None
     return s.model.logits(hidden[0, -1])
 
@@ -325,8 +304,8 @@ def _append(s: Setting) -> Iterator[Figure]:
     row, frames, config = s.cache.fork(s.rows[10]), s.prompts[30].frames, s.model.config
     past = _theirs(s, 10).past_key_values if s.beside else None
 
-    def append(count: int, model: Gemma = s.model) -> None:
-        model.extend(s.cache, [row], model.embed_audio(frames[:count])[None], wanted=False)
+    def append(count: int) -> None:
+        s.model.extend(s.cache, [row], s.model.embed_audio(frames[:count])[None], wanted=False)
 
     def their_append(count: int) -> None:
         ids = torch.full((1, count), config.media.audio, device=s.model.device)
@@ -334,12 +313,8 @@ def _append(s: Setting) -> Iterator[Figure]:
 
     feeders = {"attend": append} | ({"theirs": their_append} if s.beside else {})
     runs = {f"{who} {count}": partial(feed, count) for count in CHUNKS for who, feed in feeders.items()}
-    if s.compiled:
-        runs["compiled"] = partial(append, 1, s.compiled)
     times = _turns(s, runs)
     s.cache.release(row)
-    if s.compiled:
-        yield _figure("append_compiled", "sound appended 1 at a time, compiled", times, "compiled", "theirs 1", of=1)
     for count in CHUNKS:
         what = f"sound appended {count} at a time"
         yield (figure := _figure(f"append_{count}", what, times, f"attend {count}", f"theirs {count}", of=count))
@@ -357,8 +332,8 @@ def _step(s: Setting) -> Iterator[Figure]:
         static = s.transformers.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.most + s.effort.least + 1)
         pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
 
-    def step(model: Gemma = s.model) -> None:
-        draw(_extend(s, row, s.model.embed_text(token), model=model), GREEDY)
+    def step() -> None:
+        draw(_extend(s, row, s.model.embed_text(token)), GREEDY)
 
     def their_step(past: Any) -> None:
         int(s.beside(input_ids=token[None], past_key_values=past, use_cache=True).logits[0, -1].argmax())
@@ -368,15 +343,11 @@ def _step(s: Setting) -> Iterator[Figure]:
 
     runs: dict[str, Callable[[], object]] = {"attend": step, "read": read}
     runs |= {kind: partial(their_step, past) for kind, past in pasts.items()}
-    if s.compiled:
-        runs["compiled"] = partial(step, s.compiled)
     times = _turns(s, runs)
     s.cache.release(row)
     best = min(pasts, key=lambda kind: median(times[kind]), default="")
     note = f"beside its {best} cache, the faster one" if best else ""
     yield _figure("step", "decode step", times, "attend", best, note)
-    if s.compiled:
-        yield _figure("step_compiled", "decode step, compiled", times, "compiled", best, "beside the same" if best else "")
     yield _figure("read", "reading the weights once", times, "read", note="sum() of every tensor that a step reads")
     yield _over("step_over_read", "  a step over that", times, "attend", "read")
 

@@ -28,7 +28,6 @@ def add(commands: Commands) -> None:
         "--shape", action="append", choices=sorted(alone.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    model.add_argument("--compile", action="store_true", help="measure compiled steps too, where there is a C++ compiler")
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
     talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
@@ -46,7 +45,7 @@ def add(commands: Commands) -> None:
 
 def _bench_model(given: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else print
-    result = alone.model(given.shape, given.device, say, compiled=given.compile)
+    result = alone.model(given.shape, given.device, say)
     if given.json:
         print(json.dumps(result))
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 from agent import checkpoint
-from model.compiled import NotCompiled, compile_steps
 from web.access import NotServed
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -26,19 +25,10 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument(
-        "--compile", action="store_true", help="on a CPU, compile first what a step of one row computes; needs a C++ compiler"
-    )
 
 
 def load(given: argparse.Namespace) -> checkpoint.Loaded:
-    loaded = checkpoint.load(given.model, given.device, given.dtype, _progress)
-    if given.compile:
-        try:
-            compile_steps(loaded.model, lambda: print("attend: compiling, half a minute the first time", file=sys.stderr))
-        except NotCompiled as reason:
-            print(f"attend: not compiled, which is slower and nothing else: {reason}", file=sys.stderr)
-    return loaded
+    return checkpoint.load(given.model, given.device, given.dtype, _progress)
 
 
 def _progress(done: int, total: int) -> None:
