@@ -152,10 +152,10 @@ class LoggedVoice:
     def __init__(self, voice: Voice, log: Log) -> None:
         self.rate, self._voice, self._log = voice.rate, voice, log
 
-    def speak(self, text: str) -> Stream:
+    def speak(self, text: str, before: str = "") -> Stream:
         def make(take: Callable[[Chunk], bool], over: threading.Event) -> None:
             chunks = []
-            with self._voice.speak(text) as stream:
+            with self._voice.speak(text, before) as stream:
                 for chunk in stream:
                     chunks.append(chunk)
                     if not take(chunk):

@@ -208,7 +208,7 @@ class _Silent:
     def __init__(self, log: Log) -> None:
         self.rate, self._said = log.head["rate"], log.said
 
-    def speak(self, text: str) -> Stream:
+    def speak(self, text: str, before: str = "") -> Stream:
         chunks = list(self._chunks(text))
 
         def make(take: Callable[[Chunk], bool], over: threading.Event) -> None:

@@ -239,7 +239,7 @@ class Reply:
 
     async def _made(self, sound: Playback, voice: Voice, start: int, text: str) -> None:
         base, loop = sound.made, asyncio.get_running_loop()
-        with voice.speak(text) as stream:
+        with voice.speak(text, self._answer.text[:start]) as stream:
             while chunk := await asyncio.wait_for(loop.run_in_executor(VOICES, _next, stream), self._settings.patience):
                 words = [events.Spoken(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
                 sound.make(chunk.pcm, words)

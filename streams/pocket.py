@@ -53,7 +53,7 @@ class PocketVoice:
         self._model, self._state = model, state
         self._lock = threading.Lock()  # the model is not thread-safe
 
-    def speak(self, text: str) -> Stream:
+    def speak(self, text: str, before: str = "") -> Stream:  # in the language of its weights, whatever was said
         return Stream(lambda take, over: self._generate(text, take, over))
 
     def _generate(self, text: str, take: Callable[[Chunk], bool], over: threading.Event) -> None:

@@ -21,6 +21,8 @@ from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 
+from streams.language import language_of
+
 RATE = 22050
 CHUNK_MS = 20  # asked for; espeak rounds it up to about 50 ms
 PART = 1000  # characters spoken under one hold of the lock: bounds the wait of others and what a stream runs ahead
@@ -124,8 +126,8 @@ class Voice(Protocol):
     def rate(self) -> int:
         """Samples a second of all that it says."""
 
-    def speak(self, text: str) -> Stream:
-        """The sound of the text as a stream of chunks."""
+    def speak(self, text: str, before: str = "") -> Stream:
+        """The sound of the text as a stream of chunks. `before`: what was said before it, in the same language."""
 
 
 def open_voice(name: str = "auto", language: str = "en") -> Voice | None:
@@ -134,7 +136,7 @@ def open_voice(name: str = "auto", language: str = "en") -> Voice | None:
     auto: pocket-tts if it is installed and its weights are on disk already, else espeak-ng, else None. Downloads nothing.
     none: None.
     pocket: pocket-tts; downloads its weights, some hundred MB, the first time.
-    espeak: espeak-ng in its usual accent of the language.
+    espeak: espeak-ng in the language of what it says, or in this one where that cannot be told.
     Anything else is a voice of espeak-ng: "de", "en-gb-scotland+f3". Then the language is not looked at.
     """
     if name == "none":
@@ -178,14 +180,23 @@ DEFAULTS: Settings = {"voice": "en-us", "rate": 175, "pitch": 50, "range": 50, "
 
 @dataclass(frozen=True)
 class EspeakVoice:
-    """Espeak in one voice: a `Voice`."""
+    """Espeak in one voice: a `Voice`. `follows`: where the text is in another language, the usual voice of that one."""
 
     espeak: "Espeak"
     settings: Settings
+    follows: bool = False
     rate: int = RATE
 
-    def speak(self, text: str) -> Stream:
-        return self.espeak.speak(text, **self.settings)
+    def speak(self, text: str, before: str = "") -> Stream:
+        return self.espeak.stream(text, lambda: self._settings(before + text))
+
+    def _settings(self, text: str) -> Settings:
+        own = self.settings["voice"]
+        spoken = language_of(text) if self.follows else None
+        if spoken is None or spoken == own.partition("-")[0]:
+            return self.settings
+        accents = self.espeak.voices(spoken)
+        return {**self.settings, "voice": accents[0]} if accents else self.settings
 
 
 class Espeak:
@@ -196,13 +207,17 @@ class Espeak:
 
     def speak(self, text: str, **how: Unpack[Settings]) -> Stream:
         """The sound of the text as a stream of chunks; takes the settings of `say`."""
-        settings = self._settled(how)
-        return Stream(lambda take, _: self._engine.synthesise(text, take, **settings))
+        self._settled(how)
+        return self.stream(text, lambda: how)
+
+    def stream(self, text: str, choose: Callable[[], Settings]) -> Stream:
+        """The same with settings that are chosen in the stream's own thread, which may take a while."""
+        return Stream(lambda take, _: self._engine.synthesise(text, take, **self._settled(choose())))
 
     def bound(self, **how: Unpack[Settings]) -> EspeakVoice:
         """The voice that always speaks with these settings, which are looked at now."""
         self._settled(how)
-        return EspeakVoice(self, how)
+        return EspeakVoice(self, {**DEFAULTS, **how})
 
     def say(self, text: str, **how: Unpack[Settings]) -> Speech:
         """The whole sound of the text.
@@ -462,6 +477,8 @@ def _bound(voice: str | None, language: str) -> EspeakVoice:
         if not accents:
             raise VoiceMissing(f"espeak-ng has no voice for the language {language!r}: name another one of its voices.")
         voice = DEFAULTS["voice"] if DEFAULTS["voice"] in accents else accents[0]
+        threading.Thread(target=language_of, args=("",), daemon=True).start()  # else the first answer would wait for it
+        return EspeakVoice(espeak, {**DEFAULTS, "voice": voice}, follows=True)
     try:
         return espeak.bound(voice=voice)
     except ValueError as error:

@@ -283,7 +283,7 @@ class Beeps:
     def __init__(self, words: int | None = None, trouble: Exception | None = None, stalls: threading.Event | None = None) -> None:
         self._made, self._left, self._trouble, self._stalls = 0, words, trouble, stalls
 
-    def speak(self, text: str) -> Any:
+    def speak(self, text: str, before: str = "") -> Any:
         return _Beep(self._speak(text))
 
     def _speak(self, text: str) -> Iterator[Chunk]:

@@ -329,3 +329,31 @@ def test_words_are_found_where_there_is_something_to_say():
 
 def spoken_spans(text):
     return [text[start:end] for start, end in words_in(text)]
+
+
+# ---- the language of what is said
+
+
+def test_espeak_says_an_answer_in_its_own_language_and_what_is_too_short_to_tell_in_the_usual_one():
+    voice = open_voice("espeak")
+    chosen = {text: voice._settings(text)["voice"] for text in SAID}
+    assert chosen == SAID
+    assert voice._settings("Das Quadrat ist ganz oben. Ja, OK")["voice"] == "de", "by what was said before it"
+    assert open_voice("en-gb")._settings(next(iter(SAID)))["voice"] == "en-gb", "who names a voice gets that one"
+
+
+SAID = {
+    "Das orange Quadrat ist oben.": "de",
+    "Le carré orange est en haut.": "fr",
+    "El cuadrado naranja está arriba.": "es",
+    "The orange square is at the top.": "en-us",
+    "Ja, OK": "en-us",
+    "オレンジの四角は上にあります。": "ja",
+}
+
+
+def test_a_german_clause_sounds_as_the_german_voice_says_it():
+    text = "Das orange Quadrat ist ganz oben."
+    sound = np.concatenate([chunk.pcm for chunk in open_voice("espeak").speak(text)])
+    german, english = (Espeak().say(text, voice=name).pcm for name in ("de", "en-us"))
+    assert abs(len(sound) - len(german)) < 0.02 * len(german) < abs(len(sound) - len(english))

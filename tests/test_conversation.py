@@ -1,0 +1,82 @@
+"""A conversation as a person has it: spoken, about one picture after the other, in real time, with the embedded model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from agent import ask, checkpoint
+from agent.ask import Part
+from agent.bench.crowd import Question
+from agent.checkpoint import Loaded
+from agent.engine import Engine
+from agent.recording import Recording
+from agent.script import Performance, Turn
+from agent.session import Session
+from agent.settings import Settings
+from model.nano import draw, people, speech, world
+from model.vad import Vad
+from streams.frames import RATE
+from streams.voice import open_voice
+
+KINDS = ("where", "exists", "colour", "count", "describe")
+SEED = 0  # of voices, pictures and questions; nano, which is small, is not right about all
+LOUD = 0.02
+
+
+@dataclass(frozen=True)
+class Spoken:
+    question: Question
+    words: str
+
+
+def conversation(seed: int) -> list[Spoken]:
+    """Each turn shows another picture, and asks about it with a voice that nano was not trained on."""
+    rng, turns = np.random.default_rng((seed, 20_29)), []
+    for kind in KINDS:
+        scene = world.sample_scene(rng, *people.SIZE, count=(1, 3))
+        asked = world.sample_ask(rng, scene, kind)
+        said = speech.utter(asked.text, rng, held_out=True)
+        turn = Turn(people.jpeg(draw.draw(scene, rng)), said.pcm)
+        turns.append(Spoken(Question(turn, said.words[0][1], partial(people.right, asked.answer)), world.spoken(asked.text)))
+    return turns
+
+
+async def held(loaded: Loaded, turns: list[Spoken], real_time: bool, recording: Recording | None = None) -> Performance:
+    played = Performance([spoken.question.turn for spoken in turns], real_time, recording=recording)
+    how = replace(loaded.generation, greedy=True)
+    with Engine(loaded) as engine:
+        await played.run(Session(engine, Vad(), open_voice("espeak"), Settings(how=how)))
+    return played
+
+
+def right(turns: list[Spoken], played: Performance) -> list[tuple[bool, bool]]:
+    """Of each turn: the answer with its marks, and the caption."""
+    pairs = zip(turns, played.exchanges, strict=True)
+    return [(turn.question.right(x.text, x.marks), x.caption == turn.words) for turn, x in pairs]
+
+
+@pytest.mark.slow
+async def test_five_spoken_turns_about_changing_pictures_are_understood_and_answered_right(tmp_path: Path) -> None:
+    loaded, turns, path = checkpoint.load("nano"), conversation(SEED), tmp_path / "talk.wav"
+    with Recording(path) as recording:
+        played = await held(loaded, turns, True, recording)
+    assert not played.notes and right(turns, played) == [(True, True)] * len(KINDS)
+
+    sound, rate = soundfile.read(path, dtype="float32")
+    assert rate == RATE and np.abs(sound).max() < 1, "nothing is clipped"
+    user, agent = (np.abs(side.reshape(-1, RATE // 50)).max(1) > LOUD for side in sound[: len(sound) // RATE * RATE].T)
+    assert not (user & agent).any(), "nobody talks over the other"
+    floor = "".join("u" if u else "a" if a else "" for u, a in zip(user, agent, strict=True))
+    assert re.sub(r"(.)\1+", r"\1", floor) == "ua" * len(KINDS), "each question has its answer"
+    begin = int(np.argmax(agent)) * RATE // 50 - RATE // 5
+    soundfile.write(tmp_path / "answer.wav", sound[begin : begin + 3 * RATE, 1], RATE)
+    answer = await ask.ask(loaded, ask.read([Part("audio", str(tmp_path / "answer.wav"))]), how=loaded.generation)
+    wanted = set(world.spoken(played.exchanges[0].text).split())
+    assert answer.heard and len(wanted & set(answer.heard.split())) >= len(wanted) * 2 / 3, (answer.heard, wanted)
