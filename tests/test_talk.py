@@ -128,7 +128,8 @@ def test_a_spoken_question_is_answered_aloud_recorded_and_held_again(card, tmp_p
         ended = card.spoken[-1]
         talking.until("times")
         first = card.loud(ended)[0]
-        print(f"end of speech to first sound, in the recording: {(first - ended) * 1000:.0f} ms")
+        with capsys.disabled():
+            print(f"\nend of speech to first sound, in the recording: {(first - ended) * 1000:.0f} ms")
         assert talking.until("you ") == "you      where is the orange square"
         assert talking.until("attend") == "attend   The orange square is at the top."
         assert talking.until("mark").startswith("mark     orange square at the top")
@@ -150,7 +151,7 @@ def test_a_spoken_question_is_answered_aloud_recorded_and_held_again(card, tmp_p
 SPEECH = "I am attend. I can tell you about the picture that I see, and I will go on talking about it until you ask something. "
 
 
-def interrupt(card: Card) -> float:
+def interrupt(card: Card, capsys: pytest.CaptureFixture[str]) -> float:
     """Asks while something is said; returns for how many seconds that went on, in the recording."""
     asked = read_audio(DEMO / "question.wav")
     onset = int(np.argmax(np.abs(asked) > 0.05)) / RATE
@@ -158,15 +159,16 @@ def interrupt(card: Card) -> float:
     begun = card.said_at()
     wait(lambda: gap(card, begun) < time.monotonic() - 1)
     silence = gap(card, begun) - begun - onset
-    print(f"onset of an interruption to silence, in the recording: {silence * 1000:.0f} ms")
+    with capsys.disabled():
+        print(f"\nonset of an interruption to silence, in the recording: {silence * 1000:.0f} ms")
     return silence
 
 
-def test_an_interruption_silences_it_at_once_and_the_next_answer_fits(card):
+def test_an_interruption_silences_it_at_once_and_the_next_answer_fits(card, capsys):
     with Talking(card, "--camera", str(DEMO / "picture.jpg"), "--say", 3 * SPEECH) as talking:
         talking.until("note     listening to mic")
         wait(lambda: len(card.loud()) > 300)  # three seconds: by then it knows that nothing of it comes back
-        silence = interrupt(card)
+        silence = interrupt(card, capsys)
         assert talking.until("attend", 2).startswith("attend   The orange square")
         assert "not heard" in talking.until("attend")
         assert talking.end() == 0
@@ -184,7 +186,7 @@ def server() -> Iterator[str]:
     process.communicate()
 
 
-def test_at_a_server_it_is_the_same(card, server, tmp_path):
+def test_at_a_server_it_is_the_same(card, server, tmp_path, capsys):
     files = ["--record", str(tmp_path / "talk.wav"), "--marks", str(tmp_path / "marks")]
     with Talking(card, "--server", server, "--camera", str(DEMO / "picture.jpg"), *files) as talking:
         talking.until("note     listening to mic")
@@ -197,7 +199,7 @@ def test_at_a_server_it_is_the_same(card, server, tmp_path):
         card.say(question())
         said = len(card.loud())
         wait(lambda: len(card.loud()) > said + 30)
-        silence = interrupt(card)
+        silence = interrupt(card, capsys)
         assert "not heard" in talking.until("attend", 2)
         assert talking.until("attend", 3) == "attend   The orange square is at the top."
         assert talking.end() == 0
