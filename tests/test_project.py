@@ -103,6 +103,11 @@ def test_what_is_imported_is_what_is_declared():
     assert found - declared() <= softly, "used, and not declared"
 
 
+def test_every_folder_of_code_is_in_the_package():
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in sources(*FOLDERS)}
+    assert there == set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+
+
 def test_each_dependency_says_why():
     lists = re.findall(
         r"^(?:dependencies|espeak|voice|aec|test) = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
