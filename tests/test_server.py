@@ -9,10 +9,12 @@ import logging
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
@@ -20,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from agent import checkpoint
 from agent.__main__ import main
+from agent.commands import options
 from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
@@ -723,3 +726,80 @@ async def test_the_log_tells_times_and_no_content(engine, mind, caplog):
         ) == 1
         assert lines[1].get("text") == ("Yes." if content else None)
         caplog.clear()
+
+
+# ---- a model that is being loaded
+
+
+async def test_who_comes_while_the_model_is_loaded_waits_for_it(engine, mind):
+    door = Door(None, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
+    async with asyncio.timeout(60), door.open() as port, plain(port) as stock, plain(port, "?extensions=queue") as told:
+        assert (await get(port, "/healthz"))[0] == 200
+        status, body = await get(port, "/readyz")
+        assert status == 503 and body.endswith(b'{"ready": false, "loaded": 0.0}')
+        status, body = await get(port, "/metrics")
+        assert status == 200 and b"attend_rows" not in body
+        assert json.loads(await told.recv()) == {"type": "attend.loading", "loaded": 0.0, "event_id": ANY}
+        door.loaded = 0.424
+        assert json.loads(await told.recv())["loaded"] == 0.42
+        assert (await get(port, "/readyz"))[1].endswith(b'{"ready": false, "loaded": 0.42}')
+        door.enter(engine)
+        for connection in (stock, told):
+            assert json.loads(await connection.recv())["type"] == "session.created"
+        assert (await get(port, "/readyz"))[1].endswith(b'{"ready": false, "rows": 2, "free": 0}')
+        await stock.close()
+        await works(port, mind)
+        assert b"attend_rows 2.0" in (await get(port, "/metrics"))[1]
+
+
+async def test_a_server_goes_also_while_its_model_is_loaded():
+    door = Door(None, VAD, None, Options(port=0, settings=SETTINGS))
+    async with asyncio.timeout(60):
+        async with door.open() as port:
+            waits = await plain(port, "?extensions=queue")
+            await waits.recv()
+        with pytest.raises(ConnectionClosed) as closed:
+            await waits.recv()
+        assert closed.value.rcvd and closed.value.rcvd.code == 1012
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_sentence(monkeypatch, capfd):
+    begun, go = threading.Event(), threading.Event()
+
+    def load(given, told):
+        told(0.5)
+        begun.set()
+        assert go.wait(60)
+        raise checkpoint.CheckpointError("a shard is missing")
+
+    def visit():
+        try:
+            assert begun.wait(60)
+            port = int(re.search(r"ws://127.0.0.1:(\d+)/", capfd.readouterr().out)[1])
+            seen.append(asyncio.run(get(port, "/readyz")))
+        finally:
+            go.set()
+
+    monkeypatch.setattr(options, "load", load)
+    seen: list[tuple[int, bytes]] = []
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    assert main(["serve", "--port", "0", "--voice", "none"]) == 2
+    visitor.join()
+    ((status, body),) = seen
+    assert status == 503 and body.endswith(b'{"ready": false, "loaded": 0.5}')
+    assert capfd.readouterr().err == "attend: a shard is missing\n"
+
+
+@pytest.mark.slow
+async def test_the_command_goes_while_its_model_is_loaded():
+    """`load` never ends, and nobody waits for it."""
+    never = "import threading; from agent import __main__, commands; commands.options.load = lambda *_: threading.Event().wait()"
+    command = [sys.executable, "-c", f"{never}; __main__.main(['serve', '--port', '0', '--voice', 'none'])"]
+    root, pipe = Path(checkpoint.__file__).parents[1], asyncio.subprocess.PIPE
+    async with asyncio.timeout(120):
+        serve = await asyncio.create_subprocess_exec(*command, cwd=root, stdout=pipe, stderr=pipe)
+        assert serve.stdout and serve.stderr
+        await serve.stdout.readline()
+        serve.send_signal(signal.SIGTERM)
+        assert await serve.wait() == 0 and not await serve.stderr.read()

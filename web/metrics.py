@@ -15,14 +15,12 @@ BUCKETS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 
 
 
 class Metrics:
-    def __init__(self, engine: Engine, sessions: Collection[Session]) -> None:
+    def __init__(self, sessions: Collection[Session]) -> None:
         self._registry = known = CollectorRegistry()
+        self._sessions = sessions
 
         def times(name: str, what: str) -> Histogram:
             return Histogram(f"attend_{name}_seconds", what, buckets=BUCKETS, registry=known)
-
-        def gauge(name: str, what: str, value: Callable[[], float]) -> None:
-            Gauge(f"attend_{name}", what, registry=known).set_function(value)
 
         self._stages = {
             "first_token": times("first_token", "From the frame that ended the turn to the first token"),
@@ -34,6 +32,14 @@ class Metrics:
         self.refused = Counter("attend_refused", "Requests that were not let in", ["why"], registry=known)
         self._interruptions = Counter("attend_interruptions", "Answers that were cut short", registry=known)
         self.dropped = Counter("attend_frames_dropped", "Frames lost to a model that is too slow", registry=known)
+
+    def watch(self, engine: Engine) -> None:
+        """As soon as there is one: a server without a model has no rows to speak of."""
+        sessions = self._sessions
+
+        def gauge(name: str, what: str, value: Callable[[], float]) -> None:
+            Gauge(f"attend_{name}", what, registry=self._registry).set_function(value)
+
         gauge("rows", "Conversations that can be held at once", lambda: engine.rows)
         gauge("rows_free", "Conversations that can begin", lambda: engine.free)
         gauge("positions", "Positions in all rows", lambda: sum(session.record.positions for session in sessions))

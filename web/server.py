@@ -54,7 +54,7 @@ TICK = 0.02  # seconds
 AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
 WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
 CLOSING = 2.0  # seconds
-MOVING = 0.2  # seconds after which those in line look whether it has moved
+MOVING = 0.2  # seconds after which those who wait look whether something has moved
 SAFE = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -87,14 +87,25 @@ class Options:
 
 
 class Door:
-    def __init__(self, engine: Engine, vad: Vad, voice: Voice | None, options: Options) -> None:
-        self.engine, self.vad, self.voice, self.options = engine, vad, voice, options
+    """It may be open before there is an engine; then `loaded`, from 0 to 1, is what those who wait are told until `enter`."""
+
+    def __init__(self, engine: Engine | None, vad: Vad, voice: Voice | None, options: Options) -> None:
+        self.engine: Engine | None = None
+        self.vad, self.voice, self.options = vad, voice, options
+        self.loaded = 0.0
         self.sessions: set[Session] = set()
-        self.metrics = Metrics(engine, self.sessions)
+        self.metrics = Metrics(self.sessions)
         self.stopping = asyncio.Event()
         self._sockets = 0
         self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
         self._files = _files(options.static)
+        if engine:
+            self.enter(engine)
+
+    def enter(self, engine: Engine) -> None:
+        """Conversations can begin."""
+        self.engine = engine
+        self.metrics.watch(engine)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
@@ -107,7 +118,7 @@ class Door:
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 door._sockets += 1
                 super().connection_made(transport)
-                if door._sockets > door.engine.rows + WAITING:
+                if door._sockets > (door.engine.rows if door.engine else 0) + WAITING:
                     door.metrics.refused.labels("sockets").inc()
                     self.transport.abort()
 
@@ -166,9 +177,11 @@ class Door:
                 self._refused(HTTPStatus.SERVICE_UNAVAILABLE, "going", "the server is going") if self.stopping.is_set() else None
             )
         if path == "/readyz":
-            ready = {"ready": self.engine.free > 0, "rows": self.engine.rows, "free": self.engine.free}
-            status = HTTPStatus.OK if ready["ready"] else HTTPStatus.SERVICE_UNAVAILABLE
-            return _answer(status, json.dumps(ready).encode(), "application/json")
+            engine = self.engine
+            state = {"rows": engine.rows, "free": engine.free} if engine else {"loaded": round(self.loaded, 2)}
+            ready = engine is not None and engine.free > 0
+            body = json.dumps({"ready": ready, **state}).encode()
+            return _answer(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, body, "application/json")
         if path == "/metrics":
             return _answer(HTTPStatus.OK, self.metrics.page(), CONTENT_TYPE_LATEST)
         return self._page(request, path)
@@ -215,21 +228,26 @@ class Door:
         self.say("end", name, code=code, seconds=round(time.monotonic() - begun, 3), why=why, frames_dropped=session.dropped)
 
     async def _seat(self, connection: ServerConnection, settings: Settings) -> Session:
-        """Who asked for the extension `queue` waits in line, and is told how many are before it."""
-        told, self._line = None, [*self._line, connection]
+        """Everybody waits for the model. Who asked for the extension `queue` is told how much of it is there, waits in line for a
+        row too, and is told how many are before it."""
+        queue, told, self._line = "queue" in _extensions(connection), None, [*self._line, connection]
         try:
             while True:
-                before = self._line.index(connection)
-                try:
-                    if before == 0:
-                        return Session(self.engine, self.vad, self.voice, settings)
-                    raise NoRow(f"all places are taken, and {before} wait for one")
-                except NoRow:
-                    if "queue" not in _extensions(connection):
-                        raise
-                if before != told:
-                    told = before
-                    await connection.send(json.dumps({"type": "attend.queue", "event_id": f"event_{told}", "before": told}))
+                if self.engine is None:
+                    news: dict[str, Any] = {"type": "attend.loading", "loaded": round(self.loaded, 2)}
+                else:
+                    before = self._line.index(connection)
+                    try:
+                        if before == 0 or before < self.engine.free:
+                            return Session(self.engine, self.vad, self.voice, settings)
+                        raise NoRow(f"all places are taken, and {before} wait for one")
+                    except NoRow:
+                        if not queue:
+                            raise
+                    news = {"type": "attend.queue", "before": before}
+                if queue and news != told:
+                    told = news
+                    await connection.send(json.dumps({**news, "event_id": f"event_{secrets.token_hex(4)}"}))
                 with suppress(TimeoutError):
                     await asyncio.wait_for(connection.wait_closed(), MOVING)
                     raise ConnectionClosedOK(None, None)

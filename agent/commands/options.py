@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,8 +28,14 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
 
 
-def load(given: argparse.Namespace) -> checkpoint.Loaded:
-    return checkpoint.load(given.model, given.device, given.dtype, _progress)
+def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part: None) -> checkpoint.Loaded:
+    """`told`: how much of it is there, from 0 to 1."""
+
+    def progress(done: int, total: int) -> None:
+        told(done / total)
+        _progress(done, total)
+
+    return checkpoint.load(given.model, given.device, given.dtype, progress)
 
 
 def _progress(done: int, total: int) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import ssl
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
@@ -47,22 +50,35 @@ def _serve(given: argparse.Namespace) -> int:
         except OSError as error:
             raise NotServed(f"the certificate {given.tls_cert} cannot be read: {error}") from error
     access = Access(given.host, token, tuple(given.allow_origin or ()))
-    voice = open_voice(given.voice)
-    loaded = options.load(given)
+    voice, vad = open_voice(given.voice), Vad()
     logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
     how = server.Options(
         access, given.port, given.model, given.voice, Settings(policy=given.policy), tls, given.log_content, given.log_json
     )
 
-    async def listen() -> None:
+    async def listen() -> bool:
+        """Whether the model was loaded when it ended."""
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        with Engine(loaded, given.rows) as engine:
-            async with server.Door(engine, Vad(), voice, how).open() as port:
+        door = server.Door(None, vad, voice, how)
+
+        def told(part: float) -> None:
+            door.loaded = part
+
+        with ExitStack() as held:
+            async with door.open() as port:
                 print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
                 print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
-                await stop.wait()
+                work = ThreadPoolExecutor(1, "loading")
+                loading = asyncio.get_running_loop().run_in_executor(work, lambda: Engine(options.load(given, told), given.rows))
+                stopped = asyncio.create_task(stop.wait())
+                await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+                if loading.done():
+                    door.enter(held.enter_context(await loading))
+                await stopped
+        return loading.done()
 
-    asyncio.run(listen())
+    if not asyncio.run(listen()):
+        os._exit(0)  # nobody waits for 22 GiB, and a thread that is in torch as Python ends aborts the process
     return 0
