@@ -35,6 +35,7 @@ SHOTS = ROOT / "artifacts"
 CHROMIUM = shutil.which("chromium")
 TAP = (Path(__file__).parent / "page/tap.js").read_text()
 LEAD = 3.0  # seconds before the question, in which the page is opened and started
+CAMERA = "document.querySelector('video').srcObject?.getVideoTracks()[0]"
 PATIENCE = 120_000  # milliseconds: the machine may be busy
 
 pytestmark = [
@@ -49,9 +50,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """question.wav: the demo's question, once; camera.mjpeg: the demo's picture."""
+    """question.wav: the demo's question, once; speech.wav: over and over, without a pause; camera.mjpeg: the demo's picture."""
     folder = tmp_path_factory.mktemp("media")
-    asked = np.concatenate([np.zeros(int(LEAD * 16_000), np.float32), read_audio(DEMO / "question.wav")])
+    question = read_audio(DEMO / "question.wav")
+    asked = np.concatenate([np.zeros(int(LEAD * 16_000), np.float32), question])
+    loud = np.flatnonzero(np.abs(question) > 0.02)
+    soundfile.write(folder / "speech.wav", question[loud[0] : loud[-1]], 16_000, "PCM_16")
     soundfile.write(folder / "question.wav", np.concatenate([asked, np.zeros(40 * 16_000, np.float32)]), 16_000, "PCM_16")
     soundfile.write(folder / "silence.wav", np.zeros(40 * 16_000, np.float32), 16_000, "PCM_16")
     jpeg = cv2.imencode(".jpg", cv2.imread(str(DEMO / "picture.jpg")), [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
@@ -59,21 +63,38 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Server:
-    """`attend serve` on a port of its own."""
+HELD = """
+import sys
+from agent import __main__
+from agent.commands import options
+load = options.load
+options.load = lambda given, told: (told(0.42), sys.stdin.readline(), load(given))[-1]
+sys.exit(__main__.main())
+"""
 
-    def __init__(self, *options: str) -> None:
+
+class Server:
+    """`attend serve` on a port of its own. `held`: the model is loaded as far as 42 % until `go_on`."""
+
+    def __init__(self, *options: str, held: bool = False) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.options = options
+        self.options, self.held = options, held
         self.url = f"http://127.0.0.1:{self.port}/"
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "agent", "serve", "--port", str(self.port), "--voice", "espeak", *self.options]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        how = ["-c", HELD] if self.held else ["-m", "agent"]
+        command = [sys.executable, *how, "serve", "--port", str(self.port), "--voice", "espeak", *self.options]
+        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=quiet)
         assert self.process.stdout and self.process.stdout.readline().startswith(b"ws://")
+
+    def go_on(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -125,12 +146,12 @@ class Visit:
 
 @asynccontextmanager
 async def visiting(
-    server: Server, media: Path, wav: str = "question.wav", flags: tuple[str, ...] = (), **how: Any
+    server: Server, media: Path, wav: str = "question.wav%noloop", flags: tuple[str, ...] = (), shown: bool = True, **how: Any
 ) -> AsyncIterator[Visit]:
     arguments = [
-        "--no-sandbox", "--disable-gpu", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={media / wav}%noloop",
-        f"--use-file-for-fake-video-capture={media / 'camera.mjpeg'}", *flags,
+        "--no-sandbox", "--disable-gpu", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream=device-count=2",
+        f"--use-file-for-fake-audio-capture={media / wav}",
+        *([f"--use-file-for-fake-video-capture={media / 'camera.mjpeg'}"] if shown else []), *flags,
     ]  # fmt: skip
     async with async_playwright() as playwright:
         browser: Browser = await playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=arguments)
@@ -249,7 +270,7 @@ async def test_typed_interrupted_pressed_and_without_a_camera(server: Server, me
         await visit.answered()
         assert 0 < await page.locator("li.agent .unheard").count() < await page.locator("li.agent .text span").count()
         assert await page.locator("li.user .seen").count() == 1
-        await visit.shot("interrupted")
+        await states(visit, "interrupted")
 
         await page.click("#look")  # off
         await visit.type("hello")
@@ -263,6 +284,136 @@ async def test_typed_interrupted_pressed_and_without_a_camera(server: Server, me
         assert "orange square" in await visit.answered(3)
         await visit.until("() => document.querySelector('#shown').hidden && document.querySelector('.seen .mark')")
         assert not visit.said
+
+
+async def test_talk_over_an_answer_cuts_it_and_who_is_muted_is_not_heard(server: Server, media: Path) -> None:
+    async with visiting(server, media, "speech.wav") as visit:
+        page = visit.page
+        await page.click("#start")
+        await visit.state("hearing")
+        await visit.until("() => /[2-9]\\d frames/.test(document.querySelector('.user.open .taking')?.textContent)")
+        await states(visit, "hearing")
+        await page.click("#mute")  # which ends the sentence
+        await visit.answered()
+        assert await page.locator(".taking").count() == 0
+        await visit.state("muted")
+
+        await visit.type("what do you see")
+        await visit.until("() => document.querySelectorAll('li.agent:nth-of-type(4) .text span:not(.coming)').length > 1")
+        assert await page.locator("li.user").count() == 2  # nothing was heard all the time
+        await page.click("#mute")
+        await visit.until("() => document.querySelector('li.agent:nth-of-type(4) .unheard')")
+        await visit.state("hearing")
+        await page.click("#mute")
+        await visit.answered(3)
+        words = page.locator("li.agent:nth-of-type(4) .text span")
+        assert 0 < await page.locator("li.agent:nth-of-type(4) .unheard").count() < await words.count()
+
+        await page.locator("#mute").blur()
+        await page.keyboard.down("Space")  # is heard as long as it is held
+        await visit.state("hearing")
+        await page.keyboard.up("Space")
+        await visit.answered(4)
+        await visit.state("muted")
+        assert not visit.said
+
+
+async def test_a_microphone_is_lost_in_the_middle_of_a_sentence_and_plugged_in_again(server: Server, media: Path) -> None:
+    async with visiting(server, media, "speech.wav") as visit:
+        page = visit.page
+        await page.click("#start")
+        await visit.state("hearing")
+        await visit.until("() => /[2-9]\\d frames/.test(document.querySelector('.user.open .taking')?.textContent)")
+        await page.evaluate("() => { window.heard.stop(); window.heard.dispatchEvent(new Event('ended')) }")
+        assert "microphone is gone" in await page.inner_text("#notice")
+        await visit.answered()
+        await visit.state("typing")
+        assert await page.is_disabled("#mute")
+        await visit.type("hello")
+        assert (await visit.answered(2)).strip()
+        await page.evaluate("() => navigator.mediaDevices.dispatchEvent(new Event('devicechange'))")
+        await visit.state("hearing")
+        assert await page.locator("#notice").is_hidden()
+        await page.click("#mute")
+        await visit.answered(3)
+        assert not visit.said
+
+
+async def test_devices_are_chosen(server: Server, media: Path) -> None:
+    async with visiting(server, media, "silence.wav", shown=False) as visit:
+        page = visit.page
+        await page.click("#start")
+        await visit.state("listening")
+        await visit.until("() => document.body.classList.contains('sees')")
+        await page.click("#configure")
+        await states(visit, "settings")
+        chosen = []
+        for device in ("microphone", "camera", "speaker"):
+            options = page.locator(f"#{device}-choice option")
+            await page.select_option(f"#{device}-choice", value=await options.last.get_attribute("value"))
+            chosen.append(await page.input_value(f"#{device}-choice"))
+            assert chosen[-1] and await options.count() > 2
+        await page.click("#settings button.text")
+        for used, device in zip(
+            ("window.heard.getSettings().deviceId", f"{CAMERA}.getSettings().deviceId", "window.sink()"), chosen, strict=True
+        ):
+            await visit.until(f"() => {used} === '{device}'")
+        await visit.type("hello")
+        assert (await visit.answered()).strip()
+
+        await page.reload()  # which forgets nothing
+        await page.click("#start")
+        await visit.until(f"() => window.heard?.getSettings().deviceId === '{chosen[0]}'")
+        kept = "{ ...JSON.parse(localStorage.attend), microphone: 'sold', camera: 'sold' }"
+        await page.evaluate(f"() => localStorage.setItem('attend', JSON.stringify({kept}))")
+        await page.reload()  # and goes on without what is not there any more
+        await page.click("#start")
+        await visit.state("listening")
+        await visit.until("() => document.body.classList.contains('sees')")
+        assert not visit.said
+
+
+async def test_a_picture_is_pasted_and_another_one_dropped(server: Server, media: Path) -> None:
+    permissions = ["microphone", "camera", "clipboard-read", "clipboard-write"]
+    async with visiting(server, media, "silence.wav", permissions=permissions) as visit:
+        page = visit.page
+        png = base64.b64encode(cv2.imencode(".png", cv2.imread(str(DEMO / "picture.jpg")))[1].tobytes()).decode()
+        await page.evaluate(COPY, png)
+        await page.click("#look")
+        await page.click("#start")
+        await visit.state("listening")
+        await page.focus("#text")
+        await page.keyboard.press("Control+V")
+        await visit.until("() => !document.querySelector('#shown').hidden")
+        await visit.type("where is the orange square")
+        assert "orange square" in await visit.answered()
+        await visit.until("() => document.querySelector('#shown').hidden && document.querySelector('.seen .mark')")
+
+        await drop(page, DEMO / "picture.jpg")
+        await visit.until("() => !document.querySelector('#shown').hidden")
+        await page.click("#unshow")
+        assert await page.locator("#shown").is_hidden()
+        await drop(page, DEMO / "talk.toml")
+        await visit.until("() => /no picture/.test(document.querySelector('#notice').innerText)")
+        await page.evaluate("() => navigator.clipboard.writeText('words')")
+        await page.focus("#text")
+        await page.keyboard.press("Control+V")
+        assert await page.input_value("#text") == "words" and await page.locator("#shown").is_hidden()
+        assert not visit.said
+
+
+COPY = """(png) => {
+  const bytes = Uint8Array.from(atob(png), (letter) => letter.charCodeAt(0));
+  return navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
+}"""
+
+
+async def drop(page: Page, file: Path) -> None:
+    """A file, dragged from outside onto the middle of the page."""
+    browser = await page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        await browser.send("Input.dispatchDragEvent", {"type": kind, "x": 640, "y": 400, "data": data})
 
 
 async def test_push_to_talk_asks_what_was_said_while_it_was_held(server: Server, media: Path) -> None:
@@ -289,15 +440,14 @@ async def test_a_device_is_lost_and_a_server_restarted(media: Path) -> None:
             await visit.state("listening")
             await visit.type("hello")
             first = await visit.answered()
-            track = "document.querySelector('video').srcObject.getVideoTracks()[0]"
             await visit.until("() => document.body.classList.contains('sees')")
-            await page.evaluate(f"() => {{ const track = {track}; track.stop(); track.dispatchEvent(new Event('ended')) }}")
+            await page.evaluate(f"() => {{ const track = {CAMERA}; track.stop(); track.dispatchEvent(new Event('ended')) }}")
             await visit.until("() => /camera is gone/.test(document.querySelector('#notice').innerText)")
             assert not visit.said
             server.stop()
             await visit.state("lost")
             assert first in await page.inner_text("#turns")
-            await visit.shot("lost")
+            await states(visit, "lost")
             server.start()
             await visit.state("listening")
             await visit.type("hello")
@@ -313,11 +463,52 @@ async def test_a_second_tab_waits_until_a_place_is_free(server: Server, media: P
         await two.page.click("#start")
         await two.state("busy")
         assert "You are next" in await two.page.inner_text("#notice")
-        await two.shot("busy")
+        await states(two, "busy")
         await one.page.click("#start")
         await two.state("listening")
         assert await two.page.locator("#notice").is_hidden()
         assert not one.said + two.said
+
+
+async def test_a_page_waits_while_the_model_is_loaded(media: Path) -> None:
+    server = Server(held=True)
+    try:
+        async with visiting(server, media, "silence.wav") as visit:
+            page = visit.page
+            await page.click("#start")
+            await visit.state("loading")
+            assert await page.get_attribute("#notice progress", "value") == "0.42"
+            await states(visit, "loading")
+            server.go_on()
+            await visit.state("listening")
+            assert await page.locator("#notice").is_hidden()
+            await visit.type("hello")
+            assert (await visit.answered()).strip()
+            assert not visit.said
+    finally:
+        server.stop()
+
+
+async def test_an_answer_grows_and_what_stands_there_stays(server: Server, media: Path) -> None:
+    async with visiting(server, media, "silence.wav") as visit:
+        kept, stands, reads = await visit.page.evaluate(GROWING, ["One", " two", " thr", "ee. ", "Four ", "5"])
+        assert kept and reads == "One two three. Four 5"
+        assert stands == [["One", "0"], [" two", "4"], [" three.", "8"], [" Four", "15"], [" 5", "20"]]
+
+
+GROWING = """async (deltas) => {
+  const { Transcript } = await import("./transcript.js");
+  const list = document.createElement("ol");
+  const transcript = new Transcript(list, document.createElement("div"));
+  const entry = { who: "agent", id: "a", text: "", state: "open", words: [], reached: 0, whole: 0, marks: [], to: null, times: null };
+  const last = deltas.map((delta) => {
+    entry.text += delta;
+    transcript.show(entry);
+    return list.querySelector("span:last-child");
+  });
+  const all = [...list.querySelectorAll("span")];
+  return [last.every((span) => all.includes(span)), all.map((span) => [span.textContent, span.dataset.at]), list.textContent];
+}"""
 
 
 async def test_who_gets_no_microphone_is_told_what_to_do(server: Server, media: Path) -> None:

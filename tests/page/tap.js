@@ -19,6 +19,7 @@
     return merger;
   };
   AudioNode.prototype.connect = function (to, ...more) {
+    if (this instanceof MediaStreamAudioSourceNode) window.heard = this.mediaStream.getAudioTracks()[0];
     if (this instanceof MediaStreamAudioSourceNode) connect.call(this, tap(this.context), 0, 0);
     if (to === this.context.destination) connect.call(this, tap(this.context), 0, 1);
     return connect.call(this, to, ...more);
@@ -28,6 +29,7 @@
     for (let at = 0; at < bytes.length; at += 32768) text += String.fromCharCode(...bytes.subarray(at, at + 32768));
     return btoa(text);
   };
+  window.sink = () => merger?.context.sinkId;
   window.tapped = async () => {
     const all = new Float32Array(pieces.reduce((sum, { length }) => sum + length, 0));
     let at = 0;

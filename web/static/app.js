@@ -31,6 +31,7 @@ const choices = remembered();
 const transcript = new Transcript(element("turns", HTMLOListElement), element("said", HTMLDivElement));
 const notice = new Notice(element("notice", HTMLDivElement));
 let asking = false; // the browser asks for permission
+const gone = new Set(); // devices that are wanted and not there
 let spoke = 0; // marks of the last answer that are on the live picture
 
 const talk = new Talk(video, choices, {
@@ -45,8 +46,8 @@ const talk = new Talk(video, choices, {
     if (whose === "agent" || talk.mood !== "speaking") start.style.setProperty("--level", Math.min(1, level * 2.5).toFixed(2));
   },
   lost(device) {
-    if (device === "camera") talk.camera.close();
-    notice.say(`The ${device} is gone. It is taken up again as soon as it is back.`, "gone");
+    gone.add(device);
+    notice.say(`The ${device} is gone. This page goes on with it as soon as there is one again.`, "gone");
     render();
   },
   trouble: (sentence) => notice.say(sentence, "trouble"),
@@ -63,22 +64,26 @@ async function begin() {
   }
   asking = true;
   render();
-  try {
-    await talk.listen();
-  } catch (error) {
-    notice.refused("microphone", error, () => void begin());
-  }
+  await hear();
   if (choices.look) await open();
   asking = false;
   render();
 }
 
+/** The microphone. */
+const hear = () => take("microphone", () => talk.listen(), begin);
+
 /** The camera. */
-async function open() {
+const open = () => take("camera", () => talk.camera.use(choices.camera), open);
+
+/** @param {"microphone" | "camera"} device @param {() => Promise<void>} use @param {() => Promise<void>} again */
+async function take(device, use, again) {
   try {
-    await talk.camera.use(choices.camera);
+    await use();
+    if (gone.delete(device)) notice.clear("gone");
   } catch (error) {
-    notice.refused("camera", error, () => void open());
+    if (error instanceof DOMException && error.name === "NotFoundError") gone.add(device);
+    notice.refused(device, error, () => void again());
   }
   render();
 }
@@ -101,9 +106,8 @@ look.addEventListener("click", () => {
 
 navigator.mediaDevices?.addEventListener("devicechange", () => {
   if (talk.wire.state.kind === "off" || asking) return;
-  const dead = talk.microphone?.stream?.getAudioTracks()[0]?.readyState === "ended";
-  if (dead) void talk.listen().then(() => notice.clear("gone"), () => undefined);
-  if (choices.look && !talk.camera.stream) void talk.camera.use(choices.camera).then(() => (notice.clear("gone"), render()), () => undefined);
+  if (gone.has("microphone")) void hear();
+  if (gone.has("camera") && choices.look) void open();
 });
 
 // -- words, pictures, keys
@@ -135,10 +139,12 @@ button("unshow").addEventListener("click", () => {
   render();
 });
 addEventListener("paste", (event) => void give([...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"))));
-addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("dragover", (event) => event.dataTransfer?.types.includes("Files") && event.preventDefault());
 addEventListener("drop", (event) => {
+  const [dropped] = event.dataTransfer?.files ?? [];
+  if (!dropped) return; // words, which the field takes itself
   event.preventDefault();
-  void give([...(event.dataTransfer?.files ?? [])].find(({ type }) => type.startsWith("image/")));
+  void give(dropped);
 });
 
 let unmuted = false; // for as long as the space bar is held
@@ -176,7 +182,7 @@ button("configure").addEventListener("click", () =>
   ask(choices, talk.server, () => {
     const { kind } = talk.wire.state;
     if (kind === "open") void talk.configure();
-    if (talk.microphone?.stream) void talk.listen().catch((error) => notice.refused("microphone", error, () => void begin()));
+    if (talk.microphone?.stream) void hear();
     if (talk.camera.stream) void open();
     render();
   }),
@@ -199,7 +205,7 @@ const MOODS = { listening: "Listening", hearing: "Hearing you", thinking: "Think
 function mood() {
   const { state } = talk.wire;
   if (asking) return ["asking", "Waiting for your permission"];
-  if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
+  if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", loading: "Loading the model", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
   const { mood } = talk;
   if (mood !== "listening") return [mood, MOODS[mood]];
   if (!talk.microphone?.stream) return ["typing", "Type your question"];

@@ -15,9 +15,9 @@ export class Camera {
     this.lost = lost;
   }
 
-  /** @param {string} device "" for the one on the back of a telephone, or the usual one */
+  /** @param {string} device "" for the one on the back of a telephone, or the usual one, which is taken too where this one is not there */
   async use(device) {
-    const wanted = device ? { deviceId: { exact: device } } : { facingMode: "environment" };
+    const wanted = device ? { deviceId: { ideal: device } } : { facingMode: "environment" };
     const stream = await navigator.mediaDevices.getUserMedia({
       video: { ...wanted, width: { ideal: 1280 }, height: { ideal: 960 } },
     });

@@ -6,7 +6,7 @@
 /** @typedef {{box: [number, number, number, number], label: string}} Mark top, left, bottom, right in thousandths */
 /** @typedef {{start: number, end: number, ms: number}} Word characters of the text, and where it begins in the sound */
 /** @typedef {{stages: Record<string, number>, waiting: number}} Times milliseconds after the turn's end */
-/** @typedef {{start: number, end: number | null}} Speech milliseconds of the sound that was sent */
+/** @typedef {{start: number, end: number | null, sent: number}} Speech milliseconds of the sound that was sent */
 
 /**
  * @typedef {object} Asked what the user said
@@ -68,7 +68,7 @@ export class Conversation {
 
   /** The user holds the button, from `ms` of the sound on; `released` follows. @param {number} ms */
   pressed(ms) {
-    this.#add({ who: "user", id: "", text: null, state: "open", frames: [], speech: { start: ms, end: null } });
+    this.#add({ who: "user", id: "", text: null, state: "open", frames: [], speech: { start: ms, end: null, sent: ms } });
   }
 
   /** @param {number | null} ms null: it was a mere tap */
@@ -77,6 +77,14 @@ export class Conversation {
     if (!entry?.speech) return;
     if (ms === null) return this.#remove(entry);
     entry.speech.end = ms;
+    this.on.change(entry);
+  }
+
+  /** What the user says now was sent as far as `ms`. @param {number} ms */
+  taken(ms) {
+    const entry = this.entries.findLast(({ who }) => who === "user");
+    if (entry?.who !== "user" || entry.speech?.end !== null) return;
+    entry.speech.sent = ms;
     this.on.change(entry);
   }
 
@@ -164,7 +172,8 @@ export class Conversation {
 
   /** @param {Event} event */
   #started({ item_id, audio_start_ms }) {
-    this.#add({ who: "user", id: item_id, text: null, state: "open", frames: [], speech: { start: audio_start_ms, end: null } });
+    const speech = { start: audio_start_ms, end: null, sent: audio_start_ms };
+    this.#add({ who: "user", id: item_id, text: null, state: "open", frames: [], speech });
   }
 
   /** @param {Event} event */

@@ -18,6 +18,7 @@ export class Notice {
     const find = (query) => /** @type {T} */ (box.querySelector(query));
     this.words = find("p");
     this.token = find("form");
+    this.loaded = /** @type {HTMLProgressElement} */ (find("progress"));
     this.remedy = /** @type {HTMLButtonElement} */ (find("#remedy"));
     this.dismiss = find("#dismiss");
     this.dismiss.addEventListener("click", () => this.clear());
@@ -30,7 +31,7 @@ export class Notice {
     this.words.textContent = sentence;
     this.box.dataset.cause = cause;
     this.box.hidden = false;
-    this.token.hidden = true;
+    this.token.hidden = this.loaded.hidden = true;
     this.remedy.hidden = !remedy;
     this.dismiss.hidden = cause === "wire";
     if (remedy) [this.remedy.textContent, this.remedy.onclick] = remedy;
@@ -82,6 +83,12 @@ export class Notice {
     if (key === this.#state) return;
     this.#state = key;
     switch (state.kind) {
+      case "loading":
+        if (this.loaded.hidden || this.box.hidden) this.say("The model is being loaded. This page goes on by itself.", "wire"); // read out once
+        this.loaded.hidden = false;
+        if (state.loaded) this.loaded.value = state.loaded; // before, nobody knows how long it takes
+        else this.loaded.removeAttribute("value");
+        return;
       case "busy": {
         const before = state.before === 1 ? "One is before you." : `${state.before} are before you.`;
         return this.say(`All places are taken. ${state.before ? before : "You are next."} This page goes on by itself.`, "wire");

@@ -44,9 +44,9 @@ export class Microphone {
     this.node.port.onmessage = ({ data }) => on.frame(data.pcm, data.level, data.at);
   }
 
-  /** @param {string} device "" for the usual one @param {boolean} echo whether the loudspeaker is to be cancelled out */
+  /** @param {string} device "" for the usual one, which is taken too where this one is not there @param {boolean} echo whether the loudspeaker is to be cancelled out */
   async use(device, echo) {
-    const wanted = { deviceId: device ? { exact: device } : undefined, channelCount: 1 };
+    const wanted = { deviceId: device ? { ideal: device } : undefined, channelCount: 1 };
     const processing = { echoCancellation: echo, noiseSuppression: echo, autoGainControl: echo };
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { ...wanted, ...processing } });
     this.close();

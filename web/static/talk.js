@@ -9,6 +9,7 @@ import { Wire } from "./wire.js";
 const LOOK = 300; // milliseconds between the camera's frames while the user speaks: the newest is looked at
 const TAP = 200; // milliseconds: a shorter press says nothing
 const FRAME = 40; // milliseconds
+const HUSH = 1000; // milliseconds of silence by which the server sees that a sentence is over
 const KEPT = 3000; // frames whose times are known: two minutes
 const SPOILED = ["response_cancel_not_active", "input_audio_buffer_commit_empty"]; // races that hurt nobody
 
@@ -46,7 +47,7 @@ export class Talk {
   constructor(video, choices, on) {
     this.choices = choices;
     this.on = on;
-    this.camera = new Camera(video, () => on.lost("camera"));
+    this.camera = new Camera(video, () => this.#lost("camera"));
     this.conversation = new Conversation({ change: on.change, gone: on.gone });
     this.wire = new Wire({ event: (event) => this.#take(event), state: () => this.#state() });
   }
@@ -63,7 +64,7 @@ export class Talk {
   async listen() {
     this.#sound ??= this.#open();
     const sound = await this.#sound;
-    this.microphone ??= new Microphone(sound, { frame: (...frame) => this.#frame(...frame), lost: () => this.on.lost("microphone") });
+    this.microphone ??= new Microphone(sound, { frame: (...frame) => this.#frame(...frame), lost: () => this.#lost("microphone") });
     await this.microphone.use(this.choices.microphone, this.choices.echo);
     this.mute(this.muted);
   }
@@ -273,6 +274,21 @@ export class Talk {
     this.#sent += FRAME;
     this.#frames.push({ ms: this.#sent, at });
     if (this.#frames.length > KEPT) this.#frames.shift();
+    if (this.hearing) this.conversation.taken(this.#sent);
+  }
+
+  /** @param {"microphone" | "camera"} device */
+  #lost(device) {
+    this[device]?.close();
+    if (device === "microphone") this.#hush();
+    this.on.lost(device);
+  }
+
+  /** Nothing comes any more, and time is counted in samples: what was being said would never end. */
+  #hush() {
+    const now = this.microphone?.sound.context.currentTime ?? 0;
+    if (this.pressed) void this.release();
+    else for (let ms = 0; ms < HUSH; ms += FRAME) this.#frame(new Int16Array((FRAME * HEARD) / 1000), 0, now);
   }
 
   /** @param {string} item @param {Int16Array<ArrayBuffer>} pcm */

@@ -3,7 +3,7 @@
 
 /** @typedef {import("./conversation.js").Answered} Answered */
 
-const FRAME = 40; // milliseconds of a position
+export const FRAME = 40; // milliseconds of a position
 const AFTER = 450; // milliseconds of the answer that are shown
 
 /**

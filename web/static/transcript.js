@@ -89,6 +89,9 @@ function asked(item, entry) {
   text.textContent = entry.text ?? (entry.state === "open" ? "Listening" : "Taking it down");
   text.classList.toggle("awaited", entry.text === null);
   if (entry.text === "") text.textContent = "(nothing that could be understood)";
+  const { speech } = entry;
+  if (entry.state === "open" && speech?.end === null) taking(part(item, "p", "taking"), Math.round((speech.sent - speech.start) / timeline.FRAME));
+  else item.querySelector(".taking")?.remove();
   for (const frame of entry.frames) {
     if (item.querySelector(`[data-frame="${frame.id}"]`)) continue;
     const figure = document.createElement("figure");
@@ -104,19 +107,33 @@ function asked(item, entry) {
   }
 }
 
+/** The frames that have gone in, while the user speaks. @param {HTMLElement} strip @param {number} frames */
+function taking(strip, frames) {
+  const count = Math.max(1, frames);
+  strip.ariaHidden = "true";
+  if (!strip.firstChild) strip.append(document.createElement("i"), "");
+  strip.style.setProperty("--frames", String(count));
+  if (strip.lastChild) strip.lastChild.textContent = count === 1 ? "1 frame" : `${count} frames`;
+}
+
+/** @type {WeakMap<HTMLElement, {text: string, marks: number, at: number, place: number}>} what stands there, and where its last word begins */
+const written = new WeakMap();
+
 /** A span for each word; what names a mark is a button. @param {HTMLElement} text @param {Answered} entry */
 function words(text, entry) {
   const marks = entry.marks.map(({ mark }) => mark);
-  const key = `${entry.text}|${marks.length}`;
-  if (text.dataset.key !== key) {
-    text.dataset.key = key;
-    text.replaceChildren();
+  const before = written.get(text);
+  if (before?.text !== entry.text || before.marks !== marks.length) {
+    const more = before && !before.marks && !marks.length && entry.text.startsWith(before.text); // a name may reach back
+    /** @type {Element | null} the last word, which may have become longer */ let last = more ? text.lastElementChild : null;
+    if (!more) text.replaceChildren();
     const names = named(entry.text, marks);
-    let at = 0; // in characters, as the server counts them
-    let place = 0; // in UTF-16
+    let { at, place } = more ? before : { at: 0, place: 0 }; // in characters, as the server counts them, and in UTF-16
+    let begun = { at, place };
     /** @type {HTMLElement | null} */ let name = null;
-    for (const [piece] of entry.text.matchAll(/\s*\S+\s*$|\s*\S+/gu)) {
-      const word = document.createElement("span");
+    for (const [piece] of entry.text.slice(place).matchAll(/\s*\S+\s*$|\s*\S+/gu)) {
+      begun = { at, place };
+      const word = last instanceof HTMLElement ? last : document.createElement("span");
       word.textContent = piece;
       word.dataset.at = String(at + (piece.length - piece.trimStart().length));
       const begin = place + (piece.length - piece.trimStart().length);
@@ -131,10 +148,12 @@ function words(text, entry) {
         word.textContent = piece.trimStart();
         text.append(name);
       }
-      (name ?? text).append(word);
+      if (word !== last) (name ?? text).append(word);
+      last = null;
       at += [...piece].length;
       place += piece.length;
     }
+    written.set(text, { text: entry.text, marks: marks.length, ...begun });
   }
   const cut = entry.state === "cut";
   for (const word of text.querySelectorAll("span")) {

@@ -8,7 +8,7 @@ const FULL = 1 << 20; // bytes that wait to be sent, beyond which sound is dropp
 
 /**
  * @typedef {{type: string, [field: string]: any}} Event
- * @typedef {{kind: "off"} | {kind: "connecting"} | {kind: "busy", before: number} | {kind: "open"}
+ * @typedef {{kind: "off"} | {kind: "connecting"} | {kind: "loading", loaded: number} | {kind: "busy", before: number} | {kind: "open"}
  *   | {kind: "lost", seconds: number, why: string} | {kind: "token"}} State
  */
 
@@ -64,6 +64,7 @@ export class Wire {
 
   /** @param {Event} event */
   #take(event) {
+    if (event.type === "attend.loading") return this.#set({ kind: "loading", loaded: event.loaded });
     if (event.type === "attend.queue") return this.#set({ kind: "busy", before: event.before });
     if (event.type === "session.created") {
       this.#tries = 0;
