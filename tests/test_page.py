@@ -36,6 +36,7 @@ CHROMIUM = shutil.which("chromium")
 TAP = (Path(__file__).parent / "page/tap.js").read_text()
 LEAD = 3.0  # seconds before the question, in which the page is opened and started
 CAMERA = "document.querySelector('video').srcObject?.getVideoTracks()[0]"
+SPOKEN = "() => /[2-9]\\d frames/.test(document.querySelector('.user.open .taking')?.textContent)"  # for most of a second
 PATIENCE = 120_000  # milliseconds: the machine may be busy
 
 pytestmark = [
@@ -291,7 +292,7 @@ async def test_talk_over_an_answer_cuts_it_and_who_is_muted_is_not_heard(server:
         page = visit.page
         await page.click("#start")
         await visit.state("hearing")
-        await visit.until("() => /[2-9]\\d frames/.test(document.querySelector('.user.open .taking')?.textContent)")
+        await visit.until(SPOKEN)
         await states(visit, "hearing")
         await page.click("#mute")  # which ends the sentence
         await visit.answered()
@@ -303,7 +304,7 @@ async def test_talk_over_an_answer_cuts_it_and_who_is_muted_is_not_heard(server:
         assert await page.locator("li.user").count() == 2  # nothing was heard all the time
         await page.click("#mute")
         await visit.until("() => document.querySelector('li.agent:nth-of-type(4) .unheard')")
-        await visit.state("hearing")
+        await visit.until(SPOKEN)
         await page.click("#mute")
         await visit.answered(3)
         words = page.locator("li.agent:nth-of-type(4) .text span")
@@ -311,7 +312,7 @@ async def test_talk_over_an_answer_cuts_it_and_who_is_muted_is_not_heard(server:
 
         await page.locator("#mute").blur()
         await page.keyboard.down("Space")  # is heard as long as it is held
-        await visit.state("hearing")
+        await visit.until(SPOKEN)
         await page.keyboard.up("Space")
         await visit.answered(4)
         await visit.state("muted")
@@ -323,7 +324,7 @@ async def test_a_microphone_is_lost_in_the_middle_of_a_sentence_and_plugged_in_a
         page = visit.page
         await page.click("#start")
         await visit.state("hearing")
-        await visit.until("() => /[2-9]\\d frames/.test(document.querySelector('.user.open .taking')?.textContent)")
+        await visit.until(SPOKEN)
         await page.evaluate("() => { window.heard.stop(); window.heard.dispatchEvent(new Event('ended')) }")
         assert "microphone is gone" in await page.inner_text("#notice")
         await visit.answered()
@@ -334,6 +335,7 @@ async def test_a_microphone_is_lost_in_the_middle_of_a_sentence_and_plugged_in_a
         await page.evaluate("() => navigator.mediaDevices.dispatchEvent(new Event('devicechange'))")
         await visit.state("hearing")
         assert await page.locator("#notice").is_hidden()
+        await visit.until(SPOKEN)
         await page.click("#mute")
         await visit.answered(3)
         assert not visit.said
@@ -353,7 +355,9 @@ async def test_devices_are_chosen(server: Server, media: Path) -> None:
             await page.select_option(f"#{device}-choice", value=await options.last.get_attribute("value"))
             chosen.append(await page.input_value(f"#{device}-choice"))
             assert chosen[-1] and await options.count() > 2
+        await page.check("#press")
         await page.click("#settings button.text")
+        await visit.until("() => !document.querySelector('#hold').hidden")
         for used, device in zip(
             ("window.heard.getSettings().deviceId", f"{CAMERA}.getSettings().deviceId", "window.sink()"), chosen, strict=True
         ):
@@ -500,7 +504,7 @@ GROWING = """async (deltas) => {
   const { Transcript } = await import("./transcript.js");
   const list = document.createElement("ol");
   const transcript = new Transcript(list, document.createElement("div"));
-  const entry = { who: "agent", id: "a", text: "", state: "open", words: [], reached: 0, whole: 0, marks: [], to: null, times: null };
+  const entry = { who: "agent", id: "a", text: "", state: "open", reached: 0, whole: 0, marks: [], to: null, times: null };
   const last = deltas.map((delta) => {
     entry.text += delta;
     transcript.show(entry);

@@ -1,6 +1,8 @@
 // @ts-check
 /** The camera: what it shows, and frames of it as JPEG. */
 
+import { capture } from "./device.js";
+
 const LARGEST = 960; // pixels of a frame's longer side: more than the model looks at
 const QUALITY = 0.85;
 
@@ -15,12 +17,10 @@ export class Camera {
     this.lost = lost;
   }
 
-  /** @param {string} device "" for the one on the back of a telephone, or the usual one, which is taken too where this one is not there */
+  /** @param {string} device "" for the one on the back of a telephone, or the usual one */
   async use(device) {
-    const wanted = device ? { deviceId: { ideal: device } } : { facingMode: "environment" };
-    const stream = await navigator.mediaDevices.getUserMedia({
-      video: { ...wanted, width: { ideal: 1280 }, height: { ideal: 960 } },
-    });
+    const wanted = { facingMode: "environment", width: { ideal: 1280 }, height: { ideal: 960 } };
+    const stream = await capture("video", device, wanted);
     this.close();
     this.stream = stream;
     stream.getVideoTracks()[0]?.addEventListener("ended", () => stream === this.stream && this.lost());

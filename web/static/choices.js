@@ -55,7 +55,9 @@ export async function ask(choices, server, changed) {
     remember(choices);
     changed();
   };
-  dialog.onclick = ({ target }) => target === dialog && dialog.close();
+  dialog.onclick = ({ target }) => {
+    if (target === dialog) dialog.close(); // no value: a false one would undo every click within
+  };
   dialog.showModal();
 }
 

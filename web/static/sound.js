@@ -1,6 +1,8 @@
 // @ts-check
 /** Microphone and loudspeaker, over one AudioContext at the device's own rate. */
 
+import { capture } from "./device.js";
+
 export const HEARD = 16_000; // samples a second that are sent: the model's own rate, so that nothing is resampled twice
 export const SPOKEN = 24_000; // samples a second that come
 
@@ -44,11 +46,10 @@ export class Microphone {
     this.node.port.onmessage = ({ data }) => on.frame(data.pcm, data.level, data.at);
   }
 
-  /** @param {string} device "" for the usual one, which is taken too where this one is not there @param {boolean} echo whether the loudspeaker is to be cancelled out */
+  /** @param {string} device "" for the usual one @param {boolean} echo whether the loudspeaker is to be cancelled out */
   async use(device, echo) {
-    const wanted = { deviceId: device ? { ideal: device } : undefined, channelCount: 1 };
     const processing = { echoCancellation: echo, noiseSuppression: echo, autoGainControl: echo };
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: { ...wanted, ...processing } });
+    const stream = await capture("audio", device, { channelCount: 1, ...processing });
     this.close();
     this.stream = stream;
     this.muted = this.#muted;
