@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from agent.engine import Engine
 from agent.segments import Segment
 from agent.settings import Settings
 from agent.view import Budget, view
+from tests.broker import certified
 from tests.serving import LOADED, SETTINGS, UPGRADE, VAD, fast, free, get, plain, say, serving, text, until, works
 from tests.talk import PROMPT, TOKENIZER, Beeps, jpeg
 from web.server import Door, Options
@@ -216,12 +215,8 @@ async def test_a_thousand_items(engine, mind):
 # ---- a line that others cannot read
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: the package openssl has it")
 async def test_over_tls(engine, mind, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    made += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True)
+    certificate, key = certified(tmp_path)
     ours, theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context(cafile=certificate)
     ours.load_cert_chain(certificate, key)
     mind.says("Yes.")
