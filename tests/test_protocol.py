@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent import events
 from agent.calls import ToolCall
@@ -15,7 +17,8 @@ from agent.events import Answered, Answering, Called, Captioned, Counted, Said, 
 from agent.marks import Mark
 from agent.tape import Setting
 from streams.frames import Audio
-from tests.realtime import Client, kinds
+from tests.mangled import messages
+from tests.realtime import KINDS, Client, judged, kinds
 from tests.talk import jpeg
 from web.audio import Format, Playback, Resampler
 from web.buffer import LONGEST
@@ -76,6 +79,20 @@ AUDIO_DONE = [
 ]  # fmt: skip
 TEXT_DONE = ["response.output_text.done", *AUDIO_DONE[2:]]
 ITEM = ["conversation.item.added", "conversation.item.created", "conversation.item.done"]
+
+
+# ---- junk
+
+
+@given(st.lists(messages(), min_size=1, max_size=4))
+def test_whatever_is_said_is_answered_by_the_book(said):
+    c = client("espeak", "camera", strict=False)
+    for message in said:
+        for event in c.raw(message):
+            if event["type"] in KINDS:
+                judged(event)
+            if event["type"] == "error":
+                assert event["error"]["type"] == "invalid_request_error" and event["error"]["message"]
 
 
 # ---- a session
