@@ -414,6 +414,26 @@ async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_
     sub.close()
 
 
+async def test_nano_tells_when_a_shape_appears_and_when_it_goes(loaded, broker, tmp_path):
+    there = cv2.imread(str(PICTURE))
+    top, left, bottom, right = (round(at * size / 1000) for at, size in zip(BOX, there.shape[:2] * 2, strict=True))
+    gone, clear = there.copy(), there[2, 2]
+    gone[top - 10 : bottom + 10, left - 10 : right + 10] = clear
+    film = video(tmp_path / "film.avi", [gone] * 20 + [there] * 20)
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": film}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/watch", {"condition": "tell me when Is there an orange square?", "interval_s": 0.1})
+        await until(lambda: len(sub.on("front/event")) >= 3 and len(sub.on("front/image")) >= 3)
+        events = [got.json for got in sub.on("front/event")][:3]
+        assert [event["event_type"] for event in events] == ["began", "ended", "began"]
+        assert [event["answer"].split(",")[0] for event in events] == ["Yes", "No", "Yes"]
+        pictures = [decode_picture(got.payload, "it").astype(int) for got in sub.on("front/image")]
+        middle = [picture[(top + bottom) // 2, (left + right) // 2] for picture in pictures[:3]]
+        assert [abs(colour - clear[::-1]).max() > 60 for colour in middle] == [True, False, True], "each with the frame it is about"
+    sub.close()
+
+
 def test_so_many_looks_have_to_agree():
     state = vigil.Hysteresis(2)
     looks = [True, False, True, None, True, True, False, True, False, False]
