@@ -134,7 +134,8 @@ class Record:
     def recall(self, text: str, calls: Iterable[tuple[ToolCall, Any]] = ()) -> None:
         """An answer that was given elsewhere, its calls and what came of them. The row does not follow yet."""
         if self.turn is not None:
-            self.close(tape.Closed())
+            self.append(tape.Closed())
+            self.turn = None
         of = self.append(tape.Answered((), text))
         for call, value in calls:
             index = self.append(tape.Called(of, call.name, call.arguments))

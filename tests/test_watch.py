@@ -430,7 +430,7 @@ async def test_nano_tells_when_a_shape_appears_and_when_it_goes(loaded, broker, 
         assert [event["answer"].split(",")[0] for event in events] == ["Yes", "No", "Yes"]
         pictures = [decode_picture(got.payload, "it").astype(int) for got in sub.on("front/image")]
         middle = [picture[(top + bottom) // 2, (left + right) // 2] for picture in pictures[:3]]
-        assert [abs(colour - clear[::-1]).max() > 60 for colour in middle] == [True, False, True], "each with the frame it is about"
+        assert [abs(colour - clear[::-1]).max() > 60 for colour in middle] == [True, False, True], "each with its frame"
     sub.close()
 
 
