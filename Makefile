@@ -25,7 +25,7 @@ demo: .venv/demo
 SERVE ?=
 WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
 
-test: .venv/test compiler broker soundcard build/node/stamp
+test: .venv/test compiler broker soundcard build/node/stamp build/homeassistant/stamp
 	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +50,12 @@ build/node/stamp: Makefile
 	@$(call need,node --version && npm --version,npm)
 	@$(call need,command -v chromium,chromium)
 	npm install --prefix build/node --no-save --no-audit --no-fund $(NODE)
+	@touch $@
+
+# Its schemas judge what it is told: the newest release for this Python, in an environment of its own, as it pins what we pin too.
+build/homeassistant/stamp: Makefile | $(BIN)/pip
+	$(BIN)/python -m venv --clear build/homeassistant
+	build/homeassistant/bin/pip install --no-compile homeassistant
 	@touch $@
 
 # A virtual sound card, which the tests of attend talk speak into and hear.
@@ -77,7 +83,7 @@ lock: .venv/test
 	mv build/lock.txt .lock.txt
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node artifacts
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info build/answer.png build/node build/homeassistant artifacts
 	find agent model streams tests web -name __pycache__ -prune -exec rm -rf {} +
 
 # These stamps are as new as the last installation, so that the second run of a target installs nothing.

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from agent.prompt import Prompt
-from agent.tape import Sound
+from agent.tape import Seen, Sound, Typed
 from model.pixels import target_size
 
 
@@ -191,3 +191,41 @@ class Run:
         insort(self._levels, level)
         count, over, span = len(self._levels), len(self._levels) - self.PATIENT, self.LONGEST - self.PATIENT
         return count >= self.LONGEST or (over >= 0 and lower * span**2 <= count * over**2)
+
+
+class Turn:
+    """An open turn, part by part, behind its opening: what each part adds to a row. As with sound, live feeding and rebuilding
+    come to the same. `patch`: the side in pixels of the model's soft token."""
+
+    def __init__(self, prompt: Prompt, patch: int) -> None:
+        self._prompt, self._patch = prompt, patch
+        self._run: Run | None = None
+        self._timed = self._glued = False
+
+    def feed(self, part: Sound | Typed | Seen) -> list[Segment]:
+        if isinstance(part, Sound):
+            self._glued, self._run = False, self._run or Run(self._prompt)
+            return self._run.feed(part)
+        ids = self._words(part.text.strip()) if isinstance(part, Typed) else self._before(part)
+        if not ids:
+            return []
+        ended: list[Segment] = [(self._prompt.eoa,)] if self._run else []
+        self._run, self._glued = None, isinstance(part, Typed)
+        if isinstance(part, Typed):
+            return [*ended, ids]
+        return [*ended, ids, Picture.of(part.data, part.height, part.width, part.budget, self._patch), (self._prompt.eoi,)]
+
+    def end(self) -> list[int]:
+        """What closes the sound that is open."""
+        return [self._prompt.eoa] if self._run else []
+
+    def _words(self, text: str) -> tuple[int, ...]:
+        """A line of its own after other words: what was said does not run into what was typed."""
+        return tuple(self._prompt.tokenizer.encode("\n" + text) if self._glued and text else self._prompt.text(text))
+
+    def _before(self, picture: Seen) -> tuple[int, ...]:
+        if picture.seconds is None:
+            return (self._prompt.boi,)
+        stamp = self._prompt.timestamp(picture.seconds, first=not self._timed)
+        self._timed = True
+        return (*stamp, self._prompt.boi)

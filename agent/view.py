@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from agent.prompt import Prompt
-from agent.segments import Gone, Picture, Run, Segment, View, merged, size
+from agent.segments import Gone, Segment, Turn, View, merged, size
 from agent.tape import (
     Answered,
     Asked,
@@ -160,7 +160,7 @@ class _Writer:
     def cost(self, x: _Exchange, show: _Show) -> int:
         return _total(self.exchange(x, show))
 
-    def _left(self, x: _Exchange, show: _Show) -> Iterator[str | Sound | Seen]:
+    def _left(self, x: _Exchange, show: _Show) -> Iterator[Part]:
         """What is left of a turn's parts."""
         told = False
         for index, part in x.parts:
@@ -171,37 +171,20 @@ class _Writer:
                 case _ if not show.words:
                     pass
                 case Typed():
-                    yield part.text.strip()
+                    yield part
                 case Sound() if part.data and (show.sound or x.transcript is None):
                     yield part
                 case Sound() if not told:
-                    yield (x.transcript or "").strip()
+                    yield Typed(x.transcript or "")
                     told = True
 
-    def _turn(self, role: str, parts: Iterable[str | Sound | Seen], open: bool) -> Iterator[Segment]:
-        prompt, run = self.prompt, None
-        timed = glued = False
-        yield tuple(prompt.open_turn(role))
-        for part in filter(None, parts):
-            if run and not isinstance(part, Sound):
-                yield (prompt.eoa,)
-                run = None
-            match part:
-                case Sound():
-                    run = run or Run(prompt)
-                    yield from run.feed(part)
-                case Seen():
-                    if part.seconds is not None:
-                        yield tuple(prompt.timestamp(part.seconds, first=not timed))
-                        timed = True
-                    yield (prompt.boi,)
-                    yield Picture.of(part.data, part.height, part.width, part.budget, self.patch)
-                    yield (prompt.eoi,)
-                case str():  # a line of its own after other words: what was said does not run into what was typed
-                    yield tuple(prompt.tokenizer.encode("\n" + part) if glued else prompt.text(part))
-            glued = isinstance(part, str)
+    def _turn(self, role: str, parts: Iterable[Part], open: bool) -> Iterator[Segment]:
+        turn = Turn(self.prompt, self.patch)
+        yield tuple(self.prompt.open_turn(role))
+        for part in parts:
+            yield from turn.feed(part)
         if not open:
-            yield (*([prompt.eoa] if run else []), *prompt.end_turn())
+            yield (*turn.end(), *self.prompt.end_turn())
 
     def _answers(self, x: _Exchange, last: bool) -> list[int]:
         prompt = self.prompt

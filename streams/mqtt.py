@@ -62,6 +62,17 @@ class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             return os.environ[self.password_env]
         return None
 
+    def context(self) -> ssl.SSLContext | None:
+        """None without TLS. Raises BrokerError."""
+        if not self.tls:
+            if self.ca:
+                raise BrokerError(f"ca = {self.ca!r} is of no use without tls = true: all would go in the clear")
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.ca and os.path.expanduser(self.ca))
+        except OSError as error:
+            raise BrokerError(f"the certificates in {self.ca} cannot be read: {error.strerror or error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -97,7 +108,8 @@ class Line:
         self._client: aiomqtt.Client | None = None
         self._up = asyncio.Event()
         self.connections = 0
-        broker.password()  # a file or variable that is not there is better told now than at every try
+        broker.password()  # a file or variable that is not there is better told now than at every try, and so is
+        broker.context()  # a file without certificates
 
     async def run(self, greet: Callable[[], None] = lambda: None) -> None:
         """For ever. `greet` is called after each connection."""
@@ -116,7 +128,7 @@ class Line:
                     greet()
                     await self._listen(client, inbox)
             except (aiomqtt.MqttError, OSError, BrokerError) as error:
-                log.warning("the broker %s is not there: %s", self._broker.host, str(error) or type(error).__name__)
+                log.warning("the broker %s is not there: %s", self._broker.host, _why(error))
             finally:
                 self._up.clear()
                 self._client = None
@@ -143,12 +155,6 @@ class Line:
         if five:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval, properties.MaximumPacketSize = AWAY, LARGEST + 1024
-        context = None
-        if b.tls:
-            try:
-                context = ssl.create_default_context(cafile=b.ca and os.path.expanduser(b.ca))
-            except OSError as error:
-                raise BrokerError(f"the certificates in {b.ca} cannot be read: {error}") from error
         return aiomqtt.Client(
             b.host,
             b.port or (8883 if b.tls else 1883),
@@ -160,7 +166,7 @@ class Line:
             clean_start=False if five else MQTT_CLEAN_START_FIRST_ONLY,  # 3.1.1 has no such flag, and wants the default
             properties=properties,
             will=aiomqtt.Will(self.will.topic, self.will.payload, 1, retain=True),
-            tls_context=context,
+            tls_context=b.context(),  # so may this
             timeout=PATIENCE,
             keepalive=20,
             max_queued_incoming_messages=1,
@@ -203,6 +209,13 @@ class Line:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.CorrelationData = it.correlation
         return properties
+
+
+def _why(error: Exception) -> str:
+    if isinstance(cause := error.__context__, ssl.SSLCertVerificationError):
+        why = cause.verify_message.rstrip(".")
+        return f"whoever answers there is not trusted ({why}); ca is to name the file with the certificate that vouches for it"
+    return str(error) or type(error).__name__
 
 
 def _message(message: MQTTMessage) -> Message:

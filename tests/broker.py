@@ -35,12 +35,23 @@ def free_port() -> int:
         return int(it.getsockname()[1])
 
 
+def certified(folder: Path, name: str = "ours", names: str = "DNS:localhost,IP:127.0.0.1") -> tuple[Path, Path]:
+    """A certificate that vouches for itself, and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("the system package openssl is missing")
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+    made += ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    return certificate, key
+
+
 class Mosquitto:
     def __init__(self, folder: Path, more: str = "") -> None:
         self.program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
         if not self.program or not shutil.which("mosquitto_rr"):
             pytest.skip("the system packages mosquitto and mosquitto-clients are missing")
-        self.port, self.folder = free_port(), folder
+        self.port, self.secure, self.folder = free_port(), free_port(), folder
         lines = [f"listener {self.port} 127.0.0.1", "persistence true", f"persistence_location {folder}/", "set_tcp_nodelay true"]
         access = more or "allow_anonymous true"
         (folder / "mosquitto.conf").write_text("\n".join([*lines, "user root", access, ""]))
@@ -59,6 +70,13 @@ class Mosquitto:
             except OSError:
                 threading.Event().wait(0.02)
         raise AssertionError("mosquitto does not listen")
+
+    def encrypt(self, certificate: Path, key: Path) -> None:
+        """From now on it also listens at `secure`, over TLS. It begins anew."""
+        self.stop()
+        with (self.folder / "mosquitto.conf").open("a") as config:
+            config.write(f"listener {self.secure} 127.0.0.1\ncertfile {certificate}\nkeyfile {key}\n")
+        self.start()
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self.process:

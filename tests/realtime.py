@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from openai.types import realtime
-from openai.types.realtime import RealtimeServerEvent
+from openai.types.realtime import RealtimeClientEvent, RealtimeServerEvent
 from pydantic import BaseModel
 
 from agent.events import Event, Input
@@ -20,6 +20,8 @@ KINDS: dict[str, type[BaseModel]] = {
     for kind in typing.get_args(typing.get_args(RealtimeServerEvent)[0])
     if "type" in kind.model_fields
 }
+
+CLIENTS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(RealtimeClientEvent)[0])
 
 
 def judged(event: dict[str, Any]) -> BaseModel:

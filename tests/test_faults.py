@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from agent.engine import Engine
 from agent.segments import Segment
 from agent.settings import Settings
 from agent.view import Budget, view
+from tests import mangled
+from tests.broker import certified
+from tests.mangled import messages
 from tests.serving import LOADED, SETTINGS, UPGRADE, VAD, fast, free, get, plain, say, serving, text, until, works
 from tests.talk import PROMPT, TOKENIZER, Beeps, jpeg
 from web.server import Door, Options
@@ -200,15 +202,23 @@ async def test_ten_minutes_without_a_commit_and_then_a_question(engine, mind):
         await works(port, mind)
 
 
-@pytest.mark.slow
-async def test_a_thousand_items(engine, mind):
-    async with serving(engine, settings=Settings(most=60, how=LOADED.generation)) as port:
-        async with plain(port) as connection:
-            for _ in range(1000):
-                await say(connection, "conversation.item.create", item=text("x"))
-            mind.says("Yes.")
-            await say(connection, "response.create")
-            assert (await until(connection, "response.done"))[-1]["response"]["status"] == "completed"
+async def test_messages_that_someone_has_been_at(engine, mind):
+    async with serving(engine) as port:
+        loop = asyncio.get_running_loop()
+        async with plain(port, "?extensions=camera") as connection:
+
+            async def answered(message: str) -> None:
+                await connection.send(message)
+                await say(connection, "nonsense", event_id="ours")
+                while (wrong := (await until(connection, "error"))[-1]["error"])["event_id"] != "ours":
+                    assert wrong["type"] == "invalid_request_error" or wrong["code"] == "noted", wrong
+
+            @hypothesis.settings(max_examples=60)
+            @hypothesis.given(messages())
+            def all_of(message: str) -> None:
+                asyncio.run_coroutine_threadsafe(answered(message), loop).result()
+
+            await asyncio.to_thread(all_of)
         await free(engine)
         await works(port, mind)
 
@@ -216,12 +226,8 @@ async def test_a_thousand_items(engine, mind):
 # ---- a line that others cannot read
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: the package openssl has it")
 async def test_over_tls(engine, mind, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    made += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True)
+    certificate, key = certified(tmp_path)
     ours, theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context(cafile=certificate)
     ours.load_cert_chain(certificate, key)
     mind.says("Yes.")
@@ -245,27 +251,93 @@ def resident() -> int:
     return pages * 4096 >> 20
 
 
-@pytest.mark.slow
-async def test_memory_is_back_when_the_trouble_is_over(engine, mind):
+async def wrong(connection: ClientConnection, type: str, **fields: Any) -> dict[str, Any]:
+    """What is said of an event that cannot be done."""
+    await say(connection, type, event_id="mine", **fields)
+    error: dict[str, Any] = (await until(connection, "error"))[-1]["error"]
+    assert error["type"] == "invalid_request_error" and error["event_id"] == "mine"
+    return error
+
+
+async def sound_and_pictures(connection: ClientConnection) -> None:
+    """More than is kept, and then the line is cut."""
     picture = "data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()
     sound = base64.b64encode(np.zeros(50 * 24_000, "<i2").tobytes()).decode()
+    await say(connection, "session.update", session={"audio": {"input": {"turn_detection": None}}})
+    for _ in range(3):
+        await say(connection, "input_audio_buffer.append", audio=sound)
+        await say(connection, "nonsense", event_id="x" * 100_000)
+    content: list[dict[str, Any]] = [{"type": "input_image", "image_url": picture}] * 60
+    await say(connection, "conversation.item.create", item={"type": "message", "role": "user", "content": content})
+    connection.transport.abort()
 
-    async def trouble(port: int) -> None:
-        async with plain(port) as connection:
-            await say(connection, "session.update", session={"audio": {"input": {"turn_detection": None}}})
-            for _ in range(3):
-                await say(connection, "input_audio_buffer.append", audio=sound)
-                await say(connection, "nonsense", event_id="x" * 100_000)
-            content: list[dict[str, Any]] = [{"type": "input_image", "image_url": picture}] * 60
-            await say(connection, "conversation.item.create", item={"type": "message", "role": "user", "content": content})
-            connection.transport.abort()
-        await free(engine)
 
-    async with serving(engine) as port:
-        for _ in range(3):
-            await trouble(port)
-        before = resident()
-        for _ in range(6):
-            await trouble(port)
-        await works(port, mind)
+async def bombs(connection: ClientConnection) -> None:
+    for address in mangled.bombs():
+        item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
+        for type, fields in (
+            ("conversation.item.create", {"item": item}),
+            ("response.create", {"response": {"conversation": "none", "input": [item]}}),
+            ("attend.camera.frame", {"image_url": address}),
+        ):
+            assert "picture" in (await wrong(connection, type, **fields))["message"]
+
+
+async def half_samples(connection: ClientConnection) -> None:
+    for count in (1, 3, 4801, 480_001):
+        sound = base64.b64encode(bytes(count)).decode()
+        item = {"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": sound}]}
+        for type, fields in (("input_audio_buffer.append", {"audio": sound}), ("conversation.item.create", {"item": item})):
+            assert "even number of bytes" in (await wrong(connection, type, **fields))["message"]
+    for sound in ("AAA", "A===", "A A=", "\u00e4", "data:audio/wav;base64,AAAA"):
+        assert "is not base64" in (await wrong(connection, "input_audio_buffer.append", audio=sound))["message"]
+
+
+async def rates(connection: ClientConnection) -> None:
+    for kind, rate in (
+        *(("audio/pcm", rate) for rate in (0, -24_000, 1, 8000, 44_100, 48_000, 1 << 40, 24_000.5, "24000", [], {}, False)),
+        *((kind, rate) for kind in ("audio/pcmu", "audio/pcma") for rate in (16_000, 24_000, 0)),
+    ):
+        for way in ("input", "output"):
+            audio = {way: {"format": {"type": kind, "rate": rate}}}
+            error = await wrong(connection, "session.update", session={"audio": audio})
+            assert error["param"] == f"session.audio.{way}.format.rate" and "must be" in error["message"]
+    await say(connection, "session.update", session={})
+    held = (await until(connection, "session.updated"))[-1]["session"]["audio"]
+    assert held["input"]["format"] == held["output"]["format"] == {"type": "audio/pcm", "rate": 24_000}
+
+
+async def numbers_that_are_none(connection: ClientConnection) -> None:
+    for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000):
+        for message in (
+            '{"type": "input_audio_buffer.append", "audio": %s}',
+            '{"type": "session.update", "session": {"audio": {"input": {"turn_detection": {"threshold": %s}}}}}',
+            '{"type": "session.update", "session": {"tools": [{"name": "f", "parameters": {"maximum": %s}}]}}',
+            '{"type": "conversation.item.truncate", "item_id": "x", "audio_end_ms": %s}',
+        ):
+            await connection.send(message % number)
+            assert (await until(connection, "error"))[-1]["error"]["code"] == "invalid_json"
+
+
+async def thousands_of_items(connection: ClientConnection) -> None:
+    for n in range(2000):
+        await say(connection, "conversation.item.create", item={"id": f"i{n}", **text("x")})
+    await say(connection, "response.create", response={"output_modalities": ["text"]})
+    assert (await until(connection, "response.done"))[-1]["response"]["status"] == "completed"
+    assert "there is no item" in (await wrong(connection, "conversation.item.retrieve", item_id="i0"))["message"]
+    await say(connection, "conversation.item.retrieve", item_id="i1999")
+    await until(connection, "conversation.item.retrieved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [sound_and_pictures, bombs, half_samples, rates, numbers_that_are_none, thousands_of_items])
+async def test_memory_is_back_when_the_trouble_is_over(engine, mind, trouble):
+    async with serving(engine, patience=600) as port:
+        before = 0
+        for times in range(6):
+            async with plain(port, "?extensions=camera") as connection:
+                await trouble(connection)
+            await free(engine)
+            await works(port, mind)
+            before = resident() if times == 1 else before
         assert resident() - before < 40

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from streams.mqtt import Broker, Line, Message, Publication, can_publish_to
-from tests.broker import Mosquitto, Sub, until
+from streams.mqtt import Broker, BrokerError, Line, Message, Publication, can_publish_to
+from tests.broker import Mosquitto, Sub, certified, until
 
 WILL = Publication("gone", b"offline", retain=True)
 
@@ -133,6 +133,56 @@ async def test_a_wrong_password_is_tried_again_until_it_is_right(broker, tmp_pat
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     broker.stop()
+
+
+async def test_over_tls(broker, tmp_path):
+    ours, key = certified(tmp_path)
+    broker.encrypt(ours, key)
+    got: list[Message] = []
+    sub = Sub(broker, "out")
+    line = Line(Broker(port=broker.secure, tls=True, ca=str(ours)), "me", ["in"], WILL, got.append)
+    async with connected(line):
+        broker.pub("in", "hello")
+        await until(lambda: got)
+        await line.publish(Publication("out", b"x" * 1_500_000))
+        await until(lambda: sub.got)
+    sub.close()
+
+
+# paho leaves the socket of a handshake that failed to the garbage collector.
+@pytest.mark.filterwarnings("ignore:.*unclosed <ssl.SSLSocket", "ignore:.*ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("names", "vouches", "why"),
+    [
+        ("DNS:localhost,IP:127.0.0.1", "theirs", "self-signed certificate"),
+        ("DNS:localhost,IP:127.0.0.1", None, "self-signed certificate"),
+        ("DNS:elsewhere.example", "ours", "IP address mismatch"),
+    ],
+)
+async def test_a_broker_that_nobody_vouches_for_is_told_nothing(broker, tmp_path, caplog, names, vouches, why):
+    files = {name: certified(tmp_path, name, names) for name in ("ours", "theirs")}
+    broker.encrypt(*files["ours"])
+    ca = str(files[vouches][0]) if vouches else None
+    line = Line(Broker(port=broker.secure, tls=True, ca=ca), "me", [], WILL, lambda message: None)
+    running = asyncio.create_task(line.run())
+    await until(lambda: "is not trusted" in caplog.text)
+    assert f"({why}" in caplog.text and "ca is to name the file" in caplog.text
+    assert not running.done() and not line.connections and " as me " not in (tmp_path / "mosquitto.log").read_text()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ({"tls": True, "ca": "no/such/file"}, "no/such/file cannot be read: No such file"),
+        ({"tls": True, "ca": __file__}, "cannot be read: .* no certificate"),
+        ({"ca": __file__}, "is of no use without tls = true"),
+    ],
+)
+async def test_certificates_that_are_none_are_told_before_anything_begins(how, complaint):
+    with pytest.raises(BrokerError, match=complaint):
+        Line(Broker(**how), "me", [], WILL, lambda message: None)
 
 
 @pytest.mark.parametrize(

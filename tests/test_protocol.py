@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import typing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent import events
 from agent.calls import ToolCall
@@ -15,7 +18,8 @@ from agent.events import Answered, Answering, Called, Captioned, Counted, Said, 
 from agent.marks import Mark
 from agent.tape import Setting
 from streams.frames import Audio
-from tests.realtime import Client, kinds
+from tests.mangled import messages
+from tests.realtime import CLIENTS, KINDS, Client, judged, kinds
 from tests.talk import jpeg
 from web.audio import Format, Playback, Resampler
 from web.buffer import LONGEST
@@ -76,6 +80,26 @@ AUDIO_DONE = [
 ]  # fmt: skip
 TEXT_DONE = ["response.output_text.done", *AUDIO_DONE[2:]]
 ITEM = ["conversation.item.added", "conversation.item.created", "conversation.item.done"]
+
+
+# ---- junk
+
+
+def test_every_event_that_a_client_of_the_protocol_has_is_known():
+    said = {typing.get_args(kind.model_fields["type"].annotation)[0] for kind in CLIENTS}
+    unknown = {kind for kind in said if any("no such event" in e["error"]["message"] for e in client().say(kind) if "error" in e)}
+    assert len(said) == 11 and unknown == {"output_audio_buffer.clear"}, "which is WebRTC's alone"
+
+
+@given(st.lists(messages(), min_size=1, max_size=4))
+def test_whatever_is_said_is_answered_by_the_book(said):
+    c = client("espeak", "camera", strict=False)
+    for message in said:
+        for event in c.raw(message):
+            if event["type"] in KINDS:
+                judged(event)
+            if event["type"] == "error":
+                assert event["error"]["type"] == "invalid_request_error" and event["error"]["message"]
 
 
 # ---- a session
@@ -161,6 +185,7 @@ def test_a_part_of_turn_detection_leaves_the_rest():
         (3, "session"),
         ({"type": "transcription"}, "session.type"),
         ({"instructions": 3}, "session.instructions"),
+        ({"prompt": {"id": "pmpt_1"}}, "session.prompt"),
         ({"instructions": "x" * 40_000}, "session.instructions"),
         ({"instructions": "\ud800"}, "session.instructions"),
         ({"output_modalities": []}, "session.output_modalities"),
@@ -335,6 +360,7 @@ def test_a_response_may_have_settings_of_its_own():
         {"metadata": {str(n): "" for n in range(17)}},
         {"metadata": {"k" * 65: ""}},
         {"max_output_tokens": 5000},
+        {"prompt": {"id": "pmpt_1", "variables": {"a": "b"}}},
         [1],
         "x",
     ],

@@ -16,7 +16,7 @@ import pytest
 import soxr
 import torch
 
-from agent import checkpoint, events, script, tape
+from agent import checkpoint, events, record, script, tape
 from agent.calls import ToolCall
 from agent.engine import Engine, RowLost
 from agent.record import Caption
@@ -177,6 +177,17 @@ async def test_words_pictures_and_speech_are_one_turn(running, mind):
         assert kinds == [Setting, *map(type, turn), Answered]
         assert await holds(door.session, mind, by_hand([Setting(), *turn, Answered((END,))], "verbatim"))
     assert door.of(events.Looked)[0].data == jpeg()
+
+
+async def test_a_turn_of_many_parts_is_not_composed_anew_with_each_of_them(running, mind, monkeypatch):
+    composed: list[None] = []
+    monkeypatch.setattr(record, "view", lambda *given, **more: (composed.append(None), view(*given, **more))[1])
+    async with Door(session(running, captions=False)) as door:
+        await door.put(*(events.Write("word", ask=False) if n % 5 else events.Show(jpeg()) for n in range(60)))
+        parts = [Typed("word") if n % 5 else Seen(jpeg(), 40, 60, 70) for n in range(60)]
+        entries = [Setting(), Opened(), *parts]
+        assert list(door.session.record.tape.entries) == entries and len(composed) < 10
+        assert await holds(door.session, mind, by_hand(entries))
 
 
 async def test_a_button_opens_and_closes_the_turn(running, mind):

@@ -27,15 +27,15 @@ from agent import checkpoint
 from agent.checkpoint import Loaded
 from agent.engine import Engine, EngineStopped
 from agent.marks import Mark
-from agent.watch import door, vigil
-from agent.watch.config import Config
+from agent.watch import discovery, door, vigil
+from agent.watch.config import Config, read
 from agent.watch.door import Watch
 from agent.watch.looking import Looker, Said
 from model.weights import NANO
 from streams import camera, mqtt
 from streams.camera import Shot
 from streams.files import decode_picture
-from tests.broker import SOON, Mosquitto, Sub, until
+from tests.broker import SOON, Mosquitto, Sub, certified, until
 from tests.talk import settled
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +166,20 @@ async def test_a_question_is_answered_about_what_is_in_view_with_a_box_at_the_ri
         assert all(got.retained for got in late.got)
         late.close()
     await until(lambda: sub.on("home/status")[-1].payload == b"offline", "a clean stop says offline")
+    sub.close()
+
+
+async def test_a_broker_over_tls_as_a_configuration_names_it(loaded, broker, scene, tmp_path, gate):
+    certificate, key = certified(tmp_path)
+    broker.encrypt(certificate, key)
+    file = tmp_path / "attend.toml"
+    where = f'[broker]\nport = {broker.secure}\ntls = true\nca = "{certificate}"\n[camera.front]\nsource = "{scene}"\n'
+    file.write_text(f'node = "home"\nstate = "{tmp_path}/state"\n{where}')
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, read(file)):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/ask", "hello")
+        assert (await until(lambda: sub.on("/answer")))[0].json["answer"] == "answer to hello"
     sub.close()
 
 
@@ -397,6 +411,26 @@ async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_
         await until(lambda: len(sub.on("front/watches")[-1].json) == 1)
     async with attending(loaded, state):
         await until(lambda: sub.on("front/watching")[-1].payload == b"OFF" and len(sub.on("front/watches")[-1].json) == 1)
+    sub.close()
+
+
+async def test_nano_tells_when_a_shape_appears_and_when_it_goes(loaded, broker, tmp_path):
+    there = cv2.imread(str(PICTURE))
+    top, left, bottom, right = (round(at * size / 1000) for at, size in zip(BOX, there.shape[:2] * 2, strict=True))
+    gone, clear = there.copy(), there[2, 2]
+    gone[top - 10 : bottom + 10, left - 10 : right + 10] = clear
+    film = video(tmp_path / "film.avi", [gone] * 20 + [there] * 20)
+    sub = Sub(broker, "agent/home/#")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": film}})):
+        await until(lambda: sub.on("home/status"))
+        broker.pub("agent/home/front/watch", {"condition": "tell me when Is there an orange square?", "interval_s": 0.1})
+        await until(lambda: len(sub.on("front/event")) >= 3 and len(sub.on("front/image")) >= 3)
+        events = [got.json for got in sub.on("front/event")][:3]
+        assert [event["event_type"] for event in events] == ["began", "ended", "began"]
+        assert [event["answer"].split(",")[0] for event in events] == ["Yes", "No", "Yes"]
+        pictures = [decode_picture(got.payload, "it").astype(int) for got in sub.on("front/image")]
+        middle = [picture[(top + bottom) // 2, (left + right) // 2] for picture in pictures[:3]]
+        assert [abs(colour - clear[::-1]).max() > 60 for colour in middle] == [True, False, True], "each with its frame"
     sub.close()
 
 
@@ -708,6 +742,30 @@ async def test_home_assistant_is_told_a_device_for_each_camera_and_again_when_it
     assert all(got.retained for got in late.got)
     late.close()
     sub.close()
+
+
+HOME = ROOT / "build" / "homeassistant" / "bin" / "python"
+
+
+@pytest.mark.skipif(not HOME.exists(), reason="`make build/homeassistant/stamp` installs Home Assistant from its registry")
+@pytest.mark.parametrize(
+    "wrong", [None, ("ask", "command_topic", "a/#"), ("event", "state_topic", None), ("look", "icon", "eye")]
+)
+def test_home_assistants_own_schemas_accept_it(wrong):
+    cameras = {"Front door": {"source": "x", "label": "Haustür"}, "back": {"source": 0}}
+    config = msgspec.convert({"camera": cameras}, Config)
+    payloads = [discovery.device(config, camera, "home", "agent/home", "nano")[1] for camera in cameras]
+    if wrong:
+        part, key, value = wrong
+        payloads[1]["cmps"][part][key] = value
+    command = [str(HOME), str(ROOT / "tests" / "home.py")]
+    asked = subprocess.run(command, input=json.dumps(payloads), capture_output=True, text=True, timeout=SOON)
+    if wrong:
+        assert asked.returncode and f"'{wrong[1]}'" in asked.stderr
+    else:
+        assert asked.returncode == 0, asked.stderr[-2000:]
+        taken = json.loads(asked.stdout)
+        assert len(taken) == 12 and {platform for platform, _ in taken} == set(PLATFORMS)
 
 
 # ---- without a broker

@@ -33,7 +33,7 @@ class Format:
     def read(cls, given: Any, param: str) -> Format:
         kind = choice(mapping(given, param).get("type"), f"{param}.type", ("audio/pcm", "audio/pcmu", "audio/pcma"))
         rates = (24_000, RATE) if kind == "audio/pcm" else (8_000,)
-        rate = given.get("rate") or rates[0]
+        rate = rates[0] if given.get("rate") is None else given["rate"]
         if rate not in rates:
             raise Refused(f"{param}.rate of {kind} must be {' or '.join(map(str, rates))}", param=f"{param}.rate")
         return cls(kind, int(rate))  # type: ignore[arg-type]

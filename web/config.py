@@ -112,6 +112,8 @@ class Config:
     def answering(self, given: Mapping[str, Any], where: str) -> Config:
         """With what may also be said of one response."""
         now = self
+        if given.get("prompt") is not None:
+            raise Refused(f"{where}.prompt is stored where nobody looks; say it in {where}.instructions", param=f"{where}.prompt")
         if given.get("instructions") is not None:
             now = replace(now, instructions=text(given["instructions"], f"{where}.instructions"))
         if given.get("tools") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ def parse(message: str | bytes) -> dict[str, Any]:
     if isinstance(message, bytes):
         raise Refused("a message is JSON text; binary frames are not read", "invalid_json")
     try:
-        event = json.loads(message, parse_constant=no_number)
+        event = loads(message)
     except RecursionError:
         raise Refused("the message is nested too deeply", "invalid_json") from None
     except ValueError:
@@ -39,8 +40,19 @@ def parse(message: str | bytes) -> dict[str, Any]:
     return event
 
 
-def no_number(name: str) -> None:
+def loads(text: str) -> Any:
+    """Raises ValueError, also for NaN and infinity, and 1e999 is that too: nobody could read them in what we send."""
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+
+
+def _no_number(name: str) -> None:
     raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(digits)
+    return value
 
 
 def text(given: Any, param: str, most: int = TEXT) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from agent.events import Past
 from streams.frames import Audio
 from web import items
 from web.audio import Format
-from web.given import ID, Refused, choice, mapping, no_number, sequence, text
+from web.given import ID, Refused, choice, loads, mapping, sequence, text
 from web.items import Item, Items, Json
 
 INPUT = 256  # items
@@ -25,7 +24,7 @@ def call(raw: Mapping[str, Any], where: str) -> ToolCall:
     """A function call that a client brings along."""
     said = text(raw.get("arguments"), f"{where}.arguments", OUTPUT)
     try:
-        arguments = json.loads(said, parse_constant=no_number) if said else {}
+        arguments = loads(said) if said else {}
     except (ValueError, RecursionError):
         raise Refused(f"{where}.arguments is not JSON", param=f"{where}.arguments") from None
     return ToolCall(text(raw.get("name"), f"{where}.name", 64), dict(mapping(arguments, f"{where}.arguments")))
