@@ -70,21 +70,21 @@ def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted
     hidden = None
     for start in range(0, len(ids), cache.slack + 1):
         part = torch.tensor(ids[start : start + cache.slack + 1], device=loaded.model.device)
-        hidden = loaded.model.extend(cache, [row], loaded.model.embed_text(part)[None], wanted=wanted)
+        hidden = loaded.model.extend(cache, [row], loaded.model.embed_text(part)[None], wanted=int(wanted))
     return None if hidden is None else hidden[0, -1]
 
 
 def append_frame(loaded: Loaded, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
     """One frame of sound, as many samples as the checkpoint's config says."""
     samples = torch.as_tensor(frame, device=loaded.model.device)
-    loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=False)
+    loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=0)
 
 
 def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
     """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
     device = loaded.model.device
     x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
-    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=False)
+    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=0)
 
 
 def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:

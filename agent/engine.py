@@ -336,7 +336,7 @@ class Engine:
             if any(take.cut for take, _, _ in parts):
                 numbers = [torch.full((stop - start,), n if take.cut else -1) for n, (take, start, stop) in enumerate(parts)]
                 blocks = torch.cat(numbers)[None].to(self.loaded.model.device)
-        wanted = any(seat.wanted(parts) for seat, parts in group)
+        wanted = int(any(seat.wanted(parts) for seat, parts in group))  # the last position
         return self.loaded.model.extend(self._cache, rows, torch.stack(embedded), blocks=blocks, wanted=wanted)
 
     def _embed(self, take: Take, start: int, stop: int) -> Tensor:

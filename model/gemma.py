@@ -210,8 +210,8 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(layer.head_dim))
         self.out = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
 
-    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool) -> Tensor | None:
-        """x [B, T, H] -> [B, T, H], or None where only the keys and values are wanted."""
+    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: int) -> Tensor | None:
+        """x [B, T, H] -> [B, wanted, H] of the last positions, or None where only the keys and values are wanted."""
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
         qkv = F.linear(x, self.qkv).view(batch, count, -1, size)
@@ -223,10 +223,13 @@ class Attention(nn.Module):
             key, value = memory.exchange(key, value, reach)
         if not wanted:
             return None
+        query, mask = query[:, :, -wanted:], reach.mask
+        if mask is not None and wanted < count:
+            mask = mask.unflatten(2, (-1, count))[:, :, :, -wanted:].flatten(2, 3)
         # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
         query = query.reshape(batch, kv, -1, size)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=reach.mask, scale=1.0)
-        return F.linear(seen.view(batch, heads, count, size).transpose(1, 2).reshape(batch, count, -1), self.out)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        return F.linear(seen.view(batch, heads, -1, size).transpose(1, 2).reshape(batch, -1, heads * size), self.out)
 
 
 class MLP(nn.Module):
@@ -254,11 +257,12 @@ class Block(nn.Module):
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: bool = True) -> Tensor | None:
+    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: int | None = None) -> Tensor | None:
+        wanted = x.shape[1] if wanted is None else min(wanted, x.shape[1])
         seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach, memory, wanted)
         if seen is None:
             return None
-        x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x)
+        x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x[:, -wanted:])
         out: Tensor = self.mlp(rms_norm(x, self.eps, self.pre_mlp_norm))
         return rms_norm(out, self.eps, self.post_mlp_norm, onto=x) * self.scale
 
@@ -315,14 +319,13 @@ class Gemma(nn.Module):
         out: Tensor = self.vision(patches, places)
         return out
 
-    def forward(self, x: Tensor, span: Span, cache: Cache | None = None, *, wanted: bool = True) -> Tensor | None:
-        """Embeddings [B, T, H] -> hidden states after the final norm [B, T, H].
+    def forward(self, x: Tensor, span: Span, cache: Cache | None = None, *, wanted: int | None = None) -> Tensor | None:
+        """Embeddings [B, T, H] -> hidden states after the final norm of the last `wanted` positions, or of all [B, T, H].
 
-        With `wanted` false nothing is returned and the last layer computes only its keys and values, which is all that
-        listening needs."""
+        The last layer computes no more than its keys and values of the others: nothing else is left of what was heard."""
         for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks, strict=True)):
             memory = None if cache is None else cache.memory(i, span)
-            y = block(x, span.reaches[layer], memory, wanted or i + 1 < len(self.blocks))
+            y = block(x, span.reaches[layer], memory, wanted if i + 1 == len(self.blocks) else None)
             if y is None:
                 return None
             x = y
@@ -339,16 +342,16 @@ class Gemma(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def extend(
-        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: bool = True
+        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: int | None = None
     ) -> Tensor | None:
         """Appends x [B, T, H] to B rows: a step is T = 1, a chunk is B = 1.
 
         `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
-        its positions see one another. Returns the hidden states [B, T, H] if they are wanted. Raises RowFull before
-        anything is written."""
+        its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
+        [B, T, H]. Raises RowFull before anything is written."""
         with torch.inference_mode():
             if blocks is None and x.shape[1] == len(rows) == 1 and (single := self._single(cache, rows[0])):
-                state = single(rows[0], x, wanted)
+                state = single(rows[0], x, wanted != 0)
                 cache.advance(rows, 1)
                 return state
             span = cache.span(rows, x.shape[1], blocks)

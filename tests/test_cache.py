@@ -89,6 +89,22 @@ def test_a_split_picture_is_another_picture(model):
     assert (split - at_once(model, x, blocks)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("limit", [4, SLACK + 1])
+@pytest.mark.parametrize("last", [1, 3, 100])
+def test_the_last_positions_are_what_they_are_among_all(model, limit, last):
+    x, blocks = tape(60, pictures=PICTURES)
+    cache = cache_of(model, 2)
+    whole, part = cache.claim(), cache.claim()
+    for cut in tiny.cuts(blocks, limit):
+        hidden = model.extend(cache, [whole], x[None, cut], blocks=blocks[None, cut])
+        close(model.extend(cache, [part], x[None, cut], blocks=blocks[None, cut], wanted=last), hidden[:, -last:])
+    assert same(memory(cache, 0), memory(cache, 1))
+    close(
+        model(x[None], whole_span(model.config, 60, blocks[None], x.dtype, x.device), wanted=last),
+        at_once(model, x, blocks)[None, -last:],
+    )
+
+
 @pytest.mark.parametrize("limit", [1, 4])
 def test_listening_without_wanting_an_answer_leaves_the_same_cache(model, limit):
     x, blocks = tape(40, pictures=PICTURES[:3])

@@ -270,7 +270,7 @@ def _over(key: str, what: str, times: Times, a: str, b: str) -> Figure:
 
 def _extend(s: Setting, row: Row, x: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Appends x [T, H]; logits of the last position."""
-    hidden = s.model.extend(s.cache, [row], x[None], blocks=blocks)
+    hidden = s.model.extend(s.cache, [row], x[None], blocks=blocks, wanted=1)
     assert hidden is not None
     return s.model.logits(hidden[0, -1])
 
@@ -305,7 +305,7 @@ def _append(s: Setting) -> Iterator[Figure]:
     past = _theirs(s, 10).past_key_values if s.beside else None
 
     def append(count: int) -> None:
-        s.model.extend(s.cache, [row], s.model.embed_audio(frames[:count])[None], wanted=False)
+        s.model.extend(s.cache, [row], s.model.embed_audio(frames[:count])[None], wanted=0)
 
     def their_append(count: int) -> None:
         ids = torch.full((1, count), config.media.audio, device=s.model.device)

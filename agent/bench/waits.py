@@ -124,7 +124,7 @@ async def first_token(
         x = torch.cat((before, model.embed_image(pieces, places), between, heard, end))
         blocks = torch.full((1, len(x)), -1, device=model.device)
         blocks[0, len(before) : len(before) + len(pieces)] = 0
-        hidden = model.extend(cache, [emptied], x[None], blocks=blocks)
+        hidden = model.extend(cache, [emptied], x[None], blocks=blocks, wanted=1)
         assert hidden is not None
         draw(model.logits(hidden[0, -1]), how)
 
