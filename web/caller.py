@@ -20,9 +20,10 @@ from agent import events
 from agent.events import Event, Input
 from agent.marks import Mark
 from streams.frames import RATE, Audio
-from web.audio import PCM, Resampler
+from web.audio import PCM, Format
 
 EXTENSIONS = "camera,marks,playback"
+OURS = Format(rate=RATE)  # what microphones give: at 24 kHz a resampler on each side would hold it back
 FRAMES = 16  # of a camera, of which the server may still say that it looked at them
 Emit = Callable[[Event], Awaitable[None]]
 
@@ -44,7 +45,6 @@ class Caller:
         self.lost: str | None = None  # why the conversation ended before its door had said everything
         self._url, self._headers = address(url), {"Authorization": f"Bearer {token}"} if token else {}
         self._spoken, self._keys, self._pressed = spoken, keys, False
-        self._resampler = Resampler(RATE, PCM.rate)
         self._sent: deque[tuple[int, float]] = deque(maxlen=2000)  # ends of pieces of sound, and when they went
         self._frames: deque[tuple[str, bytes]] = deque(maxlen=FRAMES)
         self._count = 0  # of them
@@ -61,7 +61,8 @@ class Caller:
         """Until `inputs` end. A server that cannot be reached, or goes, is told as Failed."""
         try:
             async with connect(self._url, additional_headers=self._headers, compression=None, max_size=None) as line:
-                heard: dict[str, Any] = {"transcription": {"model": "attend"}} | ({"turn_detection": None} if self._keys else {})
+                heard: dict[str, Any] = {"format": OURS.as_json(), "transcription": {"model": "attend"}}
+                heard |= {"turn_detection": None} if self._keys else {}
                 how = {} if self._spoken else {"output_modalities": ["text"]}
                 await self._say(line, "session.update", session={"type": "realtime", "audio": {"input": heard}, **how})
                 read = asyncio.create_task(self._read(line, emit))
@@ -85,8 +86,8 @@ class Caller:
     async def _take(self, line: ClientConnection, item: Input, emit: Emit) -> None:
         match item:
             case Audio() if self._pressed or not self._keys:
-                pcm = PCM.encode(self._resampler.push(item.samples))
-                await self._say(line, "input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
+                audio = base64.b64encode(OURS.encode(item.samples)).decode()
+                await self._say(line, "input_audio_buffer.append", audio=audio)
                 self._sent.append((item.at + len(item.samples), time.monotonic()))
             case events.Press():
                 self._pressed = True
