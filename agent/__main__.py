@@ -17,7 +17,7 @@ from model.tokenizer import TokenizerError
 from model.vad import VadMissing
 from streams.frames import MediaError
 from streams.mqtt import BrokerError
-from streams.sound import SoundError
+from streams.portaudio import SoundError
 from streams.voice import VoiceMissing
 from web.access import NotServed
 

@@ -114,7 +114,7 @@ def _turn(path: Path, number: int, raw: Mapping[str, Any]) -> Turn:
 
 
 def _spoken(text: str, voice: str, where: str) -> np.ndarray:
-    from streams.voice import Espeak
+    from streams.espeak import Espeak
 
     try:
         speech = Espeak().say(text, voice=voice)

@@ -22,8 +22,9 @@ from agent.session import Session
 from agent.settings import Settings
 from model.nano import draw, people, speech, world
 from model.vad import Vad
+from streams.espeak import Espeak
 from streams.frames import RATE
-from streams.voice import Espeak, open_voice
+from streams.voice import open_voice
 
 KINDS = ("where", "exists", "colour", "count", "describe")
 SEED = 33  # of voices, pictures and questions: one of 40 with which nano, which is small, is right about all ten

@@ -3,7 +3,8 @@ import pytest
 
 from model.nano import speech
 from model.nano.speech import HELD_OUT, RATE, Utterance, augment, clean, draw_voice, training_variants, utter
-from streams.voice import Espeak, VoiceMissing
+from streams.espeak import Espeak
+from streams.voice import VoiceMissing
 
 TEXT = "Where is the red circle? Don't move it, please."
 WORDS = ["where", "is", "the", "red", "circle", "don't", "move", "it", "please"]

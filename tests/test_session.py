@@ -28,9 +28,10 @@ from agent.turns import Manners
 from agent.view import Budget, Policy, view
 from model.cache import NoRow
 from model.vad import Vad
+from streams.espeak import Espeak
 from streams.files import read_audio
 from streams.frames import Audio
-from streams.voice import Espeak, open_voice
+from streams.voice import open_voice
 from tests.talk import END, PROMPT, Beeps, Door, Mind, Plain, ids, jpeg, settled, tiny, words
 from tests.test_turns import Room
 

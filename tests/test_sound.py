@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from streams import sound
+from streams import portaudio
 from streams.channel import Channel
 from streams.echo import LEARN, Echo
 from streams.frames import FRAME, RATE
-from streams.sound import Device, SoundError, Speaker
+from streams.portaudio import Device, SoundError
+from streams.sound import Speaker
 
 MIC = Device("microphone", 0, "USB Audio: hw:1,0", 48_000, 1, usual=True)
 PULSE = Device("microphone", 3, "Echo cancelled", 44_100, 1, server="mic.echo-cancel", cancels=True)
@@ -22,11 +23,11 @@ OTHER = Device("microphone", 10, "Webcam", 16_000, 1)
 
 
 def test_the_system_s_own_echo_cancelling_device_is_preferred_and_names_are_parts():
-    assert sound.choose([MIC, OTHER, PULSE], "microphone") is PULSE
-    assert sound.choose([MIC, OTHER], "microphone") is MIC
-    assert sound.choose([MIC, OTHER, PULSE], "microphone", "WEB") is OTHER
-    assert sound.choose([MIC, OTHER, PULSE], "microphone", "10") is OTHER
-    assert sound.choose([MIC, OTHER, PULSE], "microphone", "mic.echo-cancel") is PULSE
+    assert portaudio.choose([MIC, OTHER, PULSE], "microphone") is PULSE
+    assert portaudio.choose([MIC, OTHER], "microphone") is MIC
+    assert portaudio.choose([MIC, OTHER, PULSE], "microphone", "WEB") is OTHER
+    assert portaudio.choose([MIC, OTHER, PULSE], "microphone", "10") is OTHER
+    assert portaudio.choose([MIC, OTHER, PULSE], "microphone", "mic.echo-cancel") is PULSE
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_the_system_s_own_echo_cancelling_device_is_preferred_and_names_are_part
 )
 def test_a_device_that_is_not_there_is_told_with_the_remedy(found, kind, wanted, complaint):
     with pytest.raises(SoundError, match=complaint):
-        sound.choose(found, kind, wanted)
+        portaudio.choose(found, kind, wanted)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +63,9 @@ def test_what_portaudio_refuses_is_told_with_the_remedy(monkeypatch, code, compl
         raise PortAudioError("Error opening RawInputStream: it says no", code)
 
     library = SimpleNamespace(RawInputStream=refuse, PortAudioError=PortAudioError, _terminate=int, _initialize=int)
-    monkeypatch.setattr(sound, "_portaudio", lambda: library)
+    monkeypatch.setattr(portaudio, "_portaudio", lambda: library)
     with pytest.raises(SoundError, match=complaint):
-        sound._line(OTHER, lambda *_: None)
+        portaudio.open_line(OTHER, lambda *_: None)
 
 
 def test_a_missing_portaudio_is_told_with_its_package(monkeypatch):
@@ -76,7 +77,7 @@ def test_a_missing_portaudio_is_told_with_its_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     with pytest.raises(SoundError, match="sudo apt-get install libportaudio2"):
-        sound.devices()
+        portaudio.devices()
 
 
 async def test_a_channel_keeps_the_newest_and_counts_what_it_drops():
@@ -97,7 +98,7 @@ class Driver:
     def __init__(self, speaker: Speaker, rate: int) -> None:
         self.speaker, self.rate, self.played = speaker, rate, np.zeros(0, np.float32)
         self.time, self.latency = 0.0, 0.1
-        speaker._line = sound._Line(self, rate, 1)
+        speaker._line = portaudio.Line(self, rate, 1)
 
     def take(self, blocks: int) -> None:
         for _ in range(blocks):

@@ -24,7 +24,7 @@ from agent.turns import (
     WentOn,
 )
 from model.vad import Vad
-from streams.voice import Espeak
+from streams.espeak import Espeak
 
 FRAME = 640
 MS = 16  # samples

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import model.vad
 from model.vad import CHUNK, CONTEXT, FRAME, Vad, VadMissing
-from streams.voice import Espeak
+from streams.espeak import Espeak
 
 DATA = Path(find_spec("silero_vad").origin).parent / "data"
 PUBLISHED = {  # its name in the network that the package runs itself

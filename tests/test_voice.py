@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import signal
 import subprocess
@@ -8,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from streams import voice
-from streams.voice import RATE, Chunk, Espeak, Stream, VoiceMissing, open_voice, words_in
+from streams import espeak as module
+from streams.espeak import RATE, Espeak
+from streams.voice import Chunk, Stream, VoiceMissing, open_voice, words_in
 
 TEXT = "Look at the end of the day, there are three red circles. Two of them are small!"
 
@@ -78,7 +80,7 @@ def test_a_voice_that_crashes_mid_way_raises_in_the_reader_after_what_it_had_mad
 
 
 def test_espeak_speaks_on_after_a_crash_in_the_middle(espeak, monkeypatch):
-    monkeypatch.setattr(voice._Words, "known", lambda *_: 1 / 0)
+    monkeypatch.setattr(module._Words, "known", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(espeak.speak(TEXT))
     monkeypatch.undo()
@@ -110,7 +112,7 @@ def test_a_stalled_voice_can_be_stopped():
 
 
 def test_stop_wakes_a_reader_in_another_thread(espeak):
-    with voice._engine()._lock:  # another conversation is speaking
+    with module._engine()._lock:  # another conversation is speaking
         stream = espeak.speak(TEXT)
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
@@ -149,7 +151,7 @@ def test_a_word_begins_where_its_sound_does(espeak):
 
 def test_a_long_text_keeps_places_and_words_across_its_parts(espeak):
     text = "We count the small red stars, and we sort them. " * 60
-    assert len(text) > 2 * voice.PART
+    assert len(text) > 2 * module.PART
 
     speech = espeak.say(text, rate=400)
     samples = [word.sample for word in speech.words]
@@ -221,7 +223,7 @@ def test_conversations_in_many_threads_do_not_mix(espeak):
 
 def test_a_forked_child_speaks_though_its_parent_was_speaking(espeak):
     same = len(espeak.say(TEXT, fresh=True).pcm)
-    with voice._engine()._lock:  # as a thread of the parent would hold it, that the child does not have
+    with module._engine()._lock:  # as a thread of the parent would hold it, that the child does not have
         child = os.fork()
         if child == 0:
             signal.alarm(10)
@@ -233,11 +235,11 @@ def test_a_forked_child_speaks_though_its_parent_was_speaking(espeak):
 
 def test_a_machine_without_espeak_is_told_what_to_install():
     code = (
-        "import sys, streams.voice as voice\n"
-        "voice.find_library = lambda name: 'libno-such-thing.so'\n"
+        "import sys, streams.espeak as espeak\n"
+        "espeak.find_library = lambda name: 'libno-such-thing.so'\n"
         "sys.modules['espeakng_loader'] = None\n"
-        "voice.importlib.util.find_spec = lambda name: None\n"
-        "voice.Espeak()\n"
+        "espeak.importlib.util.find_spec = lambda name: None\n"
+        "espeak.Espeak()\n"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -254,13 +256,13 @@ def without_espeak(monkeypatch):
     def nothing():
         raise VoiceMissing("There is no voice: install something.")
 
-    monkeypatch.setattr(voice, "_engine", nothing)
+    monkeypatch.setattr(module, "_engine", nothing)
 
 
 @pytest.fixture
 def without_pocket(monkeypatch):
     """Neither installed nor on the disk; what is looked for besides is left as it is."""
-    find = voice.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == "pocket_tts" else find(name, *of))
 
 

@@ -21,7 +21,7 @@ from agent.talk.terminal import Terminal
 from agent.tape import Setting
 from agent.turns import Manners
 from model.vad import Vad
-from streams import sound
+from streams import portaudio
 from streams.frames import MediaError
 from streams.voice import open_voice
 from web.caller import Caller
@@ -135,7 +135,7 @@ class _Here:
 
 def _devices(given: argparse.Namespace) -> int:
     async def look(out: TextIO) -> int:
-        found = await asyncio.to_thread(sound.devices)
+        found = await asyncio.to_thread(portaudio.devices)
         print(*devices.lines(found, devices.cameras()), sep="\n", file=out, flush=True)
         if not given.check:
             return 0

@@ -12,9 +12,10 @@ import numpy as np
 
 from agent.talk.door import open_camera
 from agent.talk.terminal import meter
-from streams import sound
+from streams import portaudio
 from streams.frames import FRAME, RATE, MediaError
-from streams.sound import Device, Microphone, SoundError, Speaker
+from streams.portaudio import Device, SoundError
+from streams.sound import Microphone, Speaker
 from streams.voice import Voice
 
 SECONDS = 3  # that a microphone is listened to, and a camera is waited for
@@ -32,7 +33,7 @@ def lines(found: Sequence[Device], cameras: Sequence[str]) -> Iterator[str]:
         of_kind = [device for device in found if device.kind == kind]
         if not of_kind:
             yield f"{kind:<12}none"
-        taken = sound.choose(found, kind) if of_kind else None
+        taken = portaudio.choose(found, kind) if of_kind else None
         for device in of_kind:
             number = "" if device.server else str(device.index)
             more = [f"{device.rate:,} Hz", f"{device.channels} channel{'s' if device.channels > 1 else ''}"]
@@ -66,7 +67,7 @@ async def check(
 
 
 async def _listen(found: Sequence[Device], mic: str | None, out: TextIO) -> None:
-    device = sound.choose(found, "microphone", mic)
+    device = portaudio.choose(found, "microphone", mic)
     microphone = Microphone(device, lambda message: print(f"{'note':<12}{message}", file=out, flush=True))
     print(f"{'microphone':<12}{device}: say something", file=out, flush=True)
     await microphone.open()
@@ -87,7 +88,7 @@ async def _listen(found: Sequence[Device], mic: str | None, out: TextIO) -> None
 
 
 async def _say(found: Sequence[Device], name: str | None, voice: Voice | None, out: TextIO) -> None:
-    device = sound.choose(found, "speaker", name)
+    device = portaudio.choose(found, "speaker", name)
     speaker = Speaker(device)
     await speaker.open()
     print(f'{"speaker":<12}{device}: "{SENTENCE}"' if voice else f"{'speaker':<12}{device}: a tone", file=out, flush=True)

@@ -24,7 +24,7 @@ from agent.marks import Mark
 from agent.recording import Log, Recording, beside
 from agent.session import Session
 from agent.talk.terminal import Terminal
-from streams import sound
+from streams import portaudio
 from streams.camera import PUSHED, Camera, Health, Shot
 from streams.echo import Echo
 from streams.files import decode_picture
@@ -253,10 +253,10 @@ class Talk:
 @asynccontextmanager
 async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera: str | None, spoken: bool) -> AsyncIterator[Ends]:
     """This machine's, by name; without a voice there is no speaker. Raises SoundError and MediaError."""
-    found = await asyncio.to_thread(sound.devices)
-    microphone = Microphone(sound.choose(found, "microphone", mic), terminal.note)
+    found = await asyncio.to_thread(portaudio.devices)
+    microphone = Microphone(portaudio.choose(found, "microphone", mic), terminal.note)
     echo = Echo() if spoken else None
-    loud = Speaker(sound.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
+    loud = Speaker(portaudio.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
     eye = open_camera(camera, terminal.note) if camera is not None else None
     try:
         await microphone.open()

@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 import soxr
 
-from streams.voice import RATE as ESPEAK_RATE
-from streams.voice import Espeak, Settings
+from streams.espeak import RATE as ESPEAK_RATE
+from streams.espeak import Espeak, Settings
 
 RATE = 16000
 
