@@ -142,6 +142,8 @@ class Reply:
                 await self._stretch()
             else:
                 self._quote(self._given)
+            self._tell(answer.flush())
+            self._say(self._clauses.flush())
             self._keep()
             if not stretch.calls or answer.tokens >= self._settings.most:
                 break
@@ -188,15 +190,11 @@ class Reply:
                 newest = token
                 self._tell(answer.push(token))
                 self._finish = "stop" if token in self._how.stop else "length"
-        self._tell(answer.flush())
-        self._say(self._clauses.flush())
 
     def _quote(self, ids: tuple[int, ...]) -> None:
         self._prompt, self._kinds, self._finish = self._record.positions, self._record.kinds(), "stop"
         for id in ids:
             self._tell(self._answer.push(id))
-        self._tell(self._answer.flush())
-        self._say(self._clauses.flush())
 
     def _tell(self, pieces: list[Piece]) -> None:
         for piece in pieces:

@@ -32,7 +32,7 @@ from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
 LATER = 64  # inputs that wait until an answer is over
-PARTS = 64  # words and pictures in one turn; more begin another: all of a turn is looked at again with each of them
+PARTS = 64  # words and pictures in one turn; more begin another
 
 
 class DoorStuck(RuntimeError):

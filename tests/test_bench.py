@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from agent.bench import alone
-from agent.bench.alone import SHAPES, Effort, Figure, line
+from agent.bench.alone import Effort
+from agent.bench.figures import Figure, line
+from agent.bench.shapes import SHAPES
 from model.gemma import CheckpointError, Config, Gemma
 
 ONCE = Effort(seconds=0, least=1, most=1)

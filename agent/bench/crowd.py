@@ -23,7 +23,7 @@ import torch
 
 from agent import events, script
 from agent.bench import waits
-from agent.bench.alone import Figure, line
+from agent.bench.figures import Figure, line
 from agent.checkpoint import Loaded
 from agent.engine import Engine
 from agent.marks import Mark

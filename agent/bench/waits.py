@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from agent.bench import chart
-from agent.bench.alone import Figure, line
+from agent.bench.figures import Figure, line
 from agent.checkpoint import Loaded, cut, new_cache
 from agent.engine import Engine, Feed
 from agent.segments import Picture, Segment, View

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent.bench import alone, crowd, hours, waits
+from agent.bench import alone, crowd, hours, shapes, waits
 from agent.commands import options
 from agent.commands.options import Commands
 from streams.frames import MediaError
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         "model", help="the model alone, beside transformers where it is installed", description=alone.__doc__
     )
     model.add_argument(
-        "--shape", action="append", choices=sorted(alone.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
+        "--shape", action="append", choices=sorted(shapes.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     model.add_argument("--json", action="store_true", help="print one JSON object")
