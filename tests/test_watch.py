@@ -37,6 +37,7 @@ from streams.camera import Shot
 from streams.files import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, certified, until
 from tests.talk import settled
+from tests.test_triggers import review
 
 ROOT = Path(__file__).parent.parent
 PICTURE = NANO / "demo" / "picture.jpg"
@@ -371,6 +372,28 @@ async def test_frigate_events_get_one_answer_each_at_their_start_with_the_frame_
         answers = [got.json for got in sub.on("/answer")]
         assert [got["cause"]["id"] for got in answers[:-1]] == ["c", "a"] and len(answers) == 3
         assert answers[0]["frames"][0] < began <= answers[0]["frames"][-1]
+    sub.close()
+
+
+async def test_a_frigate_review_gets_one_answer_as_it_becomes_an_alert(loaded, broker, scene, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    trigger = {"on": "frigate", "camera": "front", "of": "reviews", "severity": "alert", "labels": ["person"], "zones": ["porch"]}
+    broker.pub("frigate/reviews", review("new", id="retained", severity="alert"), "-r")
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}, trigger=[trigger])):
+        await until(lambda: sub.on("home/status"))
+        for kind, severity in (
+            ("new", "detection"),
+            ("update", "detection"),
+            ("update", "alert"),
+            ("update", "alert"),
+            ("end", "alert"),
+        ):
+            broker.pub("frigate/reviews", review(kind, id="a", severity=severity, start_time=time.time() - 1))
+        broker.pub("frigate/reviews", review("new", id="b", severity="alert", start_time=time.time() - 1))
+        broker.pub("agent/home/front/ask", {"question": "the last one", "id": "end"})
+        await until(lambda: [got for got in sub.on("/answer") if got.json["id"] == "end"])
+        answers = [got.json for got in sub.on("/answer")]
+        assert [got["cause"]["id"] for got in answers[:-1]] == ["a", "b"] and len(answers) == 3
     sub.close()
 
 
