@@ -14,6 +14,7 @@ import numpy as np
 
 from agent.calls import ToolCall
 from agent.marks import Mark
+from agent.segments import Gone
 from agent.tape import Setting
 from agent.turns import Manners, Why
 from streams.frames import Audio
@@ -355,6 +356,13 @@ class Quiet:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """What the model does not remember any more, under its budget; each is told once."""
+
+    gone: tuple[Gone, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Noted:
     """Something went wrong and the conversation goes on: one sentence for a person."""
 
@@ -388,6 +396,7 @@ Event = (
     | Answered
     | Timed
     | Quiet
+    | LetGo
     | Noted
     | Failed
 )

@@ -6,25 +6,25 @@ made to hold what the tape says, by cutting it back to what the two have in comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from agent import tape
+from agent import events, tape
 from agent.answer import Answer
 from agent.calls import ToolCall
 from agent.checkpoint import TRANSCRIBE
 from agent.engine import Feed
+from agent.events import Event
 from agent.journal import JournalError
 from agent.prompt import Prompt
-from agent.segments import Picture, Segment, Turn, View, size
+from agent.segments import Gone, Picture, Segment, Turn, View, size
 from agent.tape import Entry, Tape
-from agent.view import Budget, Policy, view
+from agent.view import Budget, Policy, Views
 from model.cache import RowFull
 from model.gemma import Config
 from model.sampling import Generation
@@ -53,7 +53,8 @@ class Caption:
 
 
 class Record:
-    """`limit`: positions that may stand in the row as an answer begins. `note` is told what goes wrong and can be lived with."""
+    """`limit`: positions that may stand in the row as an answer begins. `emit` is told what goes wrong and can be lived with, and
+    what was let go of."""
 
     def __init__(
         self,
@@ -64,10 +65,10 @@ class Record:
         budget: Budget,
         policy: Policy,
         limit: int,
-        note: Callable[[str], None],
+        emit: Callable[[Event], None],
     ) -> None:
         self.tape, self.row, self.prompt, self.config = tape, row, prompt, config
-        self.budget, self.policy, self.note = replace(budget, row=min(budget.row, limit)), policy, note
+        self.budget, self.policy, self._emit = replace(budget, row=min(budget.row, limit)), policy, emit
         self.limit = self.budget.row - len(prompt.close_turn()) - 2  # of an open turn: eoa and the closing come after it
         self.turn: int | None = None  # the open one
         self.captions = 0  # on their way: nothing is let go of before they are there
@@ -75,7 +76,8 @@ class Record:
         self._pieces: list[Segment] = []  # what was appended since
         self._length = 0  # positions of both
         self._astray = False  # the row may hold more than that, of an answer that was stopped
-        self._upto = len(tape.entries)
+        self._gone: frozenset[Gone] = frozenset()  # has been told
+        self._views = Views(tape.entries, prompt, config.patch)
         self._turn = Turn(prompt, config.patch)  # what is in the row of the open one
 
     def append(self, entry: Entry) -> int:
@@ -83,7 +85,7 @@ class Record:
         try:
             return self.tape.append(entry)
         except JournalError as error:
-            self.note(f"{error}; the conversation goes on without it")
+            self._emit(events.Noted(f"{error}; the conversation goes on without it"))
             self.tape.close()
             return self.tape.append(entry)
 
@@ -149,7 +151,7 @@ class Record:
         if not self.tape.fits(result) or any(isinstance(entry, tape.Result) and entry.of == call for entry in entries[call:]):
             return False
         if not self.fits(result):
-            self.note("a tool's result is too long for the row; the model is told so")
+            self._emit(events.Noted("a tool's result is too long for the row; the model is told so"))
             result = tape.Result(call, TOO_LONG)
         if not self.fits(result):
             return False
@@ -162,7 +164,7 @@ class Record:
         """A record of its own in a fork of the row: it begins with all of this one but the open turn, or with an empty tape.
         Whoever asked for it releases its row."""
         held = self._settled()
-        how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self.note
+        how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self._emit
         other = Record(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
         other._held, other._length, other._astray = held, held.positions, True
         return other
@@ -247,22 +249,28 @@ class Record:
         self._let_go()
         if self._held.spent:
             self.append(tape.Dropped(self._held.spent))
+        if new := tuple(gone for gone in self._held.gone if gone not in self._gone):
+            self._emit(events.LetGo(new))
+        self._gone = frozenset(self._held.gone)
 
-    def fits(self, entry: Entry) -> bool:
+    def fits(self, entry: tape.Typed | tape.Seen | tape.Result | tape.Setting) -> bool:
         """Whether the row has room for this too, once what can be let go of is."""
-        entries = [*self.tape.entries]
-        if isinstance(entry, tape.Typed | tape.Seen):
-            if self.turn is None:
-                entries.append(tape.Opened())
-            elif self._length + sum(map(size, copy(self._turn).feed(entry))) <= self.limit:
-                return True
-        try:
-            return self._view([*entries, entry], len(entries)).positions <= self.limit
-        except RowFull:
-            return False
+        prompt, (system, live) = self.prompt, self._views.least()
+        match entry:
+            case tape.Setting():
+                return len(prompt.begin(entry.system, entry.tools, entry.thinking)) + live <= self.limit
+            case tape.Result():
+                call = self.tape.entries[entry.of]
+                assert isinstance(call, tape.Called)
+                more = len(prompt.tool_response(call.name, entry.value, opened=False, thinking=self.thinking))
+            case _ if self.turn is None:
+                live, more = len(prompt.open_turn()), sum(map(size, Turn(prompt, self.config.patch).feed(entry)))
+            case _:
+                more = sum(map(size, copy(self._turn).feed(entry)))
+        return system + live + more <= self.limit
 
     def _let_go(self) -> None:
-        self._upto = len(self.tape.entries)
+        self._decide()
         self.follow()
 
     @property
@@ -287,21 +295,19 @@ class Record:
         return next((entry.thinking for entry in reversed(self.tape.entries) if isinstance(entry, tape.Setting)), False)
 
     def _target(self) -> View:
-        entries = self.tape.entries
-        target = self._view(entries, self._upto)
-        if target.positions > self.budget.row:
-            self._upto = len(entries)
-            target = self._view(entries, self._upto)
+        target = self._views.view() if self._views.decided else None
+        if target is None or target.positions > self.budget.row:
+            self._decide()
+            target = self._views.view()
         return target
 
-    def _view(self, entries: Sequence[Entry], upto: int) -> View:
+    def _decide(self) -> None:
         """With a quarter of the row free, or it would be written anew with every frame that comes. Where the open turn alone
         takes more than the rest, it is all that stays."""
-        compose = partial(view, entries, self.prompt, upto=upto, patch=self.config.patch)
         try:
-            return compose(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
+            self._views.let_go(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
         except RowFull:
-            return compose(Budget(ahead=0, row=self.budget.row), "transcripts")
+            self._views.let_go(Budget(ahead=0, row=self.budget.row), "transcripts")
 
     def _settled(self) -> View:
         self._held, self._pieces = self._held.then(*self._pieces), []

@@ -226,6 +226,6 @@ class Turn:
     def _before(self, picture: Seen) -> tuple[int, ...]:
         if picture.seconds is None:
             return (self._prompt.boi,)
-        stamp = self._prompt.timestamp(picture.seconds, first=not self._timed)
+        stamp = self._prompt.timestamp(picture.seconds, first=not (self._timed or self._glued))
         self._timed = True
         return (*stamp, self._prompt.boi)

@@ -63,9 +63,9 @@ class Session:
         self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         loaded, s = engine.loaded, self.settings
-        row, config, note = engine.claim(self._end_with), loaded.model.config, self._note
-        self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, note)
-        self._asides = Asides(self.record, loaded, self._emit, self._spawn)
+        row, config, emit = engine.claim(self._end_with), loaded.model.config, self._emit
+        self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, emit)
+        self._asides = Asides(self.record, loaded, emit, self._spawn)
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None:
         """Until `inputs` end, or something fails: then `Failed` is the last event. What is the door's own fault is raised."""

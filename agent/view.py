@@ -1,132 +1,21 @@
 """Views of a tape: what of a conversation a row should hold, under a budget.
 
-`view` is a pure function of the entries. While a row lives its session holds `upto` still: what is let go is then decided
-by the first `upto` entries alone and everything newer only lengthens the view, so that the row follows by appending. It
-moves `upto` when it builds the next row in the background.
+`view` is a pure function of the entries. While a row lives its `Views` hold `upto` still: what is let go is then decided by
+the first `upto` entries alone and everything newer only lengthens the view, so that the row follows by appending. `upto`
+moves when the next row is built in the background.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from agent.exchanges import Exchange, Exchanges, Reply
 from agent.prompt import Prompt
 from agent.segments import Gone, Segment, Turn, View, merged, size
-from agent.tape import (
-    Answered,
-    Asked,
-    Called,
-    Closed,
-    Deleted,
-    Entry,
-    Heard,
-    Opened,
-    Part,
-    Result,
-    Seen,
-    Setting,
-    Sound,
-    Transcript,
-    Typed,
-)
+from agent.tape import Entry, Part, Seen, Sound, Typed
 from model.cache import RowFull
-
-# ---- what the entries say together
-
-
-@dataclass
-class _Reply:
-    """One stretch of the model's writing, up to its end or to a tool."""
-
-    entry: Answered
-    goes_on: bool  # after the results of the reply before it
-    thinks: bool  # begins inside an open thought
-    heard: int | None = None
-    calls: dict[int, Called] = field(default_factory=dict)
-    results: dict[int, Any] = field(default_factory=dict)  # by call, in the order they came
-
-    @property
-    def waits(self) -> bool:
-        return bool(self.calls) and (self.heard is None or self.heard >= len(self.entry.ids))
-
-
-@dataclass
-class _Exchange:
-    """A turn and what was answered to it; without a role where the model speaks first, or where the turn was deleted."""
-
-    of: int
-    role: str | None = None
-    parts: list[tuple[int, Part]] = field(default_factory=list)
-    closed: bool = True
-    asked: bool = False
-    thinking: bool = False
-    transcript: str | None = None
-    replies: list[_Reply] = field(default_factory=list)
-
-    @property
-    def waits(self) -> bool:
-        return bool(self.replies) and self.replies[-1].waits
-
-    @property
-    def live(self) -> bool:
-        return not self.closed or self.asked or self.waits
-
-    def pictures(self) -> list[int]:
-        return [index for index, part in self.parts if isinstance(part, Seen) and part.data]
-
-
-def _fold(entries: Sequence[Entry], upto: int) -> tuple[Setting, list[_Exchange]]:
-    """The exchanges in order, with the transcripts that were known at `upto`."""
-    setting = Setting()
-    exchanges: list[_Exchange] = []
-    turns: dict[int, _Exchange] = {}
-    replies: dict[int, tuple[_Exchange, _Reply]] = {}  # by answer, and by call
-    for index, entry in enumerate(entries):
-        if isinstance(entry, Opened) or (isinstance(entry, Asked | Answered) and not exchanges):
-            exchanges.append(_Exchange(index))
-        match entry:
-            case Setting():
-                setting = entry
-            case Opened():
-                turns[index] = exchanges[-1]
-                exchanges[-1].role, exchanges[-1].closed = entry.role, False
-            case Sound() | Typed() | Seen():
-                exchanges[-1].parts.append((index, entry))
-            case Closed():
-                exchanges[-1].closed = True
-            case Asked():
-                last = exchanges[-1]
-                last.closed = True
-                if not last.waits:
-                    last.asked, last.thinking = True, setting.thinking
-            case Answered():
-                last = exchanges[-1]
-                last.replies.append(_Reply(entry, last.waits, last.waits and last.thinking))
-                replies[index] = last, last.replies[-1]
-                last.closed, last.asked = True, False
-            case Heard():
-                replies[entry.of][1].heard = entry.ids
-            case Called():
-                replies[index] = replies[entry.of]
-                replies[entry.of][1].calls[index] = entry
-            case Result():
-                replies[entry.of][1].results[entry.of] = entry.value
-            case Transcript() if index < upto:
-                turns[entry.of].transcript = entry.text
-            case Deleted():
-                _delete(entry.of, turns.get(entry.of), *replies.get(entry.of, (None, None)))
-    return setting, exchanges
-
-
-def _delete(of: int, turn: _Exchange | None, exchange: _Exchange | None, reply: _Reply | None) -> None:
-    if turn:
-        turn.role, turn.parts, turn.closed = None, [], True
-    elif exchange and reply and of in reply.calls:
-        del reply.calls[of]
-    elif exchange and reply:
-        exchange.replies = [other for other in exchange.replies if other is not reply]
-
 
 # ---- an exchange as segments
 
@@ -147,23 +36,28 @@ _NOTHING = replace(_WORDS, words=False)
 
 @dataclass(frozen=True)
 class _Writer:
+    exchanges: Exchanges
     prompt: Prompt
     patch: int
 
-    def exchange(self, x: _Exchange, show: _Show, last: bool = False) -> list[Segment]:
+    def begin(self) -> tuple[int, ...]:
+        setting = self.exchanges.setting
+        return tuple(self.prompt.begin(setting.system, setting.tools, setting.thinking))
+
+    def exchange(self, x: Exchange, show: _Show, last: bool = False) -> list[Segment]:
         """`last`: nothing comes after it, so it may still be open, be asked, or wait for a tool."""
         if show == _NOTHING:
             return []
         turn = [] if x.role is None else self._turn(x.role, self._left(x, show), open=last and not x.closed)
         return [*turn, tuple(self._answers(x, last))] if show.words else [*turn]
 
-    def cost(self, x: _Exchange, show: _Show) -> int:
-        return _total(self.exchange(x, show))
+    def cost(self, x: Exchange, show: _Show, last: bool = False) -> int:
+        return _total(self.exchange(x, show, last))
 
-    def _left(self, x: _Exchange, show: _Show) -> Iterator[Part]:
+    def _left(self, x: Exchange, show: _Show) -> Iterator[Part]:
         """What is left of a turn's parts."""
         told = False
-        for index, part in x.parts:
+        for index, part in self.exchanges.parts(x):
             match part:
                 case Seen():
                     if part.data and show.has(index):
@@ -186,9 +80,9 @@ class _Writer:
         if not open:
             yield (*turn.end(), *self.prompt.end_turn())
 
-    def _answers(self, x: _Exchange, last: bool) -> list[int]:
+    def _answers(self, x: Exchange, last: bool) -> list[int]:
         prompt = self.prompt
-        turns: list[list[_Reply]] = []
+        turns: list[list[Reply]] = []
         for reply in x.replies:
             if reply.goes_on and turns:
                 turns[-1].append(reply)
@@ -202,7 +96,7 @@ class _Writer:
                 ids += prompt.open_turn("model") + inside + prompt.end_turn()
         return ids + (prompt.ask(x.thinking) if last and x.asked else [])
 
-    def _finished(self, reply: _Reply) -> list[int]:
+    def _finished(self, reply: Reply) -> list[int]:
         """As history has it: no thoughts, what was heard of the words, and every call that came to something."""
         ids = self._words(reply)
         done = {index: value for index, value in reply.results.items() if index in reply.calls}
@@ -212,7 +106,7 @@ class _Writer:
             ids += self.prompt.tool_response(reply.calls[index].name, value, opened=False)
         return ids
 
-    def _unfinished(self, reply: _Reply, thinking: bool) -> list[int]:
+    def _unfinished(self, reply: Reply, thinking: bool) -> list[int]:
         """As the model wrote it, thoughts included, and the results so far: the row it goes on from."""
         prompt, name = self.prompt, self.prompt.tokenizer.name
         ids = list(reply.entry.ids)
@@ -227,7 +121,7 @@ class _Writer:
             ids += prompt.tool_response(tool, value, opened=opened, thinking=thinking and number == len(reply.calls))
         return ids
 
-    def _words(self, reply: _Reply) -> list[int]:
+    def _words(self, reply: Reply) -> list[int]:
         """What was heard, without thoughts, calls and control tokens, and without the white space around."""
         if not reply.entry.ids:
             return self.prompt.text(reply.entry.text) if reply.heard != 0 else []
@@ -248,7 +142,7 @@ class _Writer:
 
 # ---- what is let go
 
-Cost = Callable[[_Exchange, _Show], int]
+Cost = Callable[[Exchange, _Show], int]
 Policy = Literal["transcripts", "verbatim"]
 
 
@@ -262,6 +156,77 @@ class Budget:
     row: int = 7168
 
 
+class Views:
+    """Of a tape that grows: `let_go` decides by what is on it now, `view` is what a row should hold.
+
+    `transcripts`: finished turns are words. Under `budget.ahead` the newest exchange's words come first, then the newest
+    picture, then older words, then older pictures; oldest goes first, a turn and its answer as a whole. An exchange that does
+    not fit takes all older ones with it; the newest picture stays without its words. `verbatim`: everything stays as it
+    was while it fits `budget.row`; else the newest three quarters of it do, older turns are words, the oldest go.
+
+    What was let go does not come back. `patch`: the side in pixels of the model's soft token.
+    """
+
+    def __init__(self, entries: Sequence[Entry], prompt: Prompt, patch: int = 48) -> None:
+        self._entries, self._exchanges = entries, Exchanges(entries)
+        self._writer = _Writer(self._exchanges, prompt, patch)
+        self._fresh = _Show()
+        self._plan: dict[int, _Show] = {}
+        self._upto: int | None = None
+        self._gone: tuple[Gone, ...] = ()
+        self._spent: tuple[int, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        return self._upto is not None
+
+    def let_go(self, budget: Budget, policy: Policy, upto: int | None = None) -> None:
+        """By the first `upto` entries, or by all. The system prompt and the live turn never go: RowFull says when they alone do
+        not fit `budget.row`; nothing is decided then."""
+        exchanges, writer, fresh = self._exchanges, self._writer, _Show(sound=policy == "verbatim")
+        exchanges.read(upto)
+        exchanges.settle()
+        live = exchanges.live
+        past = exchanges.known[:-1] if live else exchanges.known
+        written = writer.exchange(live, fresh, last=True) if live else []
+        system = len(writer.begin())
+        room = budget.row - system - _total(written)
+        if room < 0:
+            raise RowFull(
+                f"the system prompt and this turn take {budget.row - room} positions and a row has room for {budget.row}"
+            )
+        opening = len(writer.prompt.open_turn()) + 1  # so that a turn that opens moves nothing
+        if policy == "verbatim":
+            plan = _verbatim(past, room, writer.cost)
+        else:
+            ahead = min(room, budget.ahead - system - max(opening, _before_sound(written)))
+            plan = _transcripts([(x, exchanges.pictures(x)) for x in past], ahead, writer.cost)
+        self._plan, self._fresh = plan, fresh
+        self._upto = len(self._entries) if upto is None else upto
+        self._gone, self._spent = _report([(x, [*exchanges.parts(x)], plan[x.of]) for x in past], policy)
+        exchanges.forget([of for of, show in plan.items() if show == _NOTHING])
+
+    def least(self) -> tuple[int, int]:
+        """Positions of what never goes: the system prompt, and the live exchange."""
+        self._exchanges.read()
+        live = self._exchanges.live
+        return len(self._writer.begin()), self._writer.cost(live, self._fresh, last=True) if live else 0
+
+    def view(self) -> View:
+        assert self._upto is not None, "nothing is decided"
+        exchanges, writer = self._exchanges, self._writer
+        exchanges.read()
+        segments: list[Segment] = [writer.begin()]
+        ahead = 0
+        for x in exchanges.known:
+            show, last = self._plan.get(x.of, self._fresh), x is exchanges.known[-1]
+            written = writer.exchange(x, replace(show, words=show.words or (last and x.live)), last)
+            if last and x.live:
+                ahead = _total(segments) + _before_sound(written)
+            segments += written
+        return View(merged(segments), ahead or _total(segments), self._upto, self._gone, self._spent)
+
+
 def view(
     entries: Sequence[Entry],
     prompt: Prompt,
@@ -271,35 +236,10 @@ def view(
     upto: int | None = None,
     patch: int = 48,
 ) -> View:
-    """What a row should hold. `patch`: the side in pixels of the model's soft token.
-
-    `transcripts`: finished turns are words. Under `budget.ahead` the newest exchange's words come first, then the newest
-    picture, then older words, then older pictures; oldest goes first, a turn and its answer as a whole. An exchange that does
-    not fit takes all older ones with it; the newest picture stays without its words. `verbatim`: everything stays as it
-    was while it fits `budget.row`; else the newest three quarters of it do, older turns are words, the oldest go.
-
-    The system prompt and the live turn never go: RowFull says when they alone do not fit `budget.row`.
-    """
-    budget, upto = budget or Budget(), len(entries) if upto is None else upto
-    writer, fresh = _Writer(prompt, patch), _Show(sound=policy == "verbatim")
-    setting, past = _fold(entries[:upto], upto)
-    plan = _plan(past, writer, fresh, len(_begin(prompt, setting)), budget, policy)
-
-    setting, exchanges = _fold(entries, upto)
-    segments: list[Segment] = [_begin(prompt, setting)]
-    ahead = 0
-    for x in exchanges:
-        show, last = plan.get(x.of, fresh), x is exchanges[-1]
-        written = writer.exchange(x, replace(show, words=show.words or (last and x.live)), last)
-        if last and x.live:
-            ahead = _total(segments) + _before_sound(written)
-        segments += written
-    gone, spent = _report(past, plan, policy)
-    return View(merged(segments), ahead or _total(segments), upto, gone, spent)
-
-
-def _begin(prompt: Prompt, setting: Setting) -> tuple[int, ...]:
-    return tuple(prompt.begin(setting.system, setting.tools, setting.thinking))
+    """What a row should hold, composed at once. Raises RowFull, as `Views.let_go` does."""
+    views = Views(entries, prompt, patch)
+    views.let_go(budget or Budget(), policy, upto)
+    return views.view()
 
 
 def _total(segments: Iterable[Segment]) -> int:
@@ -312,23 +252,11 @@ def _before_sound(segments: list[Segment]) -> int:
     return _total(segments[:first])
 
 
-def _plan(past: list[_Exchange], writer: _Writer, fresh: _Show, system: int, budget: Budget, policy: Policy) -> dict[int, _Show]:
-    """What to show of each finished exchange; the live one is taken off `past`."""
-    live = writer.exchange(past.pop(), fresh, last=True) if past and past[-1].live else []
-    room = budget.row - system - _total(live)
-    if room < 0:
-        raise RowFull(f"the system prompt and this turn take {budget.row - room} positions and a row has room for {budget.row}")
-    opening = len(writer.prompt.open_turn()) + 1  # so that a turn that opens moves nothing
-    if policy == "verbatim":
-        return _verbatim(past, room, writer.cost)
-    return _transcripts(past, min(room, budget.ahead - system - max(opening, _before_sound(live))), writer.cost)
-
-
-def _transcripts(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Show]:
-    plan = {x.of: _NOTHING for x in past}
-    newest_first = past[::-1]
-    words: list[tuple[_Exchange, int | None]] = [(x, None) for x in newest_first]
-    pictures: list[tuple[_Exchange, int | None]] = [(x, index) for x in newest_first for index in reversed(x.pictures())]
+def _transcripts(past: list[tuple[Exchange, list[int]]], room: int, cost: Cost) -> dict[int, _Show]:
+    """Of exchanges and their pictures."""
+    plan = {x.of: _NOTHING for x, _ in past}
+    words: list[tuple[Exchange, int | None]] = [(x, None) for x, _ in reversed(past)]
+    pictures: list[tuple[Exchange, int | None]] = [(x, index) for x, seen in reversed(past) for index in reversed(seen)]
     current = pictures[0][1] if pictures else None
     refused = set()
     for x, index in [*words[:1], *pictures[:1], *words[1:], *pictures[1:]]:
@@ -343,7 +271,7 @@ def _transcripts(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Sho
     return plan
 
 
-def _verbatim(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Show]:
+def _verbatim(past: list[Exchange], room: int, cost: Cost) -> dict[int, _Show]:
     plan = {x.of: _NOTHING for x in past}
     prices: list[int] = []  # newest first, and no more of them than matter: a tape may be hours long
     for x in reversed(past):
@@ -363,12 +291,13 @@ def _verbatim(past: list[_Exchange], room: int, cost: Cost) -> dict[int, _Show]:
     return plan
 
 
-def _report(past: list[_Exchange], plan: dict[int, _Show], policy: Policy) -> tuple[tuple[Gone, ...], tuple[int, ...]]:
+def _report(
+    past: list[tuple[Exchange, list[tuple[int, Part]], _Show]], policy: Policy
+) -> tuple[tuple[Gone, ...], tuple[int, ...]]:
     gone: list[Gone] = []
     spent: list[int] = []
-    for x in past:
-        show = plan[x.of]
-        sounds = [part for _, part in x.parts if isinstance(part, Sound)]
+    for x, parts, show in past:
+        sounds = [part for _, part in parts if isinstance(part, Sound)]
         silent = not (show.words and show.sound) and x.transcript is not None  # without words the sound is all there is
         if not show.words:
             gone.append(Gone(x.of, "turn"))
@@ -376,7 +305,7 @@ def _report(past: list[_Exchange], plan: dict[int, _Show], policy: Policy) -> tu
             gone.append(Gone(x.of, "sound"))
         if silent and any(sound.data for sound in sounds):
             spent.append(x.of)
-        for index, part in x.parts:
+        for index, part in parts:
             if isinstance(part, Seen) and not show.has(index):
                 gone += [Gone(index, "picture")] if show.words else []
                 spent += [index] if part.data else []

@@ -27,6 +27,7 @@ from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
 from agent.tape import Answered, Heard
+from agent.view import Budget
 from streams.voice import open_voice
 from tests.broker import free_port
 from tests.serving import (
@@ -712,6 +713,19 @@ async def test_the_log_tells_times_and_no_content(engine, mind, caplog):
         ) == 1
         assert lines[1].get("text") == ("Yes." if content else None)
         caplog.clear()
+
+
+async def test_the_log_tells_once_what_the_model_does_not_remember_any_more(engine, mind, caplog):
+    caplog.set_level(logging.INFO, "attend.serve")
+    settings = replace(SETTINGS, budget=Budget(ahead=60))
+    async with serving(engine, log_json=True, settings=settings) as port, plain(port) as connection:
+        for number in range(3):
+            mind.says("Yes.")
+            await say(connection, "conversation.item.create", item=text(f"Is this the question of number {number}?"))
+            await say(connection, "response.create", response={"output_modalities": ["text"]})
+            await until(connection, "response.done")
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "attend.serve"]
+    assert [line["of"] for line in lines if line["event"] == "let go"] == [["turn 2"], ["turn 6"]]
 
 
 # ---- a model that is being loaded

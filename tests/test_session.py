@@ -16,7 +16,7 @@ import pytest
 import soxr
 import torch
 
-from agent import checkpoint, events, record, script, tape
+from agent import checkpoint, events, script, tape
 from agent.calls import ToolCall
 from agent.engine import Engine, RowLost
 from agent.record import Caption
@@ -25,7 +25,7 @@ from agent.session import DoorStuck, Session
 from agent.settings import Settings
 from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, Sound, Tape, Transcript, Typed
 from agent.turns import Manners
-from agent.view import Budget, Policy, view
+from agent.view import Budget, Policy, Views, view
 from model.cache import NoRow
 from model.vad import Vad
 from streams.espeak import Espeak
@@ -182,7 +182,8 @@ async def test_words_pictures_and_speech_are_one_turn(running, mind):
 
 async def test_a_turn_of_many_parts_is_not_composed_anew_with_each_of_them(running, mind, monkeypatch):
     composed: list[None] = []
-    monkeypatch.setattr(record, "view", lambda *given, **more: (composed.append(None), view(*given, **more))[1])
+    compose = Views.view
+    monkeypatch.setattr(Views, "view", lambda views: (composed.append(None), compose(views))[1])
     async with Door(session(running, captions=False)) as door:
         await door.put(*(events.Write("word", ask=False) if n % 5 else events.Show(jpeg()) for n in range(60)))
         parts = [Typed("word") if n % 5 else Seen(jpeg(), 40, 60, 70) for n in range(60)]
@@ -669,6 +670,13 @@ async def test_a_long_conversation_takes_no_more_memory_than_a_short_one(running
     assert max(kept[10:]) <= max(kept[:10]) and max(positions) <= 500 + 60
     assert not door.session.dropped and not door.of(events.Noted)
     assert [event.text for event in door.of(events.Answered)] == [f"Number {turn}." for turn in range(20)]
+    told = [gone for event in door.of(events.LetGo) for gone in event.gone]
+    assert len(told) == len(set(told)), "each is told once"
+    entries = door.session.record.tape.entries
+    turns = [index for index, entry in enumerate(entries) if isinstance(entry, Opened)]
+    gone = [place.of for place in told if place.what == "turn"]
+    assert gone == turns[: len(gone)] and 5 < len(gone) < 20, "the oldest first"
+    assert len(door.session.record._views._exchanges.known) < 12
 
 
 async def test_a_turn_that_is_longer_than_the_row_loses_its_end_and_is_answered(running, mind):

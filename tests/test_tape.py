@@ -37,7 +37,7 @@ from agent.tape import (
     Transcript,
     Typed,
 )
-from agent.view import Budget, view
+from agent.view import Budget, Views, view
 from model.cache import Cache, Row, RowFull
 from model.gemma import Config, Gemma
 from model.pixels import patches
@@ -136,6 +136,8 @@ def test_words_next_to_words_stand_on_a_line_of_their_own():
 def test_camera_frames_are_announced_by_their_times():
     tape = taped(Opened(), seen(seconds=0.0), seen(seconds=61.0), Closed())
     assert shape(looks(tape)) == "<bos><|turn>user\n00:00 <|image>#64<image|> 01:01 <|image>#64<image|><turn|>\n"
+    tape = taped(Opened(), Typed("look"), seen(seconds=0.0), Closed())
+    assert shape(looks(tape)) == "<bos><|turn>user\nlook 00:00 <|image>#64<image|><turn|>\n", "words do not run into a time"
 
 
 def test_a_finished_turns_sound_becomes_its_words_once_they_are_there():
@@ -584,6 +586,53 @@ def test_a_row_that_follows_entry_by_entry_holds_the_view_that_is_composed_at_on
         assert keep == min(len(a), len(b)) or a[keep] != b[keep] or isinstance(a[keep], tuple), "all that can stay stays"
         assert (now.after(held) is None) == (keep < len(a))
         held = now
+
+
+@settings(max_examples=80)
+@given(conversations(), POLICIES, st.integers(0, 300), st.integers(0, 600), st.sets(st.integers(0, 40), max_size=5))
+def test_views_that_are_kept_up_with_a_tape_are_those_composed_at_once(entries, policy, ahead, row, decided):
+    """But for what they forget, which is tried below."""
+    tape, budget, upto = Tape(), Budget(ahead, row), None
+    views = Views(tape.entries, PROMPT, SIDE)
+    views._exchanges.forget = lambda _: None  # type: ignore[method-assign]
+    for number, entry in enumerate(entries):
+        tape.append(entry)
+        if upto is None or number in decided:
+            try:
+                views.let_go(budget, policy)
+            except RowFull:
+                with pytest.raises(RowFull):
+                    looks(tape, budget, policy)
+                continue
+            upto = len(tape.entries)
+        plain = looks(tape, budget, policy, upto=upto)
+        assert views.view().segments == plain.segments
+        live = views.least()
+        assert sum(live) <= plain.positions
+        if upto == len(tape.entries):
+            assert views.view() == plain
+            if policy == "transcripts":
+                assert sum(live) == looks(tape, Budget(0, 100_000)).positions, "all else can be let go"
+
+
+def test_what_is_let_go_of_and_out_of_memory_does_not_come_back_and_costs_nothing_more():
+    tape = taped(Setting("Be brief."), Opened())
+    views = Views(tape.entries, PROMPT, SIDE)
+    tape.append(sound(60))
+    for number in range(300):
+        turn = len(tape.entries) - 2
+        for entry in (seen(b"%d" % number), Asked(), answered(f"a{number}"), Transcript(turn, f"q{number}")):
+            tape.append(entry)
+        views.let_go(Budget(ahead=150), "transcripts")
+        tape.append(Dropped(views.view().spent))
+        tape.append(Opened())
+        tape.append(sound(60))
+    assert len(views._exchanges.known) < 12
+    assert re.findall(r"q\d+", shape(views.view())) == [f"q{number}" for number in (297, 298, 299)]
+    for index in [index for index, entry in enumerate(tape.entries[:-2]) if isinstance(entry, Opened)][-3:]:
+        tape.append(Deleted(index))
+    views.let_go(Budget(ahead=150), "transcripts")
+    assert not re.findall(r"q\d+", shape(views.view())), "there would be room for three"
 
 
 @settings(max_examples=60)

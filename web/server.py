@@ -358,6 +358,8 @@ class Line:
                 door.say("answer", self.name, event.text, answer=event.answer, finish=event.finish, tokens=event.tokens)
             case events.Timed():
                 door.say("times", self.name, answer=event.answer, ms={key: round(ms) for key, ms in event.stages.items()})
+            case events.LetGo():
+                door.say("let go", self.name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
             case events.Noted() | events.Failed():
                 door.say("trouble", self.name, message=event.message)
 
