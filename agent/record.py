@@ -292,7 +292,7 @@ class Record:
 
     @property
     def thinking(self) -> bool:
-        return next((entry.thinking for entry in reversed(self.tape.entries) if isinstance(entry, tape.Setting)), False)
+        return self._views.setting.thinking
 
     def _target(self) -> View:
         target = self._views.view() if self._views.decided else None

@@ -238,7 +238,13 @@ class Reply:
     async def _made(self, sound: Playback, voice: Voice, start: int, text: str) -> None:
         base, loop = sound.made, asyncio.get_running_loop()
         with voice.speak(text, self._answer.text[:start]) as stream:
-            while chunk := await asyncio.wait_for(loop.run_in_executor(VOICES, _next, stream), self._settings.patience):
+            while True:
+                # Not asyncio.wait_for: Python 3.11's swallows a cancellation that comes with the result, and every fourth
+                # answer that was interrupted spoke on to nobody and was never let go of.
+                async with asyncio.timeout(self._settings.patience):
+                    chunk = await loop.run_in_executor(VOICES, _next, stream)
+                if chunk is None:
+                    break
                 words = [events.Spoken(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
                 sound.make(chunk.pcm, words)
                 self._moved.set()

@@ -38,6 +38,7 @@ from streams.files import read_audio
 from streams.frames import FRAME, RATE, Audio, MediaError
 
 TAIL = 40  # frames of silence after the last answer: for its caption, and for the ear
+SETTLED = 8  # frames after which a script without real time waits for the model
 PATIENCE = 250  # frames of silence after which a turn that nobody answers is given up
 FORMAT = "[[turn]] with show, say, speak and voice, type, interrupt, wait; see agent/script.py"
 KEYS: Mapping[str, type | tuple[type, ...]] = {
@@ -125,12 +126,18 @@ def _spoken(text: str, voice: str, where: str) -> np.ndarray:
 
 
 class Performance:
-    """Plays `turns` to a session and keeps what comes back. `quiet`: a little noise instead of digital silence."""
+    """Plays `turns` to a session and keeps what comes back. `quiet`: a little noise instead of digital silence. `settled`: waits
+    until the model has taken in what it was sent; without it, and without `real_time`, sound comes faster than the model is."""
 
     def __init__(
-        self, turns: Iterable[Turn], real_time: bool = False, quiet: float = 1e-4, recording: Recording | None = None
+        self,
+        turns: Iterable[Turn],
+        real_time: bool = False,
+        quiet: float = 1e-4,
+        recording: Recording | None = None,
+        settled: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.turns, self.real_time, self._recording = turns, real_time, recording
+        self.turns, self.real_time, self._recording, self._settled = turns, real_time, recording, settled
         self.exchanges: list[Exchange] = []
         self.events: list[Event] = []
         self.times: list[float] = []  # of `events`, by `clock`
@@ -241,6 +248,8 @@ class Performance:
             self.late.append(self.clock - due)
         else:
             await asyncio.sleep(0)
+            if self._settled and self._frames % SETTLED == 0:
+                await self._settled()
             while self._answer is not None and not self._playing and not self._hushed:
                 self._changed.clear()
                 await self._changed.wait()

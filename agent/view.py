@@ -14,7 +14,7 @@ from typing import Literal
 from agent.exchanges import Exchange, Exchanges, Reply
 from agent.prompt import Prompt
 from agent.segments import Gone, Segment, Turn, View, merged, size
-from agent.tape import Entry, Part, Seen, Sound, Typed
+from agent.tape import Entry, Part, Seen, Setting, Sound, Typed
 from model.cache import RowFull
 
 # ---- an exchange as segments
@@ -205,6 +205,11 @@ class Views:
         self._upto = len(self._entries) if upto is None else upto
         self._gone, self._spent = _report([(x, [*exchanges.parts(x)], plan[x.of]) for x in past], policy)
         exchanges.forget([of for of, show in plan.items() if show == _NOTHING])
+
+    @property
+    def setting(self) -> Setting:
+        self._exchanges.read()
+        return self._exchanges.setting
 
     def least(self) -> tuple[int, int]:
         """Positions of what never goes: the system prompt, and the live exchange."""

@@ -183,7 +183,7 @@ class _Engine:
     def _on_sound(self, wav: Any, count: int, events: Any) -> int:
         if not wav:
             return 0
-        pcm = np.ctypeslib.as_array(wav, (count,)).astype(np.float32) / 32768 if count else np.zeros(0, np.float32)
+        pcm = np.frombuffer(ctypes.string_at(wav, 2 * count), np.int16).astype(np.float32) / 32768
         seen: list[_Event] = []
         while events[len(seen)].type != _EVENT_END:
             seen.append(events[len(seen)])

@@ -94,7 +94,8 @@ class Microphone:
         resampler = soxr.ResampleStream(line.rate, RATE, 1, dtype="float32", quality=QUALITY) if line.rate != RATE else None
         while not line.over.is_set():
             try:
-                block = await asyncio.wait_for(self._blocks.get(), patience)
+                async with asyncio.timeout(patience):
+                    block = await self._blocks.get()
             except TimeoutError:
                 return
             if not block:

@@ -429,6 +429,23 @@ async def test_a_cough_or_mm_hmm_ends_as_if_nothing_had_happened(running, mind):
     assert door.of(events.Cleared), "the last one was noticed"
 
 
+async def test_an_interrupted_answer_leaves_nothing_running(running, mind):
+    """However the interruption falls on the chunks of its voice, which come all the time."""
+    async with Door(session(running)) as door:
+        before = asyncio.all_tasks()
+        for number in range(40):
+            mind.says("It is a red circle. " * 10)
+            await door.put(events.Write("what is it"))
+            await door.until(events.Said)
+            for _ in range(number):
+                await asyncio.sleep(0)
+            await door.put(events.Stop())
+            async with asyncio.timeout(20):
+                while asyncio.all_tasks() - before:
+                    await asyncio.sleep(0)
+            door.events.clear()
+
+
 async def test_what_comes_during_an_answer_is_in_the_turn_that_interrupts_it(running, mind):
     mind.says("It is a red circle and it is large, and there is a square.")
     async with Door(session(running, captions=False)) as door:

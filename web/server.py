@@ -154,7 +154,8 @@ class Door:
             self.stopping.set()
             server.close(code=1012, reason="the server is going")
             with suppress(TimeoutError):
-                await asyncio.wait_for(server.wait_closed(), 2 * CLOSING)
+                async with asyncio.timeout(2 * CLOSING):
+                    await server.wait_closed()
 
     # -- requests
 
@@ -249,7 +250,8 @@ class Door:
                     told = news
                     await connection.send(json.dumps({**news, "event_id": f"event_{secrets.token_hex(4)}"}))
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(connection.wait_closed(), MOVING)
+                    async with asyncio.timeout(MOVING):
+                        await connection.wait_closed()
                     raise ConnectionClosedOK(None, None)
         finally:
             self._line.remove(connection)
@@ -289,7 +291,8 @@ class Line:
         stopping = going.done()
         if run.done() and not write.done():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._unsent.join(), CLOSING)
+                async with asyncio.timeout(CLOSING):
+                    await self._unsent.join()
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
@@ -375,7 +378,8 @@ async def _hang_up(connection: ServerConnection, code: int, why: str, error: str
         wrong = {"type": "server_error", "code": error, "message": why, "param": None, "event_id": None}
         event = json.dumps({"type": "error", "event_id": f"event_{secrets.token_hex(4)}", "error": wrong})
         with suppress(ConnectionClosed, TimeoutError):
-            await asyncio.wait_for(connection.send(event), CLOSING)
+            async with asyncio.timeout(CLOSING):
+                await connection.send(event)
     await connection.close(code, why.encode()[:120].decode(errors="ignore"))
     return code, why
 

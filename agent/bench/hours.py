@@ -1,7 +1,7 @@
 """Hours of one conversation, simulated as fast as the model goes: memory and waiting must not grow with them.
 
 People come one after the other; each shows a picture, asks about it aloud, listens, and interrupts one answer. Time is the
-microphone's and stands still while the model computes (agent/script.py).
+microphone's and stands still while the model computes (agent/script.py), so that a wait is the model's own.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Visits:
     def __init__(self, session: Session, person: Person, seconds: float, say: waits.Say) -> None:
         self.session, self.stretches, self.notes = session, list[Stretch](), set[str]()
         self._person, self._seconds, self._say = person, seconds, say
-        self.played = Performance(self._turns())
+        self.played = Performance(self._turns(), settled=session.record.row.drained)
 
     def _turns(self) -> Iterator[Turn]:
         asked = unanswered = right = 0

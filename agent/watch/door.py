@@ -165,7 +165,8 @@ class Watch:
             for task in self._tasks - {line}:
                 task.cancel()
             with suppress(TimeoutError):  # who leaves in order has no last will
-                await asyncio.wait_for(self._line.publish(self._line.will), SECONDS_TO_LEAVE)
+                async with asyncio.timeout(SECONDS_TO_LEAVE):
+                    await self._line.publish(self._line.will)
         finally:
             stopping.cancel()
             for task in self._tasks:
