@@ -239,7 +239,7 @@ class Engine:
             self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
             self.steps.append(perf_counter() - begun)
         if chunks:
-            self._pass([min(chunks, key=lambda chunk: (chunk[0].parent is not None, chunk[1][0][0].since))])
+            self._pass([min(chunks, key=lambda chunk: (chunk[0].awaited, chunk[1][0][0].since))])
         return moved or bool(due)
 
     def _settle(self, seat: Seat) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -74,6 +75,12 @@ class Seat:
     taken: int = 0
     gone: bool = False
     error: Exception | None = None  # what it was lost to
+
+    @property
+    def awaited(self) -> float:
+        """Since when somebody waits for what this row is to do; infinite where it works in the background."""
+        takes = (op.since for op in self.todo if isinstance(op, Take) and not op.again)
+        return math.inf if self.parent else next(takes, math.inf)
 
     def due(self, most: int) -> list[tuple[Take, int, int]]:
         """What can go into the row in one pass: takes with first and last position. A picture goes whole."""

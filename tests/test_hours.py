@@ -1,10 +1,13 @@
 """Hours of one conversation, in small: what is counted, and what is let go of."""
 
+from typing import get_args
+
 from agent import checkpoint
 from agent.bench import hours
 from agent.bench.crowd import Question
 from agent.marks import Mark
 from agent.script import Turn
+from agent.view import Policy
 from model.nano import people
 
 
@@ -19,7 +22,7 @@ def greeting(seed: int) -> list[Question]:
 
 async def test_both_policies_are_told_stretch_by_stretch_and_nothing_grows() -> None:
     told: list[str] = []
-    result = await hours.conversation(checkpoint.load("nano"), None, greeting, 0.0005, told.append)
+    result = await hours.conversation(checkpoint.load("nano"), None, greeting, 0.0005, told.append, get_args(Policy))
     assert list(result) == ["transcripts", "verbatim"]
     for figures in result.values():
         assert figures["dropped"] == 0 and len(figures["stretches"]) == hours.STRETCHES

@@ -18,7 +18,7 @@ import torch
 
 from agent import checkpoint, events, script, tape
 from agent.calls import ToolCall
-from agent.engine import Engine, RowLost
+from agent.engine import Engine, Feed, RowLost
 from agent.record import Caption
 from agent.segments import View
 from agent.session import DoorStuck, Session
@@ -694,6 +694,19 @@ async def test_a_long_conversation_takes_no_more_memory_than_a_short_one(running
     gone = [place.of for place in told if place.what == "turn"]
     assert gone == turns[: len(gone)] and 5 < len(gone) < 20, "the oldest first"
     assert len(door.session.record._views._exchanges.known) < 12
+
+
+async def test_a_full_row_is_not_written_anew_with_every_turn(running, mind, monkeypatch):
+    written, rewrite = [], Feed.rewrite
+    monkeypatch.setattr(Feed, "rewrite", lambda *how: (written.append(how[2].positions - how[1]), rewrite(*how))[1])
+    async with Door(session(running, policy="verbatim", budget=Budget(row=600))) as door:
+        for turn in range(60):
+            mind.says(f"Number {turn}.")
+            await door.put(events.Write(f"what is number {turn}"))
+            await door.answered(turn + 1)
+    told = [gone for event in door.of(events.LetGo) for gone in event.gone]
+    assert len(told) > 20, "it was full"
+    assert 0 < len([positions for positions in written if positions > 100]) < 20
 
 
 async def test_a_turn_that_is_longer_than_the_row_loses_its_end_and_is_answered(running, mind):

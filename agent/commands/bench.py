@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from agent.bench import alone, crowd, hours, shapes, waits
 from agent.commands import options
 from agent.commands.options import Commands
+from agent.view import Policy
 from streams.frames import MediaError
 from streams.voice import open_voice
 from web.caller import Caller
@@ -40,6 +41,9 @@ def add(commands: Commands) -> None:
     talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
     talking.add_argument("--json", action="store_true", help="print one JSON object")
     talking.add_argument("--hours", type=float, metavar="H", help="instead: one conversation of so long, simulated")
+    talking.add_argument(
+        "--policy", action="append", choices=get_args(Policy), help="with --hours: under this one (default: each)"
+    )
     talking.set_defaults(run=_bench_session)
 
 
@@ -67,7 +71,7 @@ def _bench_session(given: argparse.Namespace) -> int:
 
     async def measure() -> dict[str, Any]:
         if given.hours:
-            return await hours.conversation(loaded, voice, people.person, given.hours, say)
+            return await hours.conversation(loaded, voice, people.person, given.hours, say, given.policy or get_args(Policy))
         result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say)
         result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
         if given.chart:
