@@ -58,6 +58,11 @@ class Feed:
         """Positions that are not in the row yet."""
         return self._seat.asked - self._seat.taken
 
+    @property
+    def behind(self) -> int:
+        """Of these, those that never were: a model that is too slow for what comes, not one that tidies up."""
+        return self.waiting - self._seat.again
+
     def append(self, *segments: Segment) -> None:
         self._engine._order(self._seat, *self._takes(segments))
 
@@ -125,7 +130,7 @@ class Engine:
         self.steps: deque[float] = deque(maxlen=1 << 10)  # seconds that the last steps took
         self._cache = new_cache(loaded, rows + self.spares, length)
         self.length = self._cache.length
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.waiting
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
         self._seats: list[Seat] = []
         self._left = rows
         self._dead: EngineStopped | None = None
@@ -254,7 +259,9 @@ class Engine:
                     seat.todo.popleft()
                     at = self._cut_back(seat, op.keep)
                     takes = [Take(segment, self._cut(segment), again=True) for segment in op.view.rest(at)]
-                    seat.taken -= sum(size(take.segment) for take in takes)
+                    again = sum(size(take.segment) for take in takes)
+                    seat.again += again
+                    seat.taken -= again
                     seat.todo.extendleft(reversed(takes))
                 case Fork():
                     seat.todo.popleft()
@@ -354,6 +361,7 @@ class Engine:
         for take, start, stop in parts:
             take.done = stop
             seat.taken += stop - start
+            seat.again -= stop - start if take.again else 0
             if isinstance(take.segment, Sound) and not take.again:
                 self.lags.append(now - take.since)
             if take.left == 0:

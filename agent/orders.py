@@ -73,6 +73,7 @@ class Seat:
     todo: deque[Op] = field(default_factory=deque)
     asked: int = 0  # positions
     taken: int = 0
+    again: int = 0  # positions that are being written once more, and not yet taken
     gone: bool = False
     error: Exception | None = None  # what it was lost to
 

@@ -199,7 +199,7 @@ class Session:
             self._sound(frame)
 
     def _sound(self, frame: np.ndarray) -> None:
-        if self.record.row.waiting > self.settings.backlog or not self.record.sound(frame):
+        if self.record.row.behind > self.settings.backlog or not self.record.sound(frame):
             self.dropped += 1
 
     def _part(self, part: tape.Typed | tape.Seen) -> bool:

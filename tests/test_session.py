@@ -696,6 +696,19 @@ async def test_a_long_conversation_takes_no_more_memory_than_a_short_one(running
     assert len(door.session.record._views._exchanges.known) < 12
 
 
+async def test_no_frame_is_lost_to_a_row_that_is_being_written_anew(running, mind):
+    manners = Manners(hands_free=False)
+    async with Door(session(running, policy="verbatim", backlog=30, manners=manners, captions=False, answers=False)) as door:
+        await door.put(*(events.Write("word " * 100, ask=False) for _ in range(9)), events.Commit(ask=False))
+        await settled(door.session.record.row)
+        door.keeps_up = False
+        await door.put(events.Set(setting=Setting("Be brief.")), events.Press())
+        before = door.session.record.positions
+        await door.hear(said(QUESTION)[: 25 * 640])
+        await door.put(events.Commit(ask=False))
+        assert door.session.dropped == 0 and door.session.record.positions > before + 25
+
+
 async def test_a_full_row_is_not_written_anew_with_every_turn(running, mind, monkeypatch):
     written, rewrite = [], Feed.rewrite
     monkeypatch.setattr(Feed, "rewrite", lambda *how: (written.append(how[2].positions - how[1]), rewrite(*how))[1])

@@ -275,7 +275,7 @@ class Line:
         system = o.settings.setting.system or ""
         voice = o.voice if door.voice else None
         self.conversation = Conversation(name, o.model, voice, asked, o.settings.manners, system)
-        self._inbox = Inbox(lambda: session.record.row.waiting > BEHIND)
+        self._inbox = Inbox(lambda: session.record.row.behind > BEHIND)
         self._unsent: asyncio.Queue[str] = asyncio.Queue(UNSENT)
         self._order = asyncio.Lock()
         self._failed: str | None = None
