@@ -22,7 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from model.gemma import Config, Layer
-    from model.single import Single
+    from model.step import Step
 
 SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
 
@@ -170,7 +170,7 @@ class Cache:
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self._free = list(range(rows))
-        self.single: Single | None = None  # what steps of one row are taken with, once there was one
+        self.step: Step | None = None  # what steps on a CPU are taken with, once there was one
 
     @staticmethod
     def bytes_per_row(config: Config, length: int, slack: int, dtype: torch.dtype) -> int:

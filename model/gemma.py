@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
-from model.single import Single
+from model.step import Step
 
 
 class CheckpointError(ValueError):
@@ -350,8 +350,8 @@ class Gemma(nn.Module):
         its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
         [B, T, H]. Raises RowFull before anything is written."""
         with torch.inference_mode():
-            if blocks is None and x.shape[1] == len(rows) == 1 and (single := self._single(cache, rows[0])):
-                state = single(rows[0], x, wanted != 0)
+            if blocks is None and x.shape[1] == 1 and (step := self._step(cache, rows)):
+                state = step(x, wanted != 0)
                 cache.advance(rows, 1)
                 return state
             span = cache.span(rows, x.shape[1], blocks)
@@ -359,10 +359,10 @@ class Gemma(nn.Module):
             cache.advance(rows, x.shape[1])
             return None if hidden is None else span.gather(hidden)
 
-    def _single(self, cache: Cache, row: Row) -> Single | None:
-        """What takes the next position of a row alone, where it can."""
-        if not Single.suits(self, cache) or row.length == cache.length:
+    def _step(self, cache: Cache, rows: list[Row]) -> Step | None:
+        """What takes the next position of these rows without torch's small operations, where it can."""
+        if not Step.suits(self, cache) or any(row.length == cache.length for row in rows):
             return None
-        if cache.single is None or cache.single.model is not self:
-            cache.single = Single(self, cache)
-        return cache.single if cache.single.ready(row) else None
+        if cache.step is None or cache.step.model is not self:
+            cache.step = Step(self, cache)
+        return cache.step if cache.step.ready(rows) else None

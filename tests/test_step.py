@@ -1,11 +1,11 @@
-"""One position of one row by itself is what it is by the general way."""
+"""One position of each of a few rows is what it is by the general way."""
 
 import pytest
 import torch
 
 from model.cache import Cache
 from model.gemma import Config, Gemma
-from model.single import Single
+from model.step import Step
 from model.weights import NANO, lay_out, read_config
 from tests import tiny
 
@@ -35,20 +35,20 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
     [(Config.from_json(TINY.hub_json()), [40]), (read_config(NANO), [1, 3, 508, 7, 70])],
     ids=["tiny", "nano"],
 )
-def test_a_step_of_one_row_is_what_the_general_way_computes(config, counts, monkeypatch):
-    """From an empty row past the window, several times round the rings of the tiny one; in any row, and after rows that
-    stepped together. nano's window is 512: chunks lead up to it."""
+def test_a_step_is_what_the_general_way_computes(config, counts, monkeypatch):
+    """From an empty row past the window, several times round the rings of the tiny one; of one row and of several, of any
+    length, whatever lies between them. nano's window is 512: chunks lead up to it."""
     model, called = random_model(config), []
-    taken = Single.__call__
-    monkeypatch.setattr(Single, "__call__", lambda self, *given: called.append(1) or taken(self, *given))
+    taken = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, *given: called.append(len(given[0])) or taken(self, *given))
     slack = SLACK if config.window == WINDOW else 64
-    plain, single = (Cache(config, 3, 700, slack=slack) for _ in range(2))
-    rows = {cache: [cache.claim() for _ in range(3)] for cache in (plain, single)}
+    plain, quick = (Cache(config, 6, 700, slack=slack) for _ in range(2))
+    rows = {cache: [cache.claim() for _ in range(6)] for cache in (plain, quick)}
 
     def both(places: list[int], x: torch.Tensor) -> None:
         with monkeypatch.context() as without, torch.inference_mode():
-            ours = model.extend(single, [rows[single][place] for place in places], x)
-            without.setattr(Gemma, "_single", lambda *_: None)
+            ours = model.extend(quick, [rows[quick][place] for place in places], x)
+            without.setattr(Gemma, "_step", lambda *_: None)
             close(ours, model.extend(plain, [rows[plain][place] for place in places], x))
 
     generator, steps = torch.Generator().manual_seed(1), 0
@@ -59,10 +59,9 @@ def test_a_step_of_one_row_is_what_the_general_way_computes(config, counts, monk
                     both([place], part)
                     steps += size == 1
     assert steps / 3 < len(called) < steps, "some go round the ring's end"
-    together = torch.randn(2, 1, config.hidden_size, generator=generator)
-    both([0, 2], together)
-    both([0], together[:1])
-    both([2], together[1:])
+    for places in ([0, 2], [0, 1, 2, 3], [1, 3], [0], [5, 1, 3, 4], [1], [4, 5, 3], [0, 4]) * 5:
+        both(places, torch.randn(len(places), 1, config.hidden_size, generator=generator))
+    assert {*called} == {1, 2, 3, 4}
 
 
 def test_listening_leaves_the_same_in_the_row_as_answering():
@@ -90,4 +89,4 @@ def test_other_types_than_float32_take_the_general_way():
     config = Config.from_json(TINY.hub_json())
     model, cache = random_model(config).bfloat16(), Cache(config, 1, 50, dtype=torch.bfloat16)
     assert model.extend(cache, [cache.claim()], torch.randn(1, 1, config.hidden_size).bfloat16()) is not None
-    assert cache.single is None
+    assert cache.step is None

@@ -1,0 +1,198 @@
+"""One position each of a few rows through all layers, on a CPU in float32: what listening to people and answering them is
+made of.
+
+Around four products with matrices a layer has some forty operations on a few hundred numbers. Such an operation takes numpy
+half a microsecond and torch three: so they are numpy's here, over the same memory, and the products are torch's, which has
+threads. It computes what `Gemma.forward` computes, to rounding, without rows that lie between those that step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.cache import Cache, Row, frequencies
+
+if TYPE_CHECKING:
+    from model.gemma import Block, Config, Gemma, Layer
+
+Array = NDArray[np.float32]
+GELU = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))  # gelu, by tanh: x sigmoid(x (a + b x^2))
+
+
+class _Twin:
+    """The same numbers for both: [B, ...], for torch as matrices."""
+
+    def __init__(self, count: int, *shape: int) -> None:
+        self.torch = torch.empty(count, math.prod(shape))
+        self.numpy: Array = self.torch.numpy().reshape(count, *shape)
+        self._vector = self.torch[0] if count == 1 else None
+
+    def become(self, weight: Tensor, x: _Twin) -> None:
+        """x times the weight's transpose."""
+        if self._vector is None or x._vector is None:
+            torch.mm(x.torch, weight.t(), out=self.torch)
+        else:
+            torch.mv(weight, x._vector, out=self._vector)
+
+
+class _Kind:
+    """Where layers of one kind read and write, and how far they turn."""
+
+    def __init__(self, config: Config, layer: Layer, cache: Cache) -> None:
+        self._window = config.window if layer.sliding else None
+        self._slots, self._frequencies = cache.slots(layer), frequencies(layer, torch.device("cpu")).numpy()
+        self.places: list[tuple[int, int, slice]] = []  # of each row: its index, the slot that is written, those that are read
+        self.cos: Array = np.empty((0, 1, 2, layer.head_dim // 2), np.float32)
+        self.sin = self.cos  # of two halves alike the first negated
+
+    def move(self, rows: list[Row]) -> bool:
+        """To the next positions of these rows; False where a ring's end lies inside of the window of one."""
+        self.places.clear()
+        for row in rows:
+            oldest = 0 if self._window is None else max(0, row.length + 1 - self._window)
+            first = oldest % self._slots
+            end = first + row.length + 1 - oldest
+            if end > self._slots:
+                return False
+            self.places.append((row.index, end - 1, slice(first, end)))
+        if len(self.cos) != len(rows):
+            self.cos, self.sin = (np.empty((len(rows), *self.cos.shape[1:]), np.float32) for _ in range(2))
+        angle = np.multiply.outer(np.array([row.length for row in rows], np.float32), self._frequencies)
+        np.cos(angle, out=self.cos[:, 0, 0])
+        np.sin(angle, out=self.sin[:, 0, 1])
+        self.cos[:, 0, 1] = self.cos[:, 0, 0]
+        np.negative(self.sin[:, 0, 1], out=self.sin[:, 0, 0])
+        return True
+
+
+class Step:
+    """Steps of `model` on rows of `cache`. Only one thread may have it: what lies between two operations is kept."""
+
+    def __init__(self, model: Gemma, cache: Cache) -> None:
+        self.model, config = model, model.config
+        self._kinds = {layer: _Kind(config, layer, cache) for layer in set(config.layers)}
+        self._layers = [
+            _Layer(config, layer, block, self._kinds[layer], keys, values)  # type: ignore[arg-type]
+            for layer, block, keys, values in zip(config.layers, model.blocks, cache.keys, cache.values, strict=True)
+        ]
+        self._eps, self._norm = config.eps, _numpy(model.norm)
+
+    @staticmethod
+    def suits(model: Gemma, cache: Cache) -> bool:
+        return model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
+
+    def ready(self, rows: list[Row]) -> bool:
+        """The next positions of these rows can be taken here."""
+        return all(kind.move(rows) for kind in self._kinds.values())
+
+    def __call__(self, x: Tensor, wanted: bool) -> Tensor | None:
+        """x [B, 1, H], at the ends of the rows that were found ready, to hidden states after the final norm [B, 1, H], where
+        wanted."""
+        state: Array = x.numpy()[:, 0].copy()
+        last = self._layers[-1]
+        for layer in self._layers:
+            between = layer.listen(state)
+            if layer is last and not wanted:
+                return None
+            layer.answer(between, state)
+        out: Array = np.empty_like(state)
+        _rms_norm(state, self._eps, self._norm, out)
+        return torch.from_numpy(out)[:, None]
+
+
+class _Between:
+    """What lies between the products of a layer, for so many rows."""
+
+    def __init__(self, count: int, config: Config, layer: Layer, projected: int) -> None:
+        heads, kv, size = config.heads, layer.kv_heads, layer.head_dim
+        self.x, self.y = _Twin(count, config.hidden_size), _Twin(count, config.hidden_size)
+        self.projected = _Twin(count, projected // size, size)
+        self.query = _Twin(count, heads + kv, 2, size // 2)  # and key, after their norm and turn
+        self.found = _Twin(count, heads, size)
+        self.wide, self.gated = _Twin(count, 2, config.intermediate_size), _Twin(count, config.intermediate_size)
+        # By row, and there by head of keys:
+        self.asked = [row[: heads * size].view(kv, -1, size) for row in self.query.torch]
+        self.answers = [row.view(kv, -1, size) for row in self.found.torch]
+        self.keys = self.query.numpy.reshape(count, heads + kv, size)[:, heads:]
+        self.values = self.projected.numpy[:, -kv:]  # in full layers these are the keys, before their norm's weight and turn
+
+
+class _Layer:
+    def __init__(self, config: Config, layer: Layer, block: Block, kind: _Kind, keys: Tensor, values: Tensor) -> None:
+        attention, self._kind, self._eps = block.attention, kind, config.eps
+        self._config, self._layer = config, layer
+        self._between: dict[int, _Between] = {}
+        self._keys, self._values = keys.numpy(), values.numpy()  # [rows, heads, slots, D]
+        self._qkv, self._out = attention.qkv.detach(), attention.out.detach()
+        self._gate_up, self._down = block.mlp.gate_up.detach(), block.mlp.down.detach()
+        norms = (block.input_norm, block.post_attention_norm, block.pre_mlp_norm, block.post_mlp_norm)
+        self._input, self._post_attention, self._pre_mlp, self._post_mlp = map(_numpy, norms)
+        heads = [_numpy(attention.q_norm)] * config.heads + [_numpy(attention.k_norm)] * layer.kv_heads
+        self._qk_norm: Array = np.stack(heads).reshape(-1, 2, layer.head_dim // 2)
+        self._scale = np.float32(block.scale.item())
+
+    def listen(self, x: Array) -> _Between:
+        """Writes the positions' keys and values to their rows."""
+        if (between := self._between.get(len(x))) is None:
+            between = self._between[len(x)] = _Between(len(x), self._config, self._layer, len(self._qkv))
+        kind, query = self._kind, between.query.numpy
+        _rms_norm(x, self._eps, self._input, between.x.numpy)
+        between.projected.become(self._qkv, between.x)
+        projected = between.projected.numpy
+        length = np.vecdot(projected, projected)[..., None]
+        length *= np.float32(1 / projected.shape[-1])
+        length += np.float32(self._eps)
+        projected /= np.sqrt(length, out=length)
+        straight = projected[:, : query.shape[1]].reshape(query.shape) * self._qk_norm
+        np.multiply(straight, kind.cos, out=query)
+        query += straight[:, :, ::-1] * kind.sin
+        for (row, slot, _), key, value in zip(kind.places, between.keys, between.values, strict=True):
+            self._keys[row, :, slot] = key
+            self._values[row, :, slot] = value
+        return between
+
+    def answer(self, between: _Between, x: Array) -> None:
+        """x becomes what the layer puts out, of all that the rows hold."""
+        for (row, _, seen), asked, found in zip(self._kind.places, between.asked, between.answers, strict=True):
+            keys = torch.from_numpy(self._keys[row, :, seen].swapaxes(1, 2))
+            weights = torch.softmax(torch.bmm(asked, keys), -1)
+            torch.bmm(weights, torch.from_numpy(self._values[row, :, seen]), out=found)
+        y = between.y.numpy
+        between.y.become(self._out, between.found)
+        _rms_norm(y, self._eps, self._post_attention, y)
+        x += y
+        _rms_norm(x, self._eps, self._pre_mlp, between.x.numpy)
+        between.wide.become(self._gate_up, between.x)
+        gate, up, gated = between.wide.numpy[:, 0], between.wide.numpy[:, 1], between.gated.numpy
+        np.multiply(gate, gate, out=gated)
+        gated *= np.float32(-GELU[1])
+        gated -= np.float32(GELU[0])
+        gated *= gate
+        np.minimum(gated, np.float32(80), out=gated)  # exp of more is infinite, which is right and warned of
+        np.exp(gated, out=gated)
+        gated += np.float32(1)
+        np.divide(gate, gated, out=gated)
+        gated *= up
+        between.y.become(self._down, between.gated)
+        _rms_norm(y, self._eps, self._post_mlp, y)
+        x += y
+        x *= self._scale
+
+
+def _numpy(weight: Tensor) -> Array:
+    array: Array = weight.detach().numpy()
+    return array
+
+
+def _rms_norm(x: Array, eps: float, weight: Array, out: Array) -> None:
+    length = np.vecdot(x, x)[:, None]
+    length *= np.float32(1 / x.shape[-1])
+    length += np.float32(eps)
+    np.divide(x, np.sqrt(length, out=length), out=out)
+    out *= weight
