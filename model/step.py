@@ -26,11 +26,12 @@ GELU = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))  # gelu, by t
 
 
 class _Twin:
-    """The same numbers for both: [B, ...], for torch as matrices."""
+    """The same numbers for both: a matrix with a row for each of `count`, and [count, ...]; of one alone without that axis,
+    which costs numpy a tenth of a step."""
 
     def __init__(self, count: int, *shape: int) -> None:
         self.torch = torch.empty(count, math.prod(shape))
-        self.numpy: Array = self.torch.numpy().reshape(count, *shape)
+        self.numpy: Array = self.torch.numpy().reshape(shape if count == 1 else (count, *shape))
         self._vector = self.torch[0] if count == 1 else None
 
     def become(self, weight: Tensor, x: _Twin) -> None:
@@ -48,7 +49,8 @@ class _Kind:
         self._window = config.window if layer.sliding else None
         self._slots, self._frequencies = cache.slots(layer), frequencies(layer, torch.device("cpu")).numpy()
         self.places: list[tuple[int, int, slice]] = []  # of each row: its index, the slot that is written, those that are read
-        self.cos: Array = np.empty((0, 1, 2, layer.head_dim // 2), np.float32)
+        self._half = layer.head_dim // 2
+        self.cos: Array = np.empty(0, np.float32)  # [B, 1, 2, D / 2], of one row [2, D / 2]
         self.sin = self.cos  # of two halves alike the first negated
 
     def move(self, rows: list[Row]) -> bool:
@@ -61,13 +63,15 @@ class _Kind:
             if end > self._slots:
                 return False
             self.places.append((row.index, end - 1, slice(first, end)))
-        if len(self.cos) != len(rows):
-            self.cos, self.sin = (np.empty((len(rows), *self.cos.shape[1:]), np.float32) for _ in range(2))
+        if self.cos.size != 2 * self._half * len(rows):
+            shape = (2, self._half) if len(rows) == 1 else (len(rows), 1, 2, self._half)
+            self.cos, self.sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        cos, sin = self.cos.reshape(-1, 2, self._half), self.sin.reshape(-1, 2, self._half)
         angle = np.multiply.outer(np.array([row.length for row in rows], np.float32), self._frequencies)
-        np.cos(angle, out=self.cos[:, 0, 0])
-        np.sin(angle, out=self.sin[:, 0, 1])
-        self.cos[:, 0, 1] = self.cos[:, 0, 0]
-        np.negative(self.sin[:, 0, 1], out=self.sin[:, 0, 0])
+        np.cos(angle, out=cos[:, 0])
+        np.sin(angle, out=sin[:, 1])
+        cos[:, 1] = cos[:, 0]
+        np.negative(sin[:, 1], out=sin[:, 0])
         return True
 
 
@@ -94,16 +98,17 @@ class Step:
     def __call__(self, x: Tensor, wanted: bool) -> Tensor | None:
         """x [B, 1, H], at the ends of the rows that were found ready, to hidden states after the final norm [B, 1, H], where
         wanted."""
-        state: Array = x.numpy()[:, 0].copy()
+        state: Array = (x[0, 0] if len(x) == 1 else x[:, 0]).numpy().copy()
+        count = len(x)
         last = self._layers[-1]
         for layer in self._layers:
-            between = layer.listen(state)
+            between = layer.listen(state, count)
             if layer is last and not wanted:
                 return None
             layer.answer(between, state)
         out: Array = np.empty_like(state)
         _rms_norm(state, self._eps, self._norm, out)
-        return torch.from_numpy(out)[:, None]
+        return torch.from_numpy(out).view(count, 1, -1)
 
 
 class _Between:
@@ -119,8 +124,10 @@ class _Between:
         # By row, and there by head of keys:
         self.asked = [row[: heads * size].view(kv, -1, size) for row in self.query.torch]
         self.answers = [row.view(kv, -1, size) for row in self.found.torch]
-        self.keys = self.query.numpy.reshape(count, heads + kv, size)[:, heads:]
-        self.values = self.projected.numpy[:, -kv:]  # in full layers these are the keys, before their norm's weight and turn
+        self.keys = [row.view(-1, size)[heads:].numpy() for row in self.query.torch]
+        self.values = [
+            row.view(-1, size)[-kv:].numpy() for row in self.projected.torch
+        ]  # in full layers these are the keys, before their norm's weight and turn
 
 
 class _Layer:
@@ -137,10 +144,10 @@ class _Layer:
         self._qk_norm: Array = np.stack(heads).reshape(-1, 2, layer.head_dim // 2)
         self._scale = np.float32(block.scale.item())
 
-    def listen(self, x: Array) -> _Between:
+    def listen(self, x: Array, count: int) -> _Between:
         """Writes the positions' keys and values to their rows."""
-        if (between := self._between.get(len(x))) is None:
-            between = self._between[len(x)] = _Between(len(x), self._config, self._layer, len(self._qkv))
+        if (between := self._between.get(count)) is None:
+            between = self._between[count] = _Between(count, self._config, self._layer, len(self._qkv))
         kind, query = self._kind, between.query.numpy
         _rms_norm(x, self._eps, self._input, between.x.numpy)
         between.projected.become(self._qkv, between.x)
@@ -149,9 +156,9 @@ class _Layer:
         length *= np.float32(1 / projected.shape[-1])
         length += np.float32(self._eps)
         projected /= np.sqrt(length, out=length)
-        straight = projected[:, : query.shape[1]].reshape(query.shape) * self._qk_norm
+        straight = projected[..., : len(self._qk_norm), :].reshape(query.shape) * self._qk_norm
         np.multiply(straight, kind.cos, out=query)
-        query += straight[:, :, ::-1] * kind.sin
+        query += straight[..., ::-1, :] * kind.sin
         for (row, slot, _), key, value in zip(kind.places, between.keys, between.values, strict=True):
             self._keys[row, :, slot] = key
             self._values[row, :, slot] = value
@@ -169,7 +176,7 @@ class _Layer:
         x += y
         _rms_norm(x, self._eps, self._pre_mlp, between.x.numpy)
         between.wide.become(self._gate_up, between.x)
-        gate, up, gated = between.wide.numpy[:, 0], between.wide.numpy[:, 1], between.gated.numpy
+        gate, up, gated = between.wide.numpy[..., 0, :], between.wide.numpy[..., 1, :], between.gated.numpy
         np.multiply(gate, gate, out=gated)
         gated *= np.float32(-GELU[1])
         gated -= np.float32(GELU[0])
@@ -191,8 +198,11 @@ def _numpy(weight: Tensor) -> Array:
 
 
 def _rms_norm(x: Array, eps: float, weight: Array, out: Array) -> None:
-    length = np.vecdot(x, x)[:, None]
-    length *= np.float32(1 / x.shape[-1])
-    length += np.float32(eps)
-    np.divide(x, np.sqrt(length, out=length), out=out)
+    if x.ndim == 1:  # numbers of Python's are faster than arrays of one
+        np.multiply(x, np.float32(1 / math.sqrt(float(x.dot(x)) / len(x) + eps)), out=out)
+    else:
+        length = np.vecdot(x, x)[:, None]
+        length *= np.float32(1 / x.shape[-1])
+        length += np.float32(eps)
+        np.divide(x, np.sqrt(length, out=length), out=out)
     out *= weight
