@@ -98,8 +98,8 @@ class Vad:
 
 
 def _windows(row: np.ndarray, size: int, step: int) -> np.ndarray:
-    """[n] → every `step`-th window [windows, size], as a view."""
-    return np.lib.stride_tricks.sliding_window_view(row, size)[::step]
+    """[n] → every `step`-th window [windows, size], as a view; sliding_window_view took two fifths of a frame's time."""
+    return np.ndarray(((len(row) - size) // step + 1, size), row.dtype, row, 0, (step * row.itemsize, row.itemsize))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
