@@ -351,7 +351,7 @@ class Gemma(nn.Module):
         [B, T, H]. Raises RowFull before anything is written."""
         with torch.inference_mode():
             if blocks is None and x.shape[1] == 1 and (step := self._step(cache, rows)):
-                state = step(x, wanted != 0)
+                state = step(rows, x, wanted != 0)
                 cache.advance(rows, 1)
                 return state
             span = cache.span(rows, x.shape[1], blocks)
@@ -365,4 +365,4 @@ class Gemma(nn.Module):
             return None
         if cache.step is None or cache.step.model is not self:
             cache.step = Step(self, cache)
-        return cache.step if cache.step.ready(rows) else None
+        return cache.step

@@ -48,21 +48,19 @@ class _Kind:
     def __init__(self, config: Config, layer: Layer, cache: Cache) -> None:
         self._window = config.window if layer.sliding else None
         self._slots, self._frequencies = cache.slots(layer), frequencies(layer, torch.device("cpu")).numpy()
-        self.places: list[tuple[int, int, slice]] = []  # of each row: its index, the slot that is written, those that are read
+        self.places: list[tuple[int, int, list[slice]]] = []  # of each row: its index, the slot that is written, those to read
         self._half = layer.head_dim // 2
         self.cos: Array = np.empty(0, np.float32)  # [B, 1, 2, D / 2], of one row [2, D / 2]
         self.sin = self.cos  # of two halves alike the first negated
 
-    def move(self, rows: list[Row]) -> bool:
-        """To the next positions of these rows; False where a ring's end lies inside of the window of one."""
+    def move(self, rows: list[Row]) -> None:
+        """To the next positions of these rows."""
         self.places.clear()
         for row in rows:
             oldest = 0 if self._window is None else max(0, row.length + 1 - self._window)
-            first = oldest % self._slots
-            end = first + row.length + 1 - oldest
-            if end > self._slots:
-                return False
-            self.places.append((row.index, end - 1, slice(first, end)))
+            first, last = oldest % self._slots, row.length % self._slots
+            seen = [slice(first, last + 1)] if first <= last else [slice(first, self._slots), slice(last + 1)]
+            self.places.append((row.index, last, seen))
         if self.cos.size != 2 * self._half * len(rows):
             shape = (2, self._half) if len(rows) == 1 else (len(rows), 1, 2, self._half)
             self.cos, self.sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -72,7 +70,6 @@ class _Kind:
         np.sin(angle, out=sin[:, 1])
         cos[:, 1] = cos[:, 0]
         np.negative(sin[:, 1], out=sin[:, 0])
-        return True
 
 
 class Step:
@@ -91,13 +88,10 @@ class Step:
     def suits(model: Gemma, cache: Cache) -> bool:
         return model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
 
-    def ready(self, rows: list[Row]) -> bool:
-        """The next positions of these rows can be taken here."""
-        return all(kind.move(rows) for kind in self._kinds.values())
-
-    def __call__(self, x: Tensor, wanted: bool) -> Tensor | None:
-        """x [B, 1, H], at the ends of the rows that were found ready, to hidden states after the final norm [B, 1, H], where
-        wanted."""
+    def __call__(self, rows: list[Row], x: Tensor, wanted: bool) -> Tensor | None:
+        """x [B, 1, H], at the ends of rows that have room, to hidden states after the final norm [B, 1, H], where wanted."""
+        for kind in self._kinds.values():
+            kind.move(rows)
         state: Array = (x[0, 0] if len(x) == 1 else x[:, 0]).numpy().copy()
         count = len(x)
         last = self._layers[-1]
@@ -167,9 +161,9 @@ class _Layer:
     def answer(self, between: _Between, x: Array) -> None:
         """x becomes what the layer puts out, of all that the rows hold."""
         for (row, _, seen), asked, found in zip(self._kind.places, between.asked, between.answers, strict=True):
-            keys = torch.from_numpy(self._keys[row, :, seen].swapaxes(1, 2))
-            weights = torch.softmax(torch.bmm(asked, keys), -1)
-            torch.bmm(weights, torch.from_numpy(self._values[row, :, seen]), out=found)
+            keys, values = _slots(self._keys[row], seen), _slots(self._values[row], seen)
+            weights = torch.softmax(torch.bmm(asked, keys.transpose(1, 2)), -1)
+            torch.bmm(weights, values, out=found)
         y = between.y.numpy
         between.y.become(self._out, between.found)
         _rms_norm(y, self._eps, self._post_attention, y)
@@ -195,6 +189,13 @@ class _Layer:
 def _numpy(weight: Tensor) -> Array:
     array: Array = weight.detach().numpy()
     return array
+
+
+def _slots(memory: Array, seen: list[slice]) -> Tensor:
+    """Of one row [heads, slots, D] those that are seen; in which order is no matter."""
+    if len(seen) == 1:
+        return torch.from_numpy(memory[:, seen[0]])
+    return torch.from_numpy(np.concatenate([memory[:, part] for part in seen], 1))  # around the ring's end
 
 
 def _rms_norm(x: Array, eps: float, weight: Array, out: Array) -> None:
