@@ -361,7 +361,7 @@ class Gemma(nn.Module):
 
     def _step(self, cache: Cache, rows: list[Row]) -> Step | None:
         """What takes the next position of these rows without torch's small operations, where it can."""
-        if not Step.suits(self, cache) or any(row.length == cache.length for row in rows):
+        if not Step.suits(self, cache, rows):
             return None
         if cache.step is None or cache.step.model is not self:
             cache.step = Step(self, cache)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from model.gemma import Block, Config, Gemma, Layer
 
 Array = NDArray[np.float32]
+MOST = 12  # rows: nano's four take 5.4 ms instead of 7.3, its sixteen 11.0 instead of 10.9
 GELU = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))  # gelu, by tanh: x sigmoid(x (a + b x^2))
 
 
@@ -85,8 +86,9 @@ class Step:
         self._eps, self._norm = config.eps, _numpy(model.norm)
 
     @staticmethod
-    def suits(model: Gemma, cache: Cache) -> bool:
-        return model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
+    def suits(model: Gemma, cache: Cache, rows: list[Row]) -> bool:
+        on_cpu = model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
+        return on_cpu and len(rows) <= MOST and all(row.length < cache.length for row in rows)
 
     def __call__(self, rows: list[Row], x: Tensor, wanted: bool) -> Tensor | None:
         """x [B, 1, H], at the ends of rows that have room, to hidden states after the final norm [B, 1, H], where wanted."""
