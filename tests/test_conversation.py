@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from agent import ask, checkpoint
+from agent import ask, checkpoint, events
 from agent.ask import Part
 from agent.bench.crowd import Question
 from agent.checkpoint import Loaded
@@ -20,8 +20,10 @@ from agent.recording import Recording
 from agent.script import Performance, Turn
 from agent.session import Session
 from agent.settings import Settings
+from agent.view import Budget, Policy
 from model.nano import draw, people, speech, world
 from model.vad import Vad
+from model.weights import NANO
 from streams.espeak import Espeak
 from streams.frames import RATE
 from streams.voice import open_voice
@@ -29,6 +31,7 @@ from streams.voice import open_voice
 KINDS = ("where", "exists", "colour", "count", "describe")
 SEED = 33  # of voices, pictures and questions: one of 40 with which nano, which is small, is right about all ten
 LOUD = 0.02
+PICTURE = (NANO / "demo" / "picture.jpg").read_bytes()
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,23 @@ async def test_five_spoken_turns_about_changing_pictures_are_understood_and_answ
     soundfile.write(tmp_path / "question.wav", heard, RATE)
     answer = await ask.ask(loaded, ask.read([Part("audio", str(tmp_path / "question.wav"))]), how=loaded.generation)
     assert answer.heard == turns[0].words, "nano understands the recording as it did the microphone"
+
+
+@pytest.mark.parametrize(
+    ("policy", "courtesies", "small"), [("transcripts", 40, Budget(ahead=100)), ("verbatim", 20, Budget(row=300))]
+)
+async def test_what_was_shown_first_is_known_as_far_as_the_budget_allows(policy: Policy, courtesies: int, small: Budget) -> None:
+    loaded = checkpoint.load("nano")
+    asks = ["What do you see?", *("Thank you.", "Hello!") * (courtesies // 2), "What do you see?"]
+    for budget in (Budget(), small):
+        played = Performance([Turn(PICTURE if n == 0 else b"", typed=words, wait=0.1) for n, words in enumerate(asks)])
+        settings = Settings(how=replace(loaded.generation, greedy=True), policy=policy, budget=budget)
+        with Engine(loaded) as engine:
+            await played.run(Session(engine, Vad(), None, settings))
+        first, last = played.exchanges[0].text, played.exchanges[-1].text
+        gone = {(place.what, place.of) for event in played.events if isinstance(event, events.LetGo) for place in event.gone}
+        assert first == "I see an orange square and a red triangle."
+        if budget == small:
+            assert last != first and gone & {("turn", 1), ("picture", 2)}
+        else:
+            assert last == first and ("picture", 2) not in gone
