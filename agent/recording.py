@@ -192,10 +192,14 @@ def plain(thing: Any) -> dict[str, Any]:
     """A dataclass as JSON has it, without sound and pictures."""
     assert is_dataclass(thing) and not isinstance(thing, type)
     named = {field.name: getattr(thing, field.name) for field in fields(thing) if field.name not in ("data", "pcm")}
-    return {name: asdict(value) if is_dataclass(value) else _listed(value) for name, value in named.items()}  # type: ignore[arg-type]
+    return {name: _listed(value) for name, value in named.items()}
 
 
 def _listed(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple):
+        return [_listed(part) for part in value]
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, Mapping):
