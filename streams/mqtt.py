@@ -122,12 +122,14 @@ class Line:
                 async with client:
                     if options := [(topic, self._options()) for topic in self._topics]:
                         await client.subscribe(options, timeout=PATIENCE)
+                    _still_wanted()
                     self._client, self.connections, pause = client, self.connections + 1, PAUSES[0]
                     self._up.set()
                     log.info("the broker %s is there", self._broker.host)
                     greet()
                     await self._listen(client, inbox)
             except (aiomqtt.MqttError, OSError, BrokerError) as error:
+                _still_wanted()
                 log.warning("the broker %s is not there: %s", self._broker.host, _why(error))
             finally:
                 self._up.clear()
@@ -142,7 +144,8 @@ class Line:
             if self._client is None:
                 continue
             try:
-                return await self._client.publish(it.topic, it.payload, it.qos, it.retain, self._properties(it), timeout=PATIENCE)
+                await self._client.publish(it.topic, it.payload, it.qos, it.retain, self._properties(it), timeout=PATIENCE)
+                return _still_wanted()
             except (aiomqtt.MqttError, ValueError) as error:
                 if isinstance(error, ValueError):
                     log.error("%s cannot be published to: %s", it.topic, error)
@@ -209,6 +212,13 @@ class Line:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.CorrelationData = it.correlation
         return properties
+
+
+def _still_wanted() -> None:
+    """Raises the cancellation that got lost: to a broker that does not let its client go in order, or to asyncio.wait_for in
+    aiomqtt, which on Python 3.11 swallows one that comes with the result. The line then went on for ever."""
+    if (task := asyncio.current_task()) and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _why(error: Exception) -> str:

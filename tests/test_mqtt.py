@@ -6,7 +6,9 @@ import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import aiomqtt
 import pytest
 
 from streams.mqtt import Broker, BrokerError, Line, Message, Publication, can_publish_to
@@ -101,6 +103,22 @@ async def test_a_broker_that_restarts_is_found_and_what_waited_is_published(brok
         await until(lambda: got)
         assert line.connections == 2
         sub.close()
+
+
+async def test_a_line_ends_even_if_its_broker_does_not_let_it_go(broker, monkeypatch):
+    leave = aiomqtt.Client.__aexit__
+
+    async def stalls(client: aiomqtt.Client, *why: Any) -> None:
+        await leave(client, *why)
+        raise aiomqtt.MqttError("Operation timed out")
+
+    monkeypatch.setattr(aiomqtt.Client, "__aexit__", stalls)
+    line = Line(Broker(port=broker.port), "me", ["in"], WILL, lambda message: None)
+    running = asyncio.create_task(line.run())
+    await until(line._up.is_set)
+    running.cancel()
+    done, _ = await asyncio.wait({running}, timeout=20)
+    assert done and running.cancelled()
 
 
 async def test_the_last_will_is_told_when_the_connection_is_lost_and_not_when_it_is_closed(broker):
