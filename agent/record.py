@@ -101,7 +101,8 @@ class Record:
         """A frame of the open turn; False if there is no room for it."""
         sound = tape.Sound.of(frame.reshape(-1, self.config.frame))
         if self._length + sound.positions > self.limit:
-            self._let_go()
+            self._decide()
+            self.follow()
         if self._length + sound.positions > self.limit:
             return False
         self.append(sound)
@@ -273,10 +274,6 @@ class Record:
             case _:
                 more = sum(map(size, copy(self._turn).feed(entry)))
         return system + live + more <= self.limit
-
-    def _let_go(self) -> None:
-        self._decide()
-        self.follow()
 
     @property
     def parts(self) -> int:
