@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from agent import pools
 from agent.commands import ask, bench, serve, talk, watch
 from agent.engine import EngineStopped, RowLost
 from agent.watch.config import ConfigError
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (ask, talk, serve, watch, bench):
         command.add(commands)
     given = parser.parse_args(arguments)
+    pools.limit()
     try:
         return int(given.run(given))
     except COMPLAINTS as complaint:

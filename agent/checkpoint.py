@@ -20,6 +20,7 @@ from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Gemma
 from model.pixels import patches
 from model.sampling import Generation, draw
+from model.threads import Threads
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,9 +42,14 @@ class Loaded:
 
 
 def load(
-    name: str, device: str = "auto", dtype: str = "auto", progress: Callable[[int, int], None] = lambda done, total: None
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    threads: int | None = None,
 ) -> Loaded:
-    """A checkpoint by folder, hub id or "nano". Raises CheckpointError or TokenizerError."""
+    """A checkpoint by folder, hub id or "nano"; `threads` for each pass on a CPU (None: by its work). Raises CheckpointError
+    or TokenizerError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -57,6 +63,7 @@ def load(
         )
     generation = weights.read_generation(folder, config)
     model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
+    model.threads = Threads(threads)
     return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
 
 

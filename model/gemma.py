@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
 from model.step import Step
+from model.threads import Threads
 
 
 class CheckpointError(ValueError):
@@ -296,6 +298,9 @@ class Gemma(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.vision = Vision(config)
         self.audio = nn.Parameter(torch.empty(config.hidden_size, config.frame))
+        self.threads = Threads()
+        products = [p.numel() for p in self.blocks.parameters() if p.dim() == 2]
+        self._product = sum(products) // max(1, len(products))  # numbers in a layer's matrix, on average
 
     @property
     def device(self) -> torch.device:
@@ -312,12 +317,20 @@ class Gemma(nn.Module):
     def embed_audio(self, frames: Tensor) -> Tensor:
         """frames [..., samples of one frame] in [-1, 1] -> [..., H]. The norm's eps keeps silence near zero."""
         frames = frames.to(self.dtype)
-        return F.linear(rms_norm(frames, self.config.audio_eps), self.audio)
+        with self._threads(self.audio, frames):
+            return F.linear(rms_norm(frames, self.config.audio_eps), self.audio)
 
     def embed_image(self, patches: Tensor, places: Tensor) -> Tensor:
         """patches [..., n, 3 * patch^2] in [0, 1] and places [..., n, 2] (column, row) -> [..., n, H]."""
-        out: Tensor = self.vision(patches, places)
+        with self._threads(self.vision.dense.weight, patches):
+            out: Tensor = self.vision(patches, places)
         return out
+
+    def _threads(self, weight: Tensor, x: Tensor) -> AbstractContextManager[None]:
+        """For x [..., numbers of one position] times a matrix; in training the caller's threads stay as they are."""
+        if not torch.is_inference_mode_enabled():
+            return nullcontext()
+        return self.threads.running(weight.numel(), x.numel() // x.shape[-1])
 
     def forward(self, x: Tensor, span: Span, cache: Cache | None = None, *, wanted: int | None = None) -> Tensor | None:
         """Embeddings [B, T, H] -> hidden states after the final norm of the last `wanted` positions, or of all [B, T, H].
@@ -337,9 +350,10 @@ class Gemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> float32 logits [..., vocabulary], softcapped, over the tied unscaled table."""
-        logits = F.linear(hidden, self.embedding).float()
-        cap = self.config.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        with self._threads(self.embedding, hidden):
+            logits = F.linear(hidden, self.embedding).float()
+            cap = self.config.softcap
+            return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def extend(
         self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: int | None = None
@@ -349,7 +363,7 @@ class Gemma(nn.Module):
         `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
         its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
         [B, T, H]. Raises RowFull before anything is written."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self.threads.running(self._product, x.shape[0] * x.shape[1]):
             if blocks is None and x.shape[1] == 1 and (step := self._step(cache, rows)):
                 state = step(rows, x, wanted != 0)
                 cache.advance(rows, 1)

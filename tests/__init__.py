@@ -1,11 +1,11 @@
-"""What must be so before torch and transformers are imported: two threads, no network, and a torchvision that can be imported."""
+"""What must be so before torch and transformers are imported: no network, a torchvision that can be imported, and thread pools as
+the commands have them."""
 
 import importlib.util
 import os
 import sys
 
 # Also for the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,3 +29,7 @@ def mend_torchvision():
 
 
 torchvision_operators = mend_torchvision() if importlib.util.find_spec("torchvision") else None
+
+from agent import pools  # noqa: E402
+
+pools.limit()

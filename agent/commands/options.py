@@ -11,6 +11,8 @@ from typing import TypeAlias
 from agent import checkpoint
 from web.access import NotServed
 
+THREADS = "of a pass on a CPU (default: OMP_NUM_THREADS, else by the work of each pass, one core left free)"
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -26,6 +28,7 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--threads", type=positive, metavar="N", help=THREADS)
 
 
 def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part: None) -> checkpoint.Loaded:
@@ -35,7 +38,7 @@ def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part:
         told(done / total)
         _progress(done, total)
 
-    return checkpoint.load(given.model, given.device, given.dtype, progress)
+    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads)
 
 
 def _progress(done: int, total: int) -> None:
