@@ -300,7 +300,7 @@ class Gemma(nn.Module):
         self.audio = nn.Parameter(torch.empty(config.hidden_size, config.frame))
         self.threads = Threads()
         products = [p.numel() for p in self.blocks.parameters() if p.dim() == 2]
-        self._product = sum(products) // max(1, len(products))  # numbers in a layer's matrix, on average
+        self.product = sum(products) // max(1, len(products))  # numbers in a layer's matrix, on average
 
     @property
     def device(self) -> torch.device:
@@ -363,7 +363,7 @@ class Gemma(nn.Module):
         `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
         its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
         [B, T, H]. Raises RowFull before anything is written."""
-        with torch.inference_mode(), self.threads.running(self._product, x.shape[0] * x.shape[1]):
+        with torch.inference_mode(), self.threads.running(self.product, x.shape[0] * x.shape[1]):
             if blocks is None and x.shape[1] == 1 and (step := self._step(cache, rows)):
                 state = step(rows, x, wanted != 0)
                 cache.advance(rows, 1)

@@ -19,7 +19,7 @@ from streams.frames import RATE, MediaError
 from streams.voice import open_voice
 
 SPREADS = {"first_token", "first_sound", "closing", "barge_in", "lag", "late"}
-COUNTS = {"dropped", "unanswered", "right", "right_alone", "positions", "peak", "busy"}
+COUNTS = {"dropped", "unanswered", "right", "right_alone", "positions", "peak", "busy", "others", "steal"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -35,7 +35,9 @@ def asker(count: int) -> Callable[[int], list[Question]]:
 async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: Loaded) -> None:
     said: list[str] = []
     result = await crowd.session([2], loaded, open_voice("espeak"), asker(1), said.append, real_time=False)
-    figures = json.loads(json.dumps(result))["speakers"]["2"]
+    by_crowd = json.loads(json.dumps(result))["speakers"]
+    assert by_crowd.keys() == {"2", "2 busy"} and by_crowd["2"].keys() == by_crowd["2 busy"].keys()
+    figures = by_crowd["2"]
     assert figures.keys() == SPREADS | COUNTS
     assert [figures[key]["count"] for key in ("first_token", "first_sound", "closing", "barge_in", "late")] == [2, 2, 2, 0, 0]
     assert figures["first_token"]["median"] > figures["closing"]["median"] and figures["lag"]["count"] > 50

@@ -40,10 +40,10 @@ def of_shape(name: str) -> Gemma:
 def test_threads_follow_the_work_of_a_pass(machine):
     nano, mid, large = (of_shape(name) for name in ("nano", "mid", "12b"))
     picture = nano.vision.dense.weight.numel()
-    assert [nano.threads.count(nano._product, positions) for positions in (1, 8, 128)] == [1, 1, 1]
+    assert [nano.threads.count(nano.product, positions) for positions in (1, 8, 128)] == [1, 1, 1]
     assert nano.threads.count(picture, 280) == 15
-    assert [mid.threads.count(mid._product, positions) for positions in (1, 128)] == [3, 15]
-    assert large.threads.count(large._product, 1) == 15
+    assert [mid.threads.count(mid.product, positions) for positions in (1, 128)] == [3, 15]
+    assert large.threads.count(large.product, 1) == 15
 
 
 def test_one_core_is_left_free_unless_somebody_says_otherwise(machine):

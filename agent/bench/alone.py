@@ -13,7 +13,6 @@ import resource
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agent.bench import contention, machine, reference
 from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
 from model import weights
 from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Config, Gemma
 from model.sampling import Generation, draw
+from model.threads import Threads
 from streams.frames import RATE
 
 SPEECH, PICTURE = (2, 10, 30), (14, 20)  # seconds; lines and columns of patches: 280 positions
@@ -70,26 +71,49 @@ class Setting:
     effort: Effort
 
 
-def model(shapes: list[str] | None, device: str, say: Callable[[str], None], effort: Effort | None = None) -> dict[str, Any]:
-    """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures.
+def model(
+    shapes: list[str] | None,
+    device: str,
+    say: Callable[[str], None],
+    effort: Effort | None = None,
+    threads: int | None = None,
+    busy: bool = False,
+) -> dict[str, Any]:
+    """Measures `shapes` (None: nano, mid, and 12b on a GPU) and tells `say` the table, line by line; returns all figures. With
+    `busy` another one: passes beside busy processes.
 
     Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
-    place, transformers = _device(device), _library(say)
-    version, threads = transformers.__version__ if transformers else None, torch.get_num_threads()
-    say(f"on {place}, {threads} threads, torch {torch.__version__}; medians of contenders taking turns")
+    place, meter = _device(device), machine.Meter()
+    if busy:
+        result = {}
+        for name in shapes or ["nano"]:
+            say(f"\n{name} on {place}, torch {torch.__version__}: medians / p99 in milliseconds")
+            result[name] = contention.table(_random(name, place), say)
+        return {"device": str(place), "torch": torch.__version__, "busy": result}
+    transformers = reference.transformers(say)
+    version = transformers.__version__ if transformers else None
+    say(f"on {place}, torch {torch.__version__}; medians of contenders taking turns, with the same threads")
     say(f"beside transformers {version}" if transformers else "transformers is not installed here: attend's column alone")
     result = {}
     for name in shapes or ["nano", "mid", *(["12b"] if place.type == "cuda" else [])]:
         with torch.inference_mode():
-            s = _prepare(name, place, transformers, effort or Effort())
+            s = _prepare(name, place, transformers, effort or Effort(), Threads(threads))
             result[name] = _measure(name, s, say)
-    return {"device": str(place), "threads": threads, "torch": torch.__version__, "transformers": version, "shapes": result}
+    load = meter.read()
+    if load:
+        say(f"\n{load}")
+    there = {"device": str(place), "torch": torch.__version__, "transformers": version, "load": load and asdict(load)}
+    return {**there, "shapes": result}
 
 
 def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any]:
     config, size, dtype = s.model.config, sum(p.numel() for p in s.model.parameters()), str(s.model.dtype).removeprefix("torch.")
     shape = f"hidden {config.hidden_size}, {len(config.layers)} layers, vocabulary {config.vocab_size:,}"
+    counts = [s.model.threads.count(s.model.product, positions) for positions in (1, CROWD[-1])]
+    counts.append(s.model.threads.count(s.model.vision.dense.weight.numel(), math.prod(PICTURE)))
     say(f"\n{name}: {shape}, {size / 1e6:,.1f} M parameters, {dtype}")
+    if s.model.device.type == "cpu":
+        say("threads of a step {}, of one of {} rows {}, of a picture's embedding {}".format(counts[0], CROWD[-1], *counts[1:]))
     differ = None
     if s.beside:
         # Neither is told where the picture is: bare transformers 5.23 lets full layers see all of it at once, which the
@@ -103,11 +127,11 @@ def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any
     say(f"{'':44}{'attend':>14}{'transformers':>14}{'ratio':>8}")
     figures = {}
     _whole(s, 10)  # sound is appended and steps are taken after that
-    for measure in (_append, _step, _first_token, _crowd, _rows):
+    for measure in (_append, _step, _first_token, _crowd, _beside_busy, _rows):
         for figure in measure(s):
             say(line(figure))
             figures[figure.key] = asdict(figure)
-    return {"parameters": size, "dtype": dtype, "logits_differ_by": differ, "figures": figures}
+    return {"parameters": size, "dtype": dtype, "threads": counts, "logits_differ_by": differ, "figures": figures}
 
 
 def _device(name: str) -> torch.device:
@@ -117,29 +141,32 @@ def _device(name: str) -> torch.device:
     return torch.device(there[-1] if name == "auto" else name)
 
 
-def _library(say: Callable[[str], None]) -> Any:
-    """transformers, where a version is installed that knows Gemma 4 Unified; else None."""
-    try:
-        transformers: Any = import_module("transformers")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        return transformers if transformers.Gemma4UnifiedForConditionalGeneration else None
-    except AttributeError:
-        return None
-    except (ImportError, RuntimeError) as broken:  # RuntimeError: beside a torchvision that was built for another torch
-        if not isinstance(broken, ModuleNotFoundError) or broken.name != "transformers":
-            say(f"transformers cannot be imported: {str(broken).strip().splitlines()[-1]}")
-        return None
+def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort, threads: Threads) -> Setting:
+    raw = SHAPES[name]()
+    gemma, config = _random(name, device), Config.from_json(raw)
+    gemma.threads = threads
+    size, free = sum(p.nbytes for p in gemma.parameters()), weights.free_memory(device)
+    # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
+    room = min(weights.free_memory(torch.device("cpu")) or 0, (free or 0) - _rows_bytes(config, gemma.dtype))
+    beside = _beside(gemma, raw, transformers) if transformers and (device.type == "cpu" or room > 1.1 * size) else None
+    cache = Cache(config, ROWS, LENGTH, device=device, dtype=gemma.dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
+    return Setting(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
 
 
-def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort) -> Setting:
-    raw, dtype = SHAPES[name](), torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = Config.from_json(raw)
+def _rows_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Of every row that is measured with."""
+    speaker, crowd = (Cache.bytes_per_row(config, *x, dtype) for x in ((LENGTH, SLACK), (2 * DEPTH, 0)))
+    return ROWS * speaker + CROWD[-1] * crowd
+
+
+def _random(name: str, device: torch.device) -> Gemma:
+    """A model of a shape with random weights. Raises CheckpointError where it and its rows do not fit."""
+    config, dtype = Config.from_json(SHAPES[name]()), torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         gemma = Gemma(config).to(dtype)
-    size, free = sum(p.nbytes for p in gemma.parameters()), weights.free_memory(device)
-    speaker, crowd = (Cache.bytes_per_row(config, *x, dtype) for x in ((LENGTH, SLACK), (2 * DEPTH, 0)))
-    needed = size + ROWS * speaker + CROWD[-1] * crowd
+    free, needed = weights.free_memory(device), sum(p.nbytes for p in gemma.parameters()) + _rows_bytes(config, dtype)
     if free is not None and needed > free:
         raise CheckpointError(f"measuring {name} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free on {device}")
     if device.type == "cuda":
@@ -152,12 +179,7 @@ def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort)
             p.uniform_(-1, 1, generator=generator).mul_(math.sqrt(3 / p.shape[-1]))
         else:  # attention has no scale of its own: unless q_norm gives one, random heads are all or nothing
             p.fill_(0 if key.endswith("bias") else p.numel() ** -0.5 if key.endswith("q_norm") else 1)
-    # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
-    room = min(weights.free_memory(torch.device("cpu")) or 0, (free or 0) - needed)
-    beside = _beside(gemma, raw, transformers) if transformers and (device.type == "cpu" or room > 1.1 * size) else None
-    cache = Cache(config, ROWS, LENGTH, device=device, dtype=dtype)
-    prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
-    return Setting(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
+    return gemma
 
 
 def _beside(gemma: Gemma, raw: dict[str, Any], transformers: Any) -> Any:
@@ -231,7 +253,8 @@ def _theirs(s: Setting, seconds: int, seen: bool = True, past: Any = None) -> An
     kinds = ((prompt.ids == media.image) * 1 + (prompt.ids == media.audio) * 3)[None] if seen else None
     pixels = {"pixel_values": prompt.patches[None], "image_position_ids": prompt.places[None], "mm_token_type_ids": kinds}
     rest = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
-    return s.beside(input_ids=prompt.ids[None], **pixels, **_sound(prompt.frames), **rest)
+    with s.model.threads.running(s.model.product, len(prompt.ids)):
+        return s.beside(input_ids=prompt.ids[None], **pixels, **_sound(prompt.frames), **rest)
 
 
 def _sound(frames: Tensor) -> dict[str, Tensor]:
@@ -248,7 +271,8 @@ def _append(s: Setting) -> Iterator[Figure]:
 
     def their_append(count: int) -> None:
         ids = torch.full((1, count), config.media.audio, device=s.model.device)
-        s.beside.model(input_ids=ids, **_sound(frames[:count]), past_key_values=past, use_cache=True)
+        with s.model.threads.running(s.model.product, count):
+            s.beside.model(input_ids=ids, **_sound(frames[:count]), past_key_values=past, use_cache=True)
 
     feeders = {"attend": append} | ({"theirs": their_append} if s.beside else {})
     runs = {f"{who} {count}": partial(feed, count) for count in CHUNKS for who, feed in feeders.items()}
@@ -275,10 +299,12 @@ def _step(s: Setting) -> Iterator[Figure]:
         draw(_extend(s, row, s.model.embed_text(token)), GREEDY)
 
     def their_step(past: Any) -> None:
-        int(s.beside(input_ids=token[None], past_key_values=past, use_cache=True).logits[0, -1].argmax())
+        with s.model.threads.running(s.model.product, 1):
+            int(s.beside(input_ids=token[None], past_key_values=past, use_cache=True).logits[0, -1].argmax())
 
     def read() -> list[Tensor]:
-        return [p.sum() for p in needed]
+        with s.model.threads.running(s.model.product, 1):
+            return [p.sum() for p in needed]
 
     runs: dict[str, Callable[[], object]] = {"attend": step, "read": read}
     runs |= {kind: partial(their_step, past) for kind, past in pasts.items()}
@@ -331,6 +357,20 @@ def _crowd(s: Setting) -> Iterator[Figure]:
         yield _figure(f"rows_{count}", f"step of {count} row{'s' if count > 1 else ''} together", times, f"{count}")
         if count > 1:
             yield _over(f"rows_{count}_over_1", "  over one alone", times, f"{count}", "1")
+
+
+def _beside_busy(s: Setting) -> Iterator[Figure]:
+    """A step while another process computes without end: on a CPU every product ends at a barrier, where threads wait."""
+    row, token = s.cache.fork(s.rows[10]), torch.tensor([20], device=s.model.device)
+    runs = {"step": lambda: draw(_extend(s, row, s.model.embed_text(token)), GREEDY)}
+    alone = _turns(s, runs)
+    with machine.busy(0):
+        times = _turns(s, runs)
+    s.cache.release(row)
+    yield _figure(
+        "busy", "decode step beside one busy process", times, "step", note=f"{1000 * max(times['step']):.3g} ms at most"
+    )
+    yield Figure("busy_over_alone", "  over one alone", "×", median(times["step"]) / median(alone["step"]))
 
 
 def _rows(s: Setting) -> Iterator[Figure]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from agent import events, script
-from agent.bench import waits
+from agent.bench import machine, waits
 from agent.bench.figures import Figure, line
 from agent.checkpoint import Loaded
 from agent.engine import Engine
@@ -104,34 +104,48 @@ class Talk:
 
 
 async def session(
-    crowds: Sequence[int], loaded: Loaded, voice: Voice | None, person: Person, say: waits.Say, real_time: bool = True
+    crowds: Sequence[int],
+    loaded: Loaded,
+    voice: Voice | None,
+    person: Person,
+    say: waits.Say,
+    real_time: bool = True,
+    busy: bool = False,
 ) -> dict[str, Any]:
-    """Measures each crowd and tells `say` the table, line by line; returns all figures.
+    """Measures each crowd and tells `say` the table, line by line, and the smallest once more beside a busy process, or with
+    `busy` all of them so; returns all figures.
 
     Raises CheckpointError where a crowd's rows do not fit."""
     model, vad = loaded.model, Vad()
     most = max(crowds)
     waits.room(loaded, most + max(1, most // 4), f"{most} speakers")
-    say(f"on {model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads = model.threads.count(model.product, 1)
+    say(
+        f"on {model.device}, torch {torch.__version__}"
+        + (f", threads of a step: {threads}" if model.device.type == "cpu" else "")
+    )
     people = [person(seed) for seed in range(most)]
     alone = []
     for questions in people:
         alone += (await _crowd(loaded, vad, voice, [questions], False))[0]
     result: dict[str, Any] = {}
-    for count in crowds:
-        begin, before = perf_counter(), process_time()
-        talks, lags = await _crowd(loaded, vad, voice, people[:count], real_time)
-        cores = (process_time() - before) / (perf_counter() - begin)
-        say(f"\n{count} speaker{'s' if count > 1 else ''}, {sum(len(talk.questions) for talk in talks)} questions")
+    for count, beside in [(count, busy) for count in crowds] + ([] if busy else [(min(crowds), True)]):
+        with machine.busy(*[0] * beside):
+            meter, begin, before = machine.Meter(), perf_counter(), process_time()
+            talks, lags = await _crowd(loaded, vad, voice, people[:count], real_time)
+            cores, load = (process_time() - before) / (perf_counter() - begin), meter.read()
+        asked = f"{count} speaker{'s' if count > 1 else ''}, {sum(len(talk.questions) for talk in talks)} questions"
+        say(f"\n{asked}{', beside one busy process' if beside else ''}")
         say(f"{'':44}{'median':>14}{'p95':>12}{'p99':>12}")
         figures: list[Spread | Figure] = [*_figures(talks, lags), *_counts(talks, alone[:count], model.device)]
         figures.append(Figure("busy", "processor cores kept busy, of all", "%", 100 * cores / (os.cpu_count() or 1)))
+        figures += load.figures() if load else []
         for figure in figures:
             say(_count(figure) if isinstance(figure, Figure) else str(figure))
         for message in sorted({note for talk in talks for note in talk.played.notes}):
             say(f"  said by a session: {message}")
-        result[str(count)] = {figure.key: asdict(figure) for figure in figures}
-    return {"device": str(model.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "speakers": result}
+        result[f"{count}{' busy' if beside else ''}"] = {figure.key: asdict(figure) for figure in figures}
+    return {"device": str(model.device), "threads": threads, "torch": torch.__version__, "speakers": result}
 
 
 class Call(script.Talks, Protocol):

@@ -29,6 +29,10 @@ def add(commands: Commands) -> None:
         "--shape", action="append", choices=sorted(shapes.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    model.add_argument("--threads", type=options.positive, metavar="N", help=options.THREADS)
+    model.add_argument(
+        "--busy", action="store_true", help="instead: passes beside busy processes, with the chosen threads and with every core's"
+    )
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
     talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
@@ -36,6 +40,7 @@ def add(commands: Commands) -> None:
     talking.add_argument(
         "--speakers", type=options.positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
     )
+    talking.add_argument("--busy", action="store_true", help="all of it beside one busy process, not the fewest speakers alone")
     talking.add_argument("--url", metavar="WS", help="at a server that is running, ws://127.0.0.1:8765/v1/realtime, not in here")
     talking.add_argument("--token-file", type=Path, metavar="F", help="with --url: a file with the server's token")
     talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
@@ -49,7 +54,7 @@ def add(commands: Commands) -> None:
 
 def _bench_model(given: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else print
-    result = alone.model(given.shape, given.device, say)
+    result = alone.model(given.shape, given.device, say, threads=given.threads, busy=given.busy)
     if given.json:
         print(json.dumps(result))
     return 0
@@ -72,7 +77,7 @@ def _bench_session(given: argparse.Namespace) -> int:
     async def measure() -> dict[str, Any]:
         if given.hours:
             return await hours.conversation(loaded, voice, people.person, given.hours, say, given.policy or get_args(Policy))
-        result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say)
+        result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say, busy=given.busy)
         result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
         if given.chart:
             result["first_token"] = await waits.first_token(loaded, people.picture(0, *people.SIZE), say)
@@ -80,7 +85,7 @@ def _bench_session(given: argparse.Namespace) -> int:
 
     result = asyncio.run(measure())
     if given.chart and not given.hours:
-        waits.write(given.chart, result["first_token"], f"{given.model} on {result['device']}, {result['threads']} threads")
+        waits.write(given.chart, result["first_token"], f"{given.model} on {result['device']}")
     if given.json:
         print(json.dumps(result))
     return 0
