@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from agent.answer import Answer as Written
 from agent.answer import Piece
-from agent.checkpoint import Loaded
+from agent.checkpoint import LENGTH, Loaded
 from agent.engine import Engine
 from agent.marks import Mark
 from agent.prompt import Thought
@@ -31,7 +31,6 @@ from streams.frames import FRAME, RATE
 if TYPE_CHECKING:
     from model.sampling import Generation
 
-LENGTH = 8192  # positions of the row; 128 MiB beside the rings for the 12B
 VIDEO_BUDGET = 70
 
 
@@ -120,7 +119,7 @@ async def ask(
     answer, setting = Answer(), Setting(system, thinking=thinking)
     answer.audio_seconds = sum(len(medium.samples) for medium in media) / RATE
     parts = [part for medium in media for part in _parts(medium, budget or loaded.budget)]
-    with Engine(loaded, length=LENGTH) as engine:
+    with Engine(loaded, length=LENGTH, budget=max(budget or loaded.budget, VIDEO_BUDGET)) as engine:
         answer.prompt_ids = _prompt(loaded, setting, parts, engine.length)
         row = engine.claim(lambda error: None)  # every wait below is told too
         room = Budget(ahead=engine.length, row=engine.length - 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from agent.answer import Answer
 from agent.prompt import Prompt
 from model import weights
-from model.cache import SLACK, Cache, Row
+from model.cache import Cache, Room, Row
 from model.gemma import CheckpointError, Gemma
 from model.pixels import patches
 from model.sampling import Generation, draw
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+LENGTH = 8192  # positions of a row, unless the user asks for another
 TRANSCRIBE = "Transcribe the speech."
 
 
@@ -47,13 +48,13 @@ def load(
     dtype: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
     threads: int | None = None,
+    rows: int = 0,
+    length: int = LENGTH,
+    budget: int | None = None,
 ) -> Loaded:
-    """A checkpoint by folder, hub id or "nano"; `threads` for each pass on a CPU (None: by its work). Raises CheckpointError
+    """A checkpoint by folder, hub id or "nano"; `threads` for each pass on a CPU (None: by its work). There must be memory for
+    `rows` of `length` positions too, with pictures of up to `budget` soft tokens (None: the checkpoint's). Raises CheckpointError
     or TokenizerError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError("there is no CUDA device here; say --device cpu")
     folder: Path = weights.locate(name)
     tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
     config = weights.read_config(folder)
@@ -62,14 +63,30 @@ def load(
             f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
         )
     generation = weights.read_generation(folder, config)
-    model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
+    usual, place = weights.read_budget(folder), weights.find_device(device, weights.size(config))
+    room = Room(rows, length, budget or usual)
+    model = weights.load(folder, place, None if dtype == "auto" else getattr(torch, dtype), progress, room)
     model.threads = Threads(threads)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
+    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, usual)
 
 
-def new_cache(loaded: Loaded, rows: int, length: int) -> Cache:
-    model = loaded.model
-    return Cache(model.config, rows, min(length, model.config.max_positions), slack=SLACK, device=model.device, dtype=model.dtype)
+def new_cache(loaded: Loaded, rows: int, length: int, budget: int | None = None) -> Cache:
+    """Rows that take pictures of up to `budget` soft tokens (None: the checkpoint's). Raises CheckpointError where they do not
+    fit."""
+    model, config = loaded.model, loaded.model.config
+    length = min(length, config.max_positions)
+    slack = Room(rows, length, budget or loaded.budget).slack(config, model.dtype, weights.free_memory(model.device))
+    try:
+        return Cache(config, rows, length, slack=slack, device=model.device, dtype=model.dtype)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CheckpointError(f"{rows} rows of {length:,} positions do not fit on {model.device}; ask for fewer") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """A CPU's allocator has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:

@@ -16,16 +16,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from time import perf_counter
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from agent.checkpoint import Loaded, cut, new_cache
+from agent.checkpoint import LENGTH, Loaded, cut, new_cache, out_of_memory
 from agent.orders import Fork, Generate, Op, Reach, Rewrite, Seat, Take
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
+from agent.timing import Timing
 from model.cache import NoRow, RowFull
 from model.sampling import Generation, draw
 from streams.files import decode_picture
@@ -33,6 +33,7 @@ from streams.frames import MediaError
 
 CHUNK = 128  # positions; a picture may be longer, since it goes in at once
 FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own
+RESTART = "attend ends, so that whoever watches over it starts it again"
 FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)  # of one pass: a full row, no memory, a picture that is none
 
 
@@ -121,20 +122,25 @@ class Feed:
 
 
 class Engine:
-    """`rows` conversations at once, and `spares` more rows for their forks. Starts its thread; `close` ends it."""
+    """`rows` conversations at once, and `spares` more rows for their forks, with pictures of up to `budget` soft tokens (None:
+    the checkpoint's). Starts its thread; `close` ends it. Raises CheckpointError where the rows do not fit."""
 
-    def __init__(self, loaded: Loaded, rows: int = 1, length: int = 8192, spares: int | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, rows: int = 1, length: int = LENGTH, spares: int | None = None, budget: int | None = None
+    ) -> None:
         self.loaded, self.rows = loaded, rows
-        self.spares = max(1, rows // 4) if spares is None else spares
+        self.spares = total_rows(rows, spares) - rows
         self.lags: deque[float] = deque(maxlen=1 << 16)  # seconds from a frame's arrival until it was in its row
         self.steps: deque[float] = deque(maxlen=1 << 10)  # seconds that the last steps took
-        self._cache = new_cache(loaded, rows + self.spares, length)
+        self._timing = Timing(loaded.model.device)
+        self._cache = new_cache(loaded, rows + self.spares, length, budget)
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
         self._seats: list[Seat] = []
         self._left = rows
         self._dead: EngineStopped | None = None
         self._ending = threading.Lock()
+        self._ended: Future[EngineStopped] = Future()
         self._pictures = ThreadPoolExecutor(1, "pictures")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -155,6 +161,10 @@ class Engine:
         seat = Seat(partial(_tell, loop, failed))
         self._order(seat)
         return Feed(self, seat)
+
+    async def stopped(self) -> EngineStopped:
+        """Waits until the thread is gone. Returns why: it failed, or was closed."""
+        return await asyncio.shield(asyncio.wrap_future(self._ended))
 
     def close(self) -> None:
         self._orders.put(None)
@@ -206,12 +216,17 @@ class Engine:
                     order()
                     moved = True
                 moved = self._tick()
+        except EngineStopped as stopped:
+            self._dead = stopped
+        except torch.AcceleratorError as error:  # of an earlier pass
+            self._dead = self._failed(error)
         except Exception as error:
             self._dead = EngineStopped(f"the model has stopped: {error}")
             raise
         finally:
             self._dead = self._dead or EngineStopped("the model has stopped: it was closed")
             self._end(self._dead)
+            self._ended.set_result(self._dead)
 
     def _end(self, why: EngineStopped) -> None:
         """Tells all who still wait for something. By the thread as it goes, and afterwards by whoever orders something."""
@@ -240,9 +255,9 @@ class Engine:
             else:
                 chunks.append((seat, parts))
         if steps:
-            begun = perf_counter()
+            begun = self._timing.begin()
             self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
-            self.steps.append(perf_counter() - begun)
+            self._timing.mark(lambda done: self.steps.append(done - begun))
         if chunks:
             self._pass([min(chunks, key=lambda chunk: (chunk[0].awaited, chunk[1][0][0].since))])
         return moved or bool(due)
@@ -315,9 +330,11 @@ class Engine:
         return True
 
     def _pass(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> None:
+        self._timing.begin()
         try:
             hidden = self._extend(group)
         except FAULTS as error:
+            self._survive(error)
             if len(group) > 1:  # whose fault it was shows alone
                 for one in group:
                     self._pass([one])
@@ -332,7 +349,18 @@ class Engine:
                 try:
                     self._draw(seat, generate, hidden[index, -1])
                 except FAULTS as error:
+                    self._survive(error)
                     self._leave(seat, _lost(error))
+
+    def _survive(self, error: Exception) -> None:
+        """Raises EngineStopped for a fault that is not one conversation's: once a GPU has failed every later call fails too, and
+        what it tells is late, so whose fault it was does not show. But for a lack of memory, after which it goes on."""
+        sticky = isinstance(error, RuntimeError) and self.loaded.model.device.type != "cpu"
+        if (sticky or isinstance(error, torch.AcceleratorError)) and not out_of_memory(error):
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> EngineStopped:
+        return EngineStopped(f"the device {self.loaded.model.device} has failed: {_first_line(error)}; {RESTART}")
 
     def _extend(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> Tensor | None:
         rows, embedded, blocks = [], [], None
@@ -357,13 +385,13 @@ class Engine:
         return model.embed_text(torch.tensor(take.segment[start:stop], device=model.device))
 
     def _took(self, seat: Seat, parts: list[tuple[Take, int, int]]) -> None:
-        now = perf_counter()
+        arrived = [take.since for take, _, _ in parts if isinstance(take.segment, Sound) and not take.again]
+        if arrived:
+            self._timing.mark(lambda done: self.lags.extend(done - since for since in arrived))
         for take, start, stop in parts:
             take.done = stop
             seat.taken += stop - start
             seat.again -= stop - start if take.again else 0
-            if isinstance(take.segment, Sound) and not take.again:
-                self.lags.append(now - take.since)
             if take.left == 0:
                 seat.todo.popleft()
 
@@ -398,12 +426,21 @@ class Engine:
             seat.tell(error)
 
 
+def total_rows(rows: int, spares: int | None = None) -> int:
+    """Of an engine for so many conversations, with the rows for their forks."""
+    return rows + (max(1, rows // 4) if spares is None else spares)
+
+
 def _lost(error: Exception) -> Exception:
     if isinstance(error, RowFull | MediaError):
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if out_of_memory(error):
         return RowLost("the model ran out of memory on this conversation; its row is free again")
-    return RowLost(f"the model failed on this conversation: {(str(error) or type(error).__name__).splitlines()[0]}")
+    return RowLost(f"the model failed on this conversation: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _cancel(op: Op, error: Exception) -> None:

@@ -25,6 +25,9 @@ from model.cache import Cache, Memory, Reach, Row, Span
 from model.step import Step
 from model.threads import Threads
 
+# cuDNN's attention makes a plan for every new shape (0.44 s on a B200), and here the length grows with every step.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that does not fit; the message names the file, key or tensor."""
@@ -179,7 +182,7 @@ def _number(value: float) -> Tensor:
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """onto + x * rsqrt(mean(x^2) + eps) * weight, in float32 inside; the weight multiplies as it is, not as 1 + weight."""
-    if x.is_cuda or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         if weight is not None and weight.dim() > 1:  # one for each head: rounded once, after it
             x = (F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight).to(x.dtype)
         else:
@@ -231,7 +234,9 @@ class Attention(nn.Module):
         # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
         query = query.reshape(batch, kv, -1, size)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
-        return F.linear(seen.view(batch, heads, -1, size).transpose(1, 2).reshape(batch, -1, heads * size), self.out)
+        # On a CPU it lies as the query does; CUDA's memory-efficient kernel lays it out by positions, which no view undoes.
+        seen = seen.unflatten(2, (heads // kv, -1)).permute(0, 3, 1, 2, 4)
+        return F.linear(seen.reshape(batch, -1, heads * size), self.out)
 
 
 class MLP(nn.Module):

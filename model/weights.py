@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.cache import NO_ROWS, Room
 from model.gemma import CheckpointError, Config, Gemma, Layer
 from model.sampling import Generation
 
@@ -31,6 +32,10 @@ FILES = (
     "processor_config.json",
     "tokenizer*.json",
 )
+
+
+PASSES = 1 << 29  # bytes of a GPU that passes and its libraries take beside weights and rows
+SMALL = 1 << 27  # numbers: a CPU reads them in float32 in the 40 ms of a frame, and nano's steps are no slower there
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ def _block(config: Config, layer: Layer) -> dict[str, Place]:
     if not layer.shared_kv:
         places["self_attn.v_proj.weight"] = Place("attention.qkv", (kv, h), q + kv, q + 2 * kv)
     return places
+
+
+def size(config: Config) -> int:
+    """Numbers in all tensors."""
+    return sum(_numel(place.shape) for place in layout(config).values())
 
 
 def _disk_name(name: str) -> str | None:
@@ -170,16 +180,34 @@ def locate(name: str) -> Path:
         raise CheckpointError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from failed
 
 
+def find_device(name: str, size: float) -> torch.device:
+    """A device by name; "auto": a GPU for a model of more numbers than a CPU is quick enough for. Raises CheckpointError where it
+    is not there."""
+    if name == "auto":
+        return torch.device("cuda" if size > SMALL and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    except (RuntimeError, KeyError):
+        raise CheckpointError(f"there is no device {name}; say auto, cpu, cuda, cuda:1 or mps") from None
+    if (device.index or 0) >= there:
+        count = f"{there or 'no'} {device.type} device{'' if there == 1 else 's'}"
+        raise CheckpointError(f"there is no device {name} here, where torch finds {count}; say --device cpu")
+    return device
+
+
 def load(
     folder: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    room: Room = NO_ROWS,
 ) -> Gemma:
     """The model of a folder on `device`, ready to run. `dtype` None: bfloat16 on a GPU, float32 on a CPU, which is faster
-    there. `progress` is told bytes done and in all. Raises CheckpointError for anything that does not fit."""
+    there. `progress` is told bytes done and in all; `room` is what rows will take beside the weights. Raises CheckpointError for
+    anything that does not fit, before memory is taken."""
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     config = read_config(folder)
     files = _files(folder)
     places = layout(config)
@@ -187,7 +215,7 @@ def load(
         found = dict(_found(stack, files))
         _check(found, places)
         total = sum(_numel(place.shape) for place in places.values()) * dtype.itemsize
-        _check_memory(total, device)
+        _check_memory(total, room, config, dtype, device)
         with torch.device("meta"):
             model = Gemma(config).to(dtype)
         model.to_empty(device=device)
@@ -204,8 +232,8 @@ def load(
 
 def lay_out(model: Gemma) -> None:
     """On a CPU the layers' matrices stand in memory as [in, out], behind the same shapes: nano's step takes 7 % less so, a
-    chunk of eleven positions 11 %."""
-    if model.device.type == "cpu":
+    chunk of eleven positions 11 %. Not in bfloat16, where a product of the 12B's would take 33 times as long under AVX2."""
+    if model.device.type == "cpu" and model.dtype == torch.float32:
         for p in model.blocks.parameters():
             if p.dim() == 2:
                 p.data = p.data.t().contiguous().t()
@@ -259,16 +287,20 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _check_memory(needed: int, device: torch.device) -> None:
-    free = free_memory(device)
-    if free is not None and needed > free:
-        raise CheckpointError(f"the model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free on {device}")
+def _check_memory(weights: int, room: Room, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    free, rows = free_memory(device), room.rows * room.bytes_per_row(config, dtype)
+    if free is None or weights + rows <= free:
+        return
+    told = f"the model needs {weights / 2**30:.1f} GiB"
+    if room.rows:
+        told += f" and {room.rows} rows of {room.length:,} positions {rows / 2**30:.1f}"
+    raise CheckpointError(f"{told}, {free / 2**30:.1f} free on {device}")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device; None where the system does not say."""
+    """Bytes that weights and rows can take on a device; None where the system does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return max(0, int(torch.cuda.mem_get_info(device)[0]) - PASSES)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

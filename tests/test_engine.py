@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from agent import checkpoint, engine
+from agent import engine
 from agent.engine import CHUNK, Engine, EngineStopped, Feed, RowLost
 from agent.segments import Picture, Segment, size
 from agent.tape import Sound
+from model import cache
 from model.cache import NoRow, RowFull
 from streams.frames import MediaError
 from tests.talk import WINDOW, Plain, greedy, jpeg, picture, same, settled, sound, tiny, viewed, words
@@ -70,7 +71,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]]
 
 @pytest.fixture
 def short_rings(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(checkpoint, "SLACK", 150)
+    monkeypatch.setattr(cache, "SLACK", 150)
     return 150 + WINDOW
 
 

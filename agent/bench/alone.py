@@ -83,7 +83,7 @@ def model(
     `busy` another one: passes beside busy processes.
 
     Raises CheckpointError for a device that is not there and for a shape that does not fit on it."""
-    place, meter = _device(device), machine.Meter()
+    place, meter = weights.find_device(device, math.inf), machine.Meter()
     if busy:
         result = {}
         for name in shapes or ["nano"]:
@@ -134,13 +134,6 @@ def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any
     return {"parameters": size, "dtype": dtype, "threads": counts, "logits_differ_by": differ, "figures": figures}
 
 
-def _device(name: str) -> torch.device:
-    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if name not in ("auto", *there):
-        raise CheckpointError(f"there is no device {name} here; say --device cpu")
-    return torch.device(there[-1] if name == "auto" else name)
-
-
 def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort, threads: Threads) -> Setting:
     raw = SHAPES[name]()
     gemma, config = _random(name, device), Config.from_json(raw)
@@ -163,7 +156,7 @@ def _rows_bytes(config: Config, dtype: torch.dtype) -> int:
 
 def _random(name: str, device: torch.device) -> Gemma:
     """A model of a shape with random weights. Raises CheckpointError where it and its rows do not fit."""
-    config, dtype = Config.from_json(SHAPES[name]()), torch.bfloat16 if device.type == "cuda" else torch.float32
+    config, dtype = Config.from_json(SHAPES[name]()), torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         gemma = Gemma(config).to(dtype)
     free, needed = weights.free_memory(device), sum(p.nbytes for p in gemma.parameters()) + _rows_bytes(config, dtype)
@@ -202,7 +195,7 @@ def _prompt(config: Config, seconds: int, generator: torch.Generator) -> Prompt:
 
 def _turns(s: Setting, contenders: Mapping[str, Callable[[], object]], warm: bool = True) -> Times:
     """With `warm`, after a round that does not count."""
-    settle: Callable[[], None] = torch.cuda.synchronize if s.model.device.type == "cuda" else lambda: None
+    settle: Callable[[], None] = (lambda: None) if s.model.device.type == "cpu" else torch.accelerator.synchronize
     times: dict[str, list[float]] = {name: [] for name in contenders}
     rounds, begun = -int(warm), perf_counter()
     while rounds < s.effort.least or (rounds < s.effort.most and perf_counter() - begun < s.effort.seconds):

@@ -20,7 +20,7 @@ from agent.checkpoint import Loaded, cut, new_cache
 from agent.engine import Engine, Feed
 from agent.segments import Picture, Segment, View
 from agent.tape import Sound
-from model.cache import SLACK, Cache
+from model.cache import Room
 from model.gemma import CheckpointError
 from model.sampling import Generation, draw
 from model.weights import free_memory
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 def room(loaded: Loaded, rows: int, who: str) -> None:
     """Raises CheckpointError where rows of LENGTH do not fit into what is free."""
     model = loaded.model
-    needed = rows * Cache.bytes_per_row(model.config, LENGTH, SLACK, model.dtype)
+    needed = rows * Room(rows, LENGTH, loaded.budget).bytes_per_row(model.config, model.dtype)
     free = free_memory(model.device)
     if free is not None and needed > free:
         raise CheckpointError(f"{who} need {needed / 2**30:.1f} GiB for their rows, {free / 2**30:.1f} free on {model.device}")

@@ -75,7 +75,7 @@ def _ask(given: argparse.Namespace) -> int:
         raise MediaError("--mark-image needs a picture: give an --image or a --video")
     media = ask.read(given.parts)
     begun = perf_counter()
-    loaded = options.load(given)
+    loaded = options.load(given, budget=given.budget)
     load_ms = (perf_counter() - begun) * 1000
     said = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
     said = {name: value for name, value in said.items() if value is not None}

@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     model.add_argument(
         "--shape", action="append", choices=sorted(shapes.SHAPES), help="repeatable (default: nano, mid, and 12b on a GPU)"
     )
-    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    model.add_argument("--device", default="auto", metavar="NAME", help=options.DEVICE)
     model.add_argument("--threads", type=options.positive, metavar="N", help=options.THREADS)
     model.add_argument(
         "--busy", action="store_true", help="instead: passes beside busy processes, with the chosen threads and with every core's"
@@ -72,7 +72,7 @@ def _bench_session(given: argparse.Namespace) -> int:
         if given.json:
             print(json.dumps(called))
         return 0
-    voice, loaded = open_voice("espeak"), options.load(given)
+    voice, loaded = open_voice("espeak"), options.load(given, rows=0)  # each measurement says how many it takes
 
     async def measure() -> dict[str, Any]:
         if given.hours:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from agent import checkpoint
+from agent.engine import total_rows
 from web.access import NotServed
 
+DEVICE = "auto, cpu, cuda, cuda:1 or mps (default: a GPU for a large model where there is one, else the CPU)"
 THREADS = "of a pass on a CPU (default: OMP_NUM_THREADS, else by the work of each pass, one core left free)"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -26,19 +28,26 @@ def positive(text: str) -> int:
 def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     told = "nano, which is embedded" if usual else "the recording's"
     parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", metavar="NAME", help=DEVICE)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=positive, metavar="N", help=THREADS)
 
 
-def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part: None) -> checkpoint.Loaded:
-    """`told`: how much of it is there, from 0 to 1."""
+def load(
+    given: argparse.Namespace,
+    told: Callable[[float], None] = lambda part: None,
+    *,
+    rows: int = total_rows(1),
+    budget: int | None = None,
+) -> checkpoint.Loaded:
+    """`told`: how much of it is there, from 0 to 1. `rows` and the largest `budget` of a picture are what there must be memory
+    for."""
 
     def progress(done: int, total: int) -> None:
         told(done / total)
         _progress(done, total)
 
-    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads)
+    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads, rows, budget=budget)
 
 
 def _progress(done: int, total: int) -> None:

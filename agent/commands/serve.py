@@ -15,7 +15,7 @@ from typing import get_args
 
 from agent.commands import options
 from agent.commands.options import Commands
-from agent.engine import Engine
+from agent.engine import Engine, total_rows
 from agent.settings import Settings
 from agent.view import Policy
 from model.vad import Vad
@@ -66,16 +66,24 @@ def _serve(given: argparse.Namespace) -> int:
         def told(part: float) -> None:
             door.loaded = part
 
+        def load() -> Engine:
+            return Engine(options.load(given, told, rows=total_rows(given.rows)), given.rows)
+
         with ExitStack() as held:
             async with door.open() as port:
                 print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
                 print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
                 work = ThreadPoolExecutor(1, "loading")
-                loading = asyncio.get_running_loop().run_in_executor(work, lambda: Engine(options.load(given, told), given.rows))
+                loading = asyncio.get_running_loop().run_in_executor(work, load)
                 stopped = asyncio.create_task(stop.wait())
                 await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if loading.done():
-                    door.enter(held.enter_context(await loading))
+                    engine = held.enter_context(await loading)
+                    door.enter(engine)
+                    failed = asyncio.create_task(engine.stopped())
+                    await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+                    if failed.done():
+                        raise failed.result()
                 await stopped
         return loading.done()
 

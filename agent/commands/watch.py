@@ -12,8 +12,9 @@ from typing import Any
 
 from agent.commands import options
 from agent.commands.options import Commands
-from agent.engine import Engine
+from agent.engine import Engine, total_rows
 from agent.watch import config, door
+from model.pixels import BUDGETS
 
 
 def add(commands: Commands) -> None:
@@ -29,17 +30,18 @@ def add(commands: Commands) -> None:
 
 def _watch(given: argparse.Namespace) -> int:
     told = config.read(given.config, *_given(given))
-    loaded = options.load(given)
+    spares, budget = told.at_once + 1, BUDGETS[-1]  # one for what is watched for; any message may ask for large pictures
+    loaded = options.load(given, rows=total_rows(1, spares), budget=budget)
 
     async def ask_once() -> dict[str, Any]:
-        with Engine(loaded, spares=1) as engine:
+        with Engine(loaded, spares=1, budget=budget) as engine:
             return await door.once(told, engine, given.model, *given.once)
 
     async def stay() -> None:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        with Engine(loaded, spares=told.at_once + 1) as engine:  # one for what is watched for
+        with Engine(loaded, spares=spares, budget=budget) as engine:
             await door.Watch(told, engine, given.model).run(stop)
 
     if given.once:
