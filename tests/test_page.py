@@ -69,7 +69,7 @@ import sys
 from agent import __main__
 from agent.commands import options
 load = options.load
-options.load = lambda given, told: (told(0.42), sys.stdin.readline(), load(given))[-1]
+options.load = lambda given, told, **room: (told(0.42), sys.stdin.readline(), load(given, **room))[-1]
 sys.exit(__main__.main())
 """
 

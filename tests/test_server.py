@@ -766,7 +766,7 @@ async def test_a_server_goes_also_while_its_model_is_loaded():
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_sentence(monkeypatch, capfd):
     begun, go = threading.Event(), threading.Event()
 
-    def load(given, told):
+    def load(given, told, **room):
         told(0.5)
         begun.set()
         assert go.wait(60)
@@ -794,7 +794,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_sentence(monkeyp
 @pytest.mark.slow
 async def test_the_command_goes_while_its_model_is_loaded():
     """`load` never ends, and nobody waits for it."""
-    never = "import threading; from agent import __main__, commands; commands.options.load = lambda *_: threading.Event().wait()"
+    never = "lambda *_, **__: threading.Event().wait()"
+    never = f"import threading; from agent import __main__, commands; commands.options.load = {never}"
     command = [sys.executable, "-c", f"{never}; __main__.main(['serve', '--port', '0', '--voice', 'none'])"]
     root, pipe = Path(checkpoint.__file__).parents[1], asyncio.subprocess.PIPE
     async with asyncio.timeout(120):
