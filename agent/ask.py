@@ -10,7 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +26,7 @@ from agent.view import Budget, view
 from model.cache import RowFull
 from streams import files
 from streams.frames import FRAME, RATE
+from streams.opencv import cv2
 
 if TYPE_CHECKING:
     from model.sampling import Generation

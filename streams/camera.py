@@ -22,12 +22,11 @@ from http.client import HTTPException
 from typing import IO, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from .files import PICTURE_BYTES, PICTURE_PIXELS, UNKNOWN_FPS, check_video, decode_picture
 from .frames import MediaError
-
-# isort: split
-import cv2  # after .files, which limits what it decodes
-import numpy as np
+from .opencv import cv2
 
 PUSHED = "pushed"  # the source of a camera whose pictures come by `push`
 RATE = 4.0  # pictures a second that are kept and judged

@@ -11,23 +11,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO
 
-# cv2 reads these as it is imported: the pixel limit is a second fence behind _header, the others keep codecs off stderr.
-os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(1 << 24)
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
-import cv2
 import numpy as np
 import soundfile
 import soxr
 
 from .frames import FRAME, RATE, Audio, Framer, MediaError
+from .opencv import PICTURE_PIXELS, cv2
 
 LONGEST = 3_600  # seconds of sound or video
 RATES = (8_000, 192_000)  # samples a second
 LOUDEST = 4.0  # 12 dB over full scale: past mastering overshoot, float samples are in some other unit
 PICTURE_BYTES = 32 << 20
-PICTURE_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
 PICTURE_SCANS = 64  # a progressive JPEG has about 10; each further one costs 33 bytes and, at 16 megapixels, 16 ms
 UNKNOWN_FPS = 24.0  # what transformers assumes
 

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from agent import events, marks
@@ -29,6 +28,7 @@ from streams.camera import PUSHED, Camera, Health, Shot
 from streams.echo import Echo
 from streams.files import decode_picture
 from streams.frames import FRAME, Audio, MediaError
+from streams.opencv import cv2
 from streams.sound import Microphone, Speaker
 
 LOOK = 0.5  # seconds between pictures of the camera

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import msgspec
 
 from agent import marks
@@ -33,6 +32,7 @@ from streams.camera import PUSHED, Camera, Health, Shot
 from streams.files import PICTURE_BYTES, decode_picture
 from streams.frames import MediaError
 from streams.mqtt import Line, Message, Publication
+from streams.opencv import cv2
 
 FIRST_PICTURE = 10.0  # seconds that a question waits for a camera that has just been opened
 STALE = 10.0  # seconds after which a picture is too old to answer from, but where pictures come when there is something
