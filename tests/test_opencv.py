@@ -56,7 +56,9 @@ def test_each_command_sets_the_limits_before_cv2_is_imported_and_cv2_writes_noth
     environment |= {"NOTES": str(notes), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     words = [word.format(picture=ROOT / "model" / "nano" / "demo" / "picture.jpg") for word in command]
     run = [sys.executable, "-m", "agent", *words]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    done = subprocess.run(
+        run, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
     settings = json.loads(notes.read_text())
     assert settings["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(1 << 24)
     assert (settings["OPENCV_LOG_LEVEL"], settings["OPENCV_FFMPEG_LOGLEVEL"]) == ("SILENT", "-8")

@@ -13,6 +13,7 @@ import numpy as np
 from agent.talk.door import open_camera
 from agent.talk.terminal import meter
 from streams import portaudio
+from streams.address import display
 from streams.frames import FRAME, RATE, MediaError
 from streams.portaudio import Device, SoundError
 from streams.sound import Microphone, Speaker
@@ -122,6 +123,6 @@ async def _look(source: str, out: TextIO) -> None:
         shot = await asyncio.to_thread(camera.newest, SECONDS)
         if shot is None:
             raise MediaError(camera.health.why)
-        print(f"{'camera':<12}{source}: a picture of {len(shot.jpeg):,} bytes", file=out, flush=True)
+        print(f"{'camera':<12}{display(source)}: a picture of {len(shot.jpeg):,} bytes", file=out, flush=True)
     finally:
         await asyncio.to_thread(camera.close)

@@ -24,7 +24,8 @@ from agent.recording import Log, Recording, beside
 from agent.session import Session
 from agent.talk.terminal import Terminal
 from streams import portaudio
-from streams.camera import PUSHED, Camera, Health, Shot
+from streams.address import check_source
+from streams.camera import Camera, Health, Shot
 from streams.echo import Echo
 from streams.files import decode_picture
 from streams.frames import FRAME, Audio, MediaError
@@ -283,12 +284,13 @@ def open_camera(source: str, note: Callable[[str], None]) -> Camera:
 
     if not source.lower().endswith(PICTURES) or "://" in source:
         return Camera(int(source) if source.isdecimal() else source, changed=changed)
+    check_source(source)
     try:
         picture = Path(source).read_bytes()
     except OSError as error:
         raise MediaError(f"{source} cannot be read: {error.strerror}") from error
     decode_picture(picture, source)
-    camera = Camera(PUSHED)
+    camera = Camera(None)
     camera.push(picture)
     return camera
 
