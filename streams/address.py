@@ -91,12 +91,17 @@ def _hides_login(match: re.Match[str]) -> bool:
 
 
 def _usable(host: str, port: str | None) -> bool:
-    if port and not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= 65_535 and len(port) <= 6):
+    if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) <= 65_535):
         return False
-    if host.startswith("["):
-        return _is_ip(host)
+    return _is_ip(host) if host.startswith("[") else is_host(host)
+
+
+def is_host(text: str) -> bool:
+    """Whether this can be the name or the IP address of a machine."""
+    if _is_ip(text):
+        return not text.startswith("[")
     try:
-        return bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", host)) and len(host.encode("idna")) <= 253
+        return bool(re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text)) and len(text.encode("idna")) <= 253
     except UnicodeError:
         return False
 
