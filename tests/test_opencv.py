@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from streams.opencv import PICTURE_PIXELS
+
 ROOT = Path(__file__).parent.parent
 
 # Python runs this file before the command: it notes what the environment says at the moment when cv2 is first imported.
@@ -60,6 +62,6 @@ def test_each_command_sets_the_limits_before_cv2_is_imported_and_cv2_writes_noth
         run, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
     )
     settings = json.loads(notes.read_text())
-    assert settings["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(1 << 24)
+    assert settings["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(PICTURE_PIXELS)
     assert (settings["OPENCV_LOG_LEVEL"], settings["OPENCV_FFMPEG_LOGLEVEL"]) == ("SILENT", "-8")
     assert not [line for line in done.stderr.splitlines() if "WARN" in line or "ERROR" in line or "tcp @" in line], done.stderr

@@ -27,7 +27,7 @@ from agent.__main__ import main
 from agent.checkpoint import Loaded
 from agent.engine import Engine, EngineStopped
 from agent.marks import Mark
-from agent.watch import config, discovery, pictures
+from agent.watch import config, discovery, shots
 from agent.watch.config import WatchConfig, read
 from agent.watch.monitor import Hysteresis
 from agent.watch.service import WatchService
@@ -737,7 +737,7 @@ async def test_payloads_of_any_kind_end_nothing(broker, scene, tmp_path, gate):
 
 
 async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(broker, tmp_path, gate, monkeypatch):
-    monkeypatch.setattr(pictures, "FIRST_PICTURE", 0.1)
+    monkeypatch.setattr(shots, "FIRST_PICTURE", 0.1)
     sub = Sub(broker, "agent/home/#")
     async with serving(told(broker, tmp_path, {"front": {"source": str(tmp_path / "gone.mp4")}}), gate):
         await until(lambda: [got for got in sub.on("front/health") if got.json["state"] == "lost"])

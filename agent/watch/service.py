@@ -23,8 +23,8 @@ from agent.watch.answers import answer_body, finished_body, publications, replie
 from agent.watch.config import ConfigError, ScheduleTrigger, WatchConfig, identifier
 from agent.watch.monitor import LOOK_ERRORS, Monitor
 from agent.watch.outbox import Outbox, OutboxError
-from agent.watch.pictures import close_cameras, draw_marks, look, open_cameras
 from agent.watch.requests import AskRefused, CameraQuestion, Requester, read_ask, read_monitor_request
+from agent.watch.shots import close_cameras, draw_marks, look, open_cameras
 from agent.watch.visual_qa import SMALL, VisualQA
 from streams.camera import Camera, Health, Shot
 from streams.files import PICTURE_BYTES

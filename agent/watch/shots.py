@@ -1,4 +1,4 @@
-"""The pictures that a question is answered from: which of a camera's, and the one that is published, with its marks."""
+"""The cameras, which of their pictures a question is answered from, and the one that is published, with its marks."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.watch.pictures import choose
+from agent.watch.shots import choose
 from streams.camera import Shot
 
 
