@@ -83,11 +83,9 @@ def may_need_encoding(source: str) -> bool:
 
 
 def _hides_login(match: re.Match[str]) -> bool:
-    """Whether what stands before the last @ may be a login that holds a /, ? or #. No user is called 192.168.1.5."""
+    """Whether what stands before the last @ may be a login that holds a /, ? or #. An IP address is a host, and no login."""
     path, query = match["path"] or "", match["query"] or ""
-    if match["user"] is None and "@" not in path and _is_ip(match["host"]):
-        return False
-    return "@" in path + query
+    return "@" in path or ("@" in query and not _is_ip(match["host"]))
 
 
 def _usable(host: str, port: str | None) -> bool:

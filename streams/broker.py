@@ -50,8 +50,8 @@ class BrokerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Raises BrokerError."""
         if self.password_file:
             try:
-                return Path(self.password_file).expanduser().read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError, RuntimeError) as error:
+                return Path(os.path.expanduser(self.password_file)).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
                 why = getattr(error, "strerror", None) or "it is not UTF-8 text"
                 raise BrokerError(f"the password file {self.password_file} cannot be read: {why}", "password_file") from error
         if self.password_env:

@@ -24,6 +24,8 @@ from streams.frames import MediaError
         ("rtsp://cam.local/live?usr=me&pwd=secret", "rtsp://cam.local/live"),
         ("http://192.168.1.5:8080/snap.jpg?usr=me&pwd=sec@ret", "http://192.168.1.5:8080/snap.jpg"),
         ("http://cam.local/snap.jpg?token=secret#secret", "http://cam.local/snap.jpg"),
+        ("http://me:secret@192.168.1.5/snap.jpg?pwd=sec@ret", "http://192.168.1.5/snap.jpg"),
+        ("http://me:secret@cam.local/snap.jpg?pwd=sec@ret", "http://…"),
         ("rtsp://cam.local/user=me&password=secret&channel=1", "rtsp://cam.local/…"),
         ("rtsp://me:sec/ret@cam.local/live", "rtsp://…"),
         ("rtsp://me:1/secret@cam.local/live", "rtsp://…"),

@@ -173,13 +173,14 @@ def test_a_file_that_cannot_be_played_is_told_in_a_sentence_and_played_once_it_i
 
 
 def test_nobody_waits_longer_than_told_nor_for_a_camera_that_is_closed(tmp_path):
-    it = Camera(str(tmp_path / "none.mp4"))
+    path = str(tmp_path / "none.mp4")
+    it = Camera(path)
     assert it.newest(wait=0.01) is None
     waiting = threading.Thread(target=it.newest, args=(SOON,))
     waiting.start()
     it.close()
     waiting.join(SOON)
-    assert not waiting.is_alive() and not any(thread.is_alive() for thread in it._threads)
+    assert not waiting.is_alive() and not [thread for thread in threading.enumerate() if path in thread.name]
 
 
 # ---- what is no camera

@@ -78,6 +78,8 @@ def test_every_setting_is_in_the_example() -> None:
         ("camera = [", "is not TOML"),
         ("queue = " + "1" * 5_000, "is not TOML"),
         ("a = " + "[" * 5_000, "is not TOML"),
+        (".".join("a" * 3_000) + " = 1\n", "nested too deeply"),
+        (f'state = "~nobody-here/attend"\n{ONE}', "there is no home folder of this user - at `$.state`"),
         ("camera = 5\n", "got `int` - at `$.camera`"),
         ("camera.front = 5\n", "got `int` - at `$.camera.front`"),
         ("broker = 'me'\n" + ONE, "got `str` - at `$.broker`"),

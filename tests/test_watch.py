@@ -131,6 +131,9 @@ class Gate:
             raise self.trouble
         return VisualAnswer(f"answer to {question}", [Mark((100, 100, 500, 500), "it")])
 
+    async def holds(self, shot: Shot, condition: str) -> tuple[None, str]:
+        return None, ""
+
 
 @pytest.fixture
 def gate() -> Gate:
@@ -534,7 +537,7 @@ async def commanded(*arguments: str, **environment: str) -> AsyncIterator[subpro
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @pytest.mark.slow

@@ -139,6 +139,10 @@ def _errors(config: WatchConfig) -> Iterator[tuple[str, str]]:
         config.broker.check()
     except BrokerError as error:
         yield str(error), f"broker.{error.setting}"
+    try:
+        Path(config.state).expanduser()
+    except RuntimeError:
+        yield "there is no home folder of this user", "state"
     if config.discovery and (why := _prefix_error(config.discovery)):
         yield why, "discovery"
     names = [identifier(camera) for camera in config.camera]
@@ -220,28 +224,30 @@ def read(path: str | os.PathLike[str] | None, cameras: Mapping[str, str] = {}, b
 def parse(data: dict[str, Any], name: str, broker: str | None = None) -> WatchConfig:
     """A configuration as TOML holds it. `name`: what errors call it; `broker`: an address over the configured one. Raises
     ConfigError."""
-    for value, where in _values(data, ""):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}: a number has to be finite - at `${where}`")
-        if isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
-            raise ConfigError(f"{name}: this text holds control characters - at `${where}`")
     try:
+        for why, where in _value_errors(data, ""):
+            raise ConfigError(f"{name}: {why} - at `${where}`")
         config = msgspec.convert(_with_broker(data, broker), WatchConfig)
     except BrokerError as error:
         raise ConfigError(f"{name}: {error} - at `{'--broker' if broker else '$.broker.host'}`") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {_with_camera(error, data)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: its tables are nested too deeply") from error
     for why, where in _errors(config):
         raise ConfigError(f"{name}: {why} - at `$.{where}`")
     return config
 
 
-def _values(value: Any, where: str) -> Iterator[tuple[Any, str]]:
-    """Every value inside, and its path."""
-    yield value, where
+def _value_errors(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """What no value of a configuration may be, whatever its key: a clause, and the path."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield "a number has to be finite", where
+    if isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
+        yield "this text holds control characters", where
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
-        yield from _values(each, f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}")
+        yield from _value_errors(each, f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}")
 
 
 def _with_broker(data: dict[str, Any], address: str | None) -> dict[str, Any]:
