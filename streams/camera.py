@@ -94,7 +94,7 @@ class Camera:
         self._frame: CameraFrame | None = None
         self._encoded: tuple[CameraFrame, Shot] | None = None
         self._pushed: tuple[bytes, float, bool] | None = None  # the next picture that nobody has decoded yet
-        self._last_pushed = b""
+        self._last_pushed = self._last_retained = b""
         self._moved = threading.Condition()  # guards what is above
         self._over = threading.Event()
         self._open = self._read_pushed if source is None else open_source(source, self._wait_until)
@@ -125,9 +125,9 @@ class Camera:
         is reported."""
         assert self.source is None, "this camera has a source of its own"
         with self._moved:
-            if retained and picture == self._last_pushed:
+            if retained and picture in (self._last_pushed, self._last_retained):
                 return
-            self._last_pushed = picture
+            self._last_pushed, self._last_retained = picture, picture if retained else self._last_retained
             self._pushed = picture, time.time() if at is None else at, retained
             self._moved.notify_all()
 

@@ -271,10 +271,12 @@ def test_a_picture_that_may_be_older_says_so_until_a_new_one_comes(told):
         assert told.until("live").why == "the camera is live"
         shot = it.newest()
         assert colour(shot) == "blue" and not shot.retained
-        it.push(jpeg(BLUE), retained=True)  # the broker came back, and gives again what it had given
+        it.push(jpeg(RED), retained=True)  # the broker came back, and gives again what it had given
+        it.push(jpeg(BLUE), retained=True)
         it.push(jpeg(RED), at=1_000_000_000.5)
-        until(lambda: colour(it.newest()) == "red")
-        assert not it.newest().retained
+        until(lambda: it.newest().at == 1_000_000_000.5)
+        it.push(jpeg(GREY), retained=True)  # it came while there was no connection
+        until(lambda: it.newest().retained)
 
 
 def test_what_is_pushed_and_is_no_picture_is_told_and_harms_nothing(told):
