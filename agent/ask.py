@@ -25,7 +25,7 @@ from agent.segments import Picture, Segment
 from agent.tape import Asked, Entry, Opened, Seen, Setting, Sound, Tape, Typed
 from agent.view import Budget, view
 from model.cache import RowFull
-from streams import files
+from streams import media_files, pictures
 from streams.frames import FRAME, RATE
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ def read(parts: Sequence[Part]) -> list[Medium]:
             case "text":
                 media.append(Medium(text=part.value))
             case "audio":
-                media.append(Medium(samples=files.read_audio(path)))
+                media.append(Medium(samples=media_files.read_audio(path)))
             case "image":
-                pixels = files.read_picture(path)
+                pixels = pictures.read_picture(path)
                 media.append(Medium(pictures=[Shown(path.read_bytes(), pixels)]))
             case "video":
-                media.append(Medium(pictures=[Shown(_png(pixels), pixels, at) for at, pixels in files.read_video(path)]))
+                media.append(Medium(pictures=[Shown(_png(pixels), pixels, at) for at, pixels in media_files.read_video(path)]))
     return media
 
 
@@ -131,7 +131,7 @@ async def ask(
         record.open(0)
         for part in parts:
             if isinstance(part, Sound):
-                async for sound in files.play(part.samples.reshape(-1), real_time=real_time):
+                async for sound in media_files.play(part.samples.reshape(-1), real_time=real_time):
                     assert record.sound(sound.samples), "_prompt has counted"
             else:
                 record.part(part)

@@ -22,11 +22,12 @@ from http.client import HTTPException
 from typing import IO, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from .files import PICTURE_BYTES, PICTURE_PIXELS, UNKNOWN_FPS, check_video, decode_picture
 from .frames import MediaError
+from .media_files import UNKNOWN_FPS, check_video
+from .pictures import PICTURE_BYTES, PICTURE_PIXELS, decode_picture
 
 # isort: split
-import cv2  # after .files, which limits what it decodes
+import cv2  # after .pictures, which limits what it decodes
 import numpy as np
 
 PUSHED = "pushed"  # the source of a camera whose pictures come by `push`

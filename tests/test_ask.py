@@ -18,7 +18,8 @@ from agent import checkpoint
 from agent.__main__ import main
 from model.cache import whole_span
 from model.weights import NANO
-from streams import files
+from streams.media_files import read_audio
+from streams.pictures import read_picture
 
 QUESTION, PICTURE = NANO / "demo" / "question.wav", NANO / "demo" / "picture.jpg"
 
@@ -47,7 +48,7 @@ def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(
     (mark,) = answer["marks"]
     assert mark["label"] == "orange square"
     assert np.abs(np.array(mark["box_2d"]) - [83, 231, 518, 570]).max() <= 60
-    drawn, plain = files.read_picture(marked), files.read_picture(PICTURE)
+    drawn, plain = read_picture(marked), read_picture(PICTURE)
     assert drawn.shape == plain.shape and (drawn != plain).any()
 
 
@@ -70,10 +71,10 @@ def test_streaming_gives_the_log_probabilities_of_the_whole_prompt(capsys: pytes
     loaded = checkpoint.load("nano")
     model, media = loaded.model, loaded.model.config.media
     ids = torch.tensor(answer["prompt_ids"] + answer["answer_ids"])
-    samples = files.read_audio(QUESTION)
+    samples = read_audio(QUESTION)
     x = model.embed_text(ids)
     x[ids == media.audio] = model.embed_audio(torch.from_numpy(np.pad(samples, (0, -len(samples) % 640)).reshape(-1, 640)))
-    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, files.read_picture(PICTURE), loaded.budget))
+    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, read_picture(PICTURE), loaded.budget))
     blocks = torch.where(ids == media.image, 0, -1)[None]
     hidden = model(x[None], whole_span(model.config, len(ids), blocks, model.dtype, model.device))
     assert hidden is not None
@@ -132,7 +133,7 @@ def test_other_sound_formats_are_converted_not_refused(
 ) -> None:
     import soxr
 
-    samples = soxr.resample(files.read_audio(QUESTION), 16_000, rate)
+    samples = soxr.resample(read_audio(QUESTION), 16_000, rate)
     path = tmp_path / "question.wav"
     soundfile.write(path, np.stack([samples] * channels, 1).clip(-1, 1), rate, subtype=subtype)
     answer = ask(capsys, "--audio", path, "--image", PICTURE)

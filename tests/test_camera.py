@@ -20,8 +20,8 @@ import pytest
 
 from streams import camera
 from streams.camera import PUSHED, Camera, Health, Shot, Sight, shown
-from streams.files import decode_picture
 from streams.frames import MediaError
+from streams.pictures import decode_picture
 
 SOON = 60.0  # seconds; the machine may be busy
 RED, BLUE, GREY, BLACK = (255, 0, 0), (0, 0, 255), (128, 128, 128), (0, 0, 0)

@@ -23,8 +23,8 @@ from agent.talk import door
 from agent.talk.terminal import Terminal
 from model.vad import Vad
 from streams.echo import Echo
-from streams.files import read_audio
 from streams.frames import FRAME, RATE
+from streams.media_files import read_audio
 from streams.voice import open_voice
 
 DEMO = Path(checkpoint.__file__).parents[1] / "model/nano/demo"

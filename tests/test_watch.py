@@ -34,7 +34,7 @@ from agent.watch.looking import Looker, Said
 from model.weights import NANO
 from streams import camera, mqtt
 from streams.camera import Shot
-from streams.files import decode_picture
+from streams.pictures import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, certified, until
 from tests.talk import settled
 from tests.test_triggers import review

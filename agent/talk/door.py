@@ -27,8 +27,8 @@ from agent.talk.terminal import Terminal
 from streams import portaudio
 from streams.camera import PUSHED, Camera, Health, Shot
 from streams.echo import Echo
-from streams.files import decode_picture
 from streams.frames import FRAME, Audio, MediaError
+from streams.pictures import decode_picture
 from streams.sound import Microphone, Speaker
 
 LOOK = 0.5  # seconds between pictures of the camera

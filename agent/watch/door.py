@@ -30,9 +30,9 @@ from agent.watch.ledger import Ledger, LedgerError
 from agent.watch.looking import SMALL, Looker, Said
 from agent.watch.vigil import TROUBLE, Vigil
 from streams.camera import PUSHED, Camera, Health, Shot
-from streams.files import PICTURE_BYTES, decode_picture
 from streams.frames import MediaError
 from streams.mqtt import Line, Message, Publication
+from streams.pictures import PICTURE_BYTES, decode_picture
 
 FIRST_PICTURE = 10.0  # seconds that a question waits for a camera that has just been opened
 STALE = 10.0  # seconds after which a picture is too old to answer from, but where pictures come when there is something
