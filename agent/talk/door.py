@@ -28,13 +28,13 @@ from streams import portaudio
 from streams.camera import PUSHED, Camera, Health, Shot
 from streams.echo import Echo
 from streams.frames import FRAME, Audio, MediaError
-from streams.pictures import decode_picture
+from streams.pictures import decode_picture, load_picture
 from streams.sound import Microphone, Speaker
 
 LOOK = 0.5  # seconds between pictures of the camera
 LOSSES = 250  # frames between two words about sound that was lost
 PENDING = 64  # inputs that may wait for the next frame
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif")
 
 
 class Conversation(Protocol):
@@ -283,10 +283,7 @@ def open_camera(source: str, note: Callable[[str], None]) -> Camera:
 
     if not source.lower().endswith(PICTURES) or "://" in source:
         return Camera(int(source) if source.isdecimal() else source, changed=changed)
-    try:
-        picture = Path(source).read_bytes()
-    except OSError as error:
-        raise MediaError(f"{source} cannot be read: {error.strerror}") from error
+    picture = load_picture(source)
     decode_picture(picture, source)
     camera = Camera(PUSHED)
     camera.push(picture)
