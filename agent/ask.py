@@ -44,7 +44,7 @@ class QuestionPart:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionMedia:
     """A question whose files have been read: what goes on the tape, in order."""
 
     parts: tuple[Typed | Sound | Seen, ...]
@@ -79,7 +79,7 @@ class AskResult:
 # ---- the question
 
 
-def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> Question:
+def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> QuestionMedia:
     """Reads every file of the question, so that a bad one is found before a model is loaded. Blocks. Raises MediaError.
 
     `soundtracks`: the sound of a video is part of the question too, in step with its pictures.
@@ -103,7 +103,7 @@ def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> Question
                 samples = media_files.read_soundtrack(part.value) if soundtracks else np.zeros(0, np.float32)
                 seconds += len(samples) / RATE
                 read += _interleave(shown, samples)
-    return Question(tuple(read), seconds)
+    return QuestionMedia(tuple(read), seconds)
 
 
 def _interleave(shown: Sequence[tuple[float, NDArray[np.uint8]]], samples: NDArray[np.float32]) -> Iterator[Seen | Sound]:
@@ -171,7 +171,7 @@ def _prompt_ids(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound 
 
 async def ask(
     loaded: Loaded,
-    question: Question,
+    question: QuestionMedia,
     *,
     sampling: Generation,
     system: str | None = None,

@@ -84,17 +84,17 @@ def decode_picture(data: bytes, name: str) -> Pixels:
         raise MediaError(f"{name} is damaged or cut short") from error
     if pixels is None:
         raise MediaError(f"{name} is damaged or cut short")
-    return shrink(pixels, DECODED_PIXELS)
+    return _shrink(pixels)
 
 
-def shrink(pixels: Pixels, most: int) -> Pixels:
-    """The picture [H, W, C] if it has at most so many pixels, else a smaller one of the same shape that has."""
+def _shrink(pixels: NDArray[Any]) -> NDArray[Any]:
+    """A picture [H, W, C] of more than DECODED_PIXELS in fewer, in the same proportions."""
     height, width = pixels.shape[:2]
-    if height * width <= most:
+    if height * width <= DECODED_PIXELS:
         return pixels
-    scale = (most / (height * width)) ** 0.5
-    size = max(1, min(most, int(width * scale))), max(1, min(most, int(height * scale)))
-    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    scale = (DECODED_PIXELS / (height * width)) ** 0.5
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
 def check_picture(data: bytes, name: str) -> PictureHeader:
@@ -195,7 +195,7 @@ def _decode_on_white(buffer: Pixels) -> Pixels | None:
     pixels, kinds, metadata = cv2.imdecodeWithMetadata(buffer, cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.ndim != 3 or pixels.shape[2] != 4:
         return None
-    flat = shrink(_on_white(pixels), DECODED_PIXELS)
+    flat = _on_white(_shrink(pixels))
     if cv2.IMAGE_METADATA_EXIF not in kinds:
         return np.ascontiguousarray(flat[..., ::-1])
     # cv2 turns a picture upright only where it drops the alpha, so it gets the flat picture back with the same EXIF.
@@ -211,7 +211,7 @@ def _decode_rgb(buffer: Pixels, flags: int = 0) -> Pixels | None:
 def _on_white(pixels: NDArray[Any]) -> Pixels:
     """uint8 or uint16 [H, W, 4], its alpha last → uint8 [H, W, 3]."""
     flat = np.empty((*pixels.shape[:2], 3), np.uint8)
-    for top in range(0, len(pixels), STRIP):  # in strips: the whole of it in 16 bits were another 400 MB
+    for top in range(0, len(pixels), STRIP):  # the whole of it in 16 bits were another 300 MB
         strip = pixels[top : top + STRIP]
         strip = strip >> 8 if strip.dtype == np.uint16 else strip.astype(np.uint16)
         colour, alpha = strip[..., :3], strip[..., 3:]
@@ -237,4 +237,5 @@ def _decode_heif(data: bytes, name: str) -> Pixels:
         pixels = np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
     except wrong as error:
         raise MediaError(f"{name} is damaged or cut short") from error
-    return shrink(_on_white(pixels) if pixels.shape[2] == 4 else pixels, DECODED_PIXELS)
+    pixels = _shrink(pixels)
+    return _on_white(pixels) if pixels.shape[2] == 4 else pixels

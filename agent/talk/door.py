@@ -26,7 +26,7 @@ from agent.session import Session
 from agent.talk.terminal import Terminal
 from streams import portaudio
 from streams.camera import PUSHED, Camera, Health, Shot
-from streams.echo import Echo
+from streams.echo import EchoCanceller
 from streams.frames import FRAME, Audio, MediaError
 from streams.pictures import decode_picture, load_picture
 from streams.sound import Microphone, Speaker
@@ -49,7 +49,7 @@ class Ends:
 
     microphone: Microphone
     speaker: Speaker | None = None
-    echo: Echo | None = None
+    echo: EchoCanceller | None = None
     camera: Camera | None = None
 
 
@@ -130,7 +130,7 @@ class Talk:
 
     async def run(self, conversation: Conversation) -> None:
         """Until `stop`, or until the conversation fails."""
-        for work in (self.speaker and self.speaker.stay(), self.camera and self._look(self.camera)):
+        for work in (self.speaker and self.speaker.keep_open(), self.camera and self._look(self.camera)):
             if work:
                 self._spawn(work)
         try:
@@ -255,7 +255,7 @@ async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera:
     """This machine's, by name; without a voice there is no speaker. Raises SoundError and MediaError."""
     found = await asyncio.to_thread(portaudio.devices)
     microphone = Microphone(portaudio.choose(found, "microphone", mic), terminal.note)
-    echo = Echo() if spoken else None
+    echo = EchoCanceller() if spoken else None
     loud = Speaker(portaudio.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
     eye = open_camera(camera, terminal.note) if camera is not None else None
     try:
