@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +24,7 @@ from agent.view import Budget, view
 from model.cache import RowFull
 from streams import media_files, pictures
 from streams.frames import FRAME, RATE
+from streams.opencv import cv2
 
 if TYPE_CHECKING:
     from model.sampling import Generation

@@ -22,13 +22,12 @@ from http.client import HTTPException
 from typing import IO, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from .frames import MediaError
 from .media_files import UNKNOWN_FPS, check_video
-from .pictures import PICTURE_BYTES, PICTURE_PIXELS, decode_picture
-
-# isort: split
-import cv2  # after .pictures, which limits what it decodes
-import numpy as np
+from .opencv import PICTURE_PIXELS, cv2
+from .pictures import PICTURE_BYTES, decode_picture
 
 PUSHED = "pushed"  # the source of a camera whose pictures come by `push`
 RATE = 4.0  # pictures a second that are kept and judged

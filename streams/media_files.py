@@ -25,7 +25,7 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from streams.frames import FRAME, RATE, Audio, Framer, MediaError, Path, Samples, open_file
-from streams.pictures import PICTURE_PIXELS
+from streams.opencv import PICTURE_PIXELS
 
 LONGEST = 3_600  # seconds of sound or video
 MOST_FRAMES = 240 * LONGEST  # pictures of a video, whatever their times say
@@ -80,12 +80,13 @@ def read_soundtrack(path: Path) -> Samples:
 def _read_sound(path: Path, begin: float | None) -> Samples | None:
     """From `begin` seconds on the file's clock, or from its first sample; None: it has no sound."""
     with open_file(path) as file:
-        mix = _mix_channels(file, path, begin, None)
+        mix = _mix_channels(file, path, begin)
+        if mix and len(mix.power) == 0:  # by its header; a recorder that was killed leaves an RF64 of length 0
+            mix = _mix_channels(file, path, begin, to_the_end=True)
+        elif mix and mix.cancelled:
+            mix = _mix_channels(file, path, begin, int(mix.power.argmax()))
         if mix is None:
             return None
-        if mix.cancelled:
-            mix = _mix_channels(file, path, begin, int(mix.power.argmax()))
-            assert mix
     samples = np.concatenate(mix.parts)
     return np.clip(samples, -1, 1, out=samples)
 
@@ -104,11 +105,13 @@ class _Mix:
         return self.mixed * count**2 < CANCELLED * float(self.power.sum())
 
 
-def _mix_channels(file: BinaryIO, path: Path, begin: float | None, channel: int | None) -> _Mix | None:
-    """`channel`: this one instead of all."""
+def _mix_channels(
+    file: BinaryIO, path: Path, begin: float | None, channel: int | None = None, to_the_end: bool = False
+) -> _Mix | None:
+    """`channel`: this one instead of all. `to_the_end`: of a WAV, whatever its header says. None: there is no sound."""
     mix, rate, made = _Mix(), 0, Fraction(0)
     resampler: soxr.ResampleStream | None = None
-    with _open_container(file, path, SOUND_FORMATS) as container:
+    with _open_container(file, path, SOUND_FORMATS, ignore_length=str(int(to_the_end))) as container:
         if not container.streams.audio:
             return None
         for block, its_rate in _decode_sound(container, path, begin):
@@ -286,10 +289,10 @@ def _upright(frame: av.VideoFrame) -> Pixels:
 
 
 @contextmanager
-def _open_container(file: BinaryIO, path: Path, formats: str) -> Iterator[InputContainer]:
-    """Raises MediaError, also for what FFmpeg finds wrong later."""
+def _open_container(file: BinaryIO, path: Path, formats: str, **more: str) -> Iterator[InputContainer]:
+    """`more`: options of FFmpeg's demuxers. Raises MediaError, also for what FFmpeg finds wrong later."""
     os.lseek(file.fileno(), 0, os.SEEK_SET)
-    options = {"fd": str(file.fileno()), "protocol_whitelist": "fd", "format_whitelist": formats}
+    options = {"fd": str(file.fileno()), "protocol_whitelist": "fd", "format_whitelist": formats, **more}
     try:
         container = av.open("fd:", options=options, metadata_errors="replace")  # by descriptor: FFmpeg would look at a name
     except av.FFmpegError as error:

@@ -8,25 +8,18 @@ at the very most; what is returned has at most DECODED_PIXELS, 48 MiB.
 from __future__ import annotations
 
 import io
-import os
 import re
 from typing import Any, NamedTuple
 
-# cv2 reads these as it is imported: the pixel limit is a second fence behind check_picture, the others keep codecs off stderr.
-os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(1 << 26)
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from streams.frames import MediaError, Path, open_file
+from streams.opencv import PICTURE_PIXELS, cv2
 
 Pixels = NDArray[np.uint8]
 
 PICTURE_BYTES = 32 << 20
-PICTURE_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])  # 67 million: phones take photos of 50
 DECODED_PIXELS = 1 << 24  # a larger picture is made smaller; no model here sees more than 2.6 million
 JPEG_SCANS = 64  # a progressive JPEG has about 10; each further one costs 33 bytes and, at 16 megapixels, 16 ms
 JPEG_SEGMENTS = 4096

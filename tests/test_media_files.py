@@ -194,6 +194,15 @@ def test_a_wav_whose_length_was_never_filled_in_is_read_to_its_end(tmp_path, len
     assert np.abs(read_audio(tmp_path / "a.wav") - tone(RATE)).max() <= 1 / 32000
 
 
+def test_so_is_an_rf64(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(RATE), RATE, format="RF64")
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    at = data.index(b"ds64") + 8
+    data[at : at + 24] = bytes(24)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert np.abs(read_audio(tmp_path / "a.wav")[:RATE] - tone(RATE)).max() <= 1 / 32000
+
+
 def id3(claimed, padding):
     """A tag that says it has `claimed` bytes of padding, and has `padding`."""
     frame = b"TIT2" + struct.pack(">I", 5) + b"\0\0" + b"\0Test"

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-import cv2
-
 from agent import ask, marks, recording, script
 from agent.ask import AskResult, QuestionPart
 from agent.commands import options
@@ -24,6 +22,7 @@ from agent.tape import Setting
 from model.pixels import BUDGETS
 from model.vad import Vad
 from streams.frames import MediaError
+from streams.opencv import cv2
 from streams.pictures import decode_picture
 from streams.voice import open_voice
 
