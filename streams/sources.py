@@ -20,9 +20,10 @@ from typing import IO, Any
 import numpy as np
 
 from .address import ENCODE, check_source, display, may_need_encoding, without_login
-from .files import LONGEST, PICTURE_BYTES, UNKNOWN_FPS, check_video, decode_picture
 from .frames import MediaError
+from .media_files import LONGEST, UNKNOWN_FPS, check_video
 from .opencv import PICTURE_PIXELS, cv2
+from .pictures import PICTURE_BYTES, decode_picture
 
 OPENING, READING = 5_000, 5_000  # milliseconds that a stream may take to open and to give a frame; a snapshot as well
 SNAPSHOTS = 1.0  # seconds from one snapshot to the next

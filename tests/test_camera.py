@@ -19,9 +19,9 @@ import pytest
 
 from streams import camera, sources
 from streams.camera import Camera, FaultDetector, Health, Shot
-from streams.files import decode_picture
 from streams.frames import MediaError
 from streams.opencv import cv2
+from streams.pictures import decode_picture
 
 SOON = 60.0  # seconds; the machine may be busy
 RED, BLUE, GREY, BLACK = (255, 0, 0), (0, 0, 255), (128, 128, 128), (0, 0, 0)

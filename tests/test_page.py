@@ -25,7 +25,7 @@ import pytest
 import soundfile
 from playwright.async_api import Browser, Page, async_playwright
 
-from streams.files import read_audio
+from streams.media_files import read_audio
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model/nano/demo"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("agent", "model", "streams", "web")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
-DISTRIBUTION = {"cv2": "opencv-python-headless", "paho": "paho-mqtt"}  # where a module and its distribution differ in name
+DISTRIBUTION = {"cv2": "opencv-python-headless", "paho": "paho-mqtt", "PIL": "pillow"}  # of other names
 
 
 def run(*command, **how):

@@ -24,8 +24,8 @@ import soundfile
 
 from agent import checkpoint, replay
 from agent.__main__ import main
-from streams.files import read_audio
 from streams.frames import FRAME, RATE
+from streams.media_files import read_audio
 from tests.soundcard import MISSING, Card
 from tests.test_camera import Rtsp
 

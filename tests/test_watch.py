@@ -36,9 +36,9 @@ from model.weights import NANO
 from streams import camera
 from streams.broker import BrokerConfig
 from streams.camera import Shot
-from streams.files import decode_picture
 from streams.mqtt import MqttConnection, Publication
 from streams.opencv import cv2
+from streams.pictures import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, certified, until
 from tests.talk import settled
 from tests.test_camera import Rtsp, Snapshots

@@ -26,16 +26,16 @@ from agent.talk.terminal import Terminal
 from streams import portaudio
 from streams.address import check_source
 from streams.camera import Camera, Health, Shot
-from streams.echo import Echo
-from streams.files import decode_picture
+from streams.echo import EchoCanceller
 from streams.frames import FRAME, Audio, MediaError
 from streams.opencv import cv2
+from streams.pictures import decode_picture, load_picture
 from streams.sound import Microphone, Speaker
 
 LOOK = 0.5  # seconds between pictures of the camera
 LOSSES = 250  # frames between two words about sound that was lost
 PENDING = 64  # inputs that may wait for the next frame
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif")
 
 
 class Conversation(Protocol):
@@ -50,7 +50,7 @@ class Ends:
 
     microphone: Microphone
     speaker: Speaker | None = None
-    echo: Echo | None = None
+    echo: EchoCanceller | None = None
     camera: Camera | None = None
 
 
@@ -131,7 +131,7 @@ class Talk:
 
     async def run(self, conversation: Conversation) -> None:
         """Until `stop`, or until the conversation fails."""
-        for work in (self.speaker and self.speaker.stay(), self.camera and self._look(self.camera)):
+        for work in (self.speaker and self.speaker.keep_open(), self.camera and self._look(self.camera)):
             if work:
                 self._spawn(work)
         try:
@@ -256,7 +256,7 @@ async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera:
     """This machine's, by name; without a voice there is no speaker. Raises SoundError and MediaError."""
     found = await asyncio.to_thread(portaudio.devices)
     microphone = Microphone(portaudio.choose(found, "microphone", mic), terminal.note)
-    echo = Echo() if spoken else None
+    echo = EchoCanceller() if spoken else None
     loud = Speaker(portaudio.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
     eye = open_camera(camera, terminal.note) if camera is not None else None
     try:
@@ -285,10 +285,7 @@ def open_camera(source: str, note: Callable[[str], None]) -> Camera:
     if not source.lower().endswith(PICTURES) or "://" in source:
         return Camera(int(source) if source.isdecimal() else source, changed=changed)
     check_source(source)
-    try:
-        picture = Path(source).read_bytes()
-    except OSError as error:
-        raise MediaError(f"{source} cannot be read: {error.strerror}") from error
+    picture = load_picture(source)
     decode_picture(picture, source)
     camera = Camera(None)
     camera.push(picture)

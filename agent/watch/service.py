@@ -27,8 +27,8 @@ from agent.watch.requests import AskRefused, CameraQuestion, Requester, read_ask
 from agent.watch.shots import close_cameras, draw_marks, look, open_cameras
 from agent.watch.visual_qa import SMALL, VisualQA
 from streams.camera import Camera, Health, Shot
-from streams.files import PICTURE_BYTES
 from streams.mqtt import Message, MqttConnection, Publication
+from streams.pictures import PICTURE_BYTES
 
 SAME_ID = 600.0  # seconds in which an id means the same question
 SECONDS_TO_LEAVE = 2.0  # for the broker to take the word that we are offline

@@ -11,9 +11,9 @@ from agent.marks import Mark
 from agent.watch.config import LONGEST_LOOK_BACK, ConfigError, WatchConfig
 from agent.watch.requests import CameraQuestion
 from streams.camera import QUALITY, Camera, Health, Shot
-from streams.files import decode_picture
 from streams.frames import MediaError
 from streams.opencv import cv2
+from streams.pictures import decode_picture
 
 FIRST_PICTURE = 10.0  # seconds that a question waits for a camera that has just been opened
 STALE = 10.0  # seconds after which the picture of a camera that gives them by itself is too old to answer from
