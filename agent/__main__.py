@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from agent.commands import ask, bench, serve, talk, watch
+from agent.commands import ask, bench, plan, serve, talk, watch
 from agent.engine import EngineStopped, RowLost
 from agent.watch.config import ConfigError
 from agent.watch.outbox import OutboxError
@@ -30,7 +30,7 @@ COMPLAINTS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="attend", description="An agent that listens and watches while you speak.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (ask, talk, serve, watch, bench):
+    for command in (ask, talk, serve, watch, plan, bench):
         command.add(commands)
     given = parser.parse_args(arguments)
     try:

@@ -19,6 +19,7 @@ from model import weights
 from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Gemma
 from model.pixels import patches
+from model.quantized import Form
 from model.sampling import Generation, draw
 from model.tokenizer import Tokenizer
 
@@ -41,14 +42,29 @@ class Loaded:
 
 
 def load(
-    name: str, device: str = "auto", dtype: str = "auto", progress: Callable[[int, int], None] = lambda done, total: None
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    quantized: Form | None = None,
+    head: Form | None = None,
+    config_from: str | None = None,
 ) -> Loaded:
-    """A checkpoint by folder, hub id or "nano". Raises CheckpointError or TokenizerError."""
+    """A checkpoint by folder, hub id or "nano". `quantized`: the form in which the layers' matrices are held, `head` that of the
+    head (model/weights.py). `config_from`: the folder or hub id with config.json and tokenizer.json, for GGUF files that come
+    without. Raises CheckpointError or TokenizerError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError("there is no CUDA device here; say --device cpu")
-    folder: Path = weights.locate(name)
+    files: Path = weights.locate(name)
+    folder = weights.locate(config_from, weights.CONFIG_FILES) if config_from else files
+    if not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds GGUF files without config.json and tokenizer.json; name a checkpoint that has them, for example "
+            "--config-from google/gemma-4-12B-it"
+        )
     tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
     config = weights.read_config(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -56,7 +72,8 @@ def load(
             f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
         )
     generation = weights.read_generation(folder, config)
-    model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
+    number = None if dtype == "auto" else getattr(torch, dtype)
+    model = weights.load(files, device, number, progress, weights=quantized, head=head, config=folder)
     return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
 
 

@@ -26,6 +26,13 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), help="hold the layers' matrices in so many bits (default: as the files)"
+    )
+    parser.add_argument("--head-weights", choices=("int8", "int4"), help="the same for the head (default: the embedding table)")
+    parser.add_argument(
+        "--config-from", metavar="DIR|HUB_ID", help="config.json and tokenizer.json, for GGUF files that come without"
+    )
 
 
 def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part: None) -> checkpoint.Loaded:
@@ -35,7 +42,8 @@ def load(given: argparse.Namespace, told: Callable[[float], None] = lambda part:
         told(done / total)
         _progress(done, total)
 
-    return checkpoint.load(given.model, given.device, given.dtype, progress)
+    small = {"quantized": given.weights, "head": given.head_weights, "config_from": given.config_from}
+    return checkpoint.load(given.model, given.device, given.dtype, progress, **small)
 
 
 def _progress(done: int, total: int) -> None:
