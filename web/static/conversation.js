@@ -45,6 +45,7 @@ export class Conversation {
   /** @type {Map<string, Frame>} */ #frames = new Map();
   /** @type {string | null} the response in progress */ response = null;
   /** @type {Answered | null} of the last response */ answer = null;
+  #silent = false; // sound is not played: words do not wait until they are heard
 
   /** @param {{change: (entry: Entry) => void, gone: (entry: Entry) => void}} on */
   constructor(on) {
@@ -95,6 +96,17 @@ export class Conversation {
     const over = idle && entry.state !== "open";
     this.#reach(entry, over ? Infinity : ms);
     this.on.change(entry);
+  }
+
+  /** Sound is not played (any more): words are shown as they come, and count as heard. @param {boolean} silent */
+  silence(silent) {
+    this.#silent = silent;
+    if (!silent) return;
+    for (const entry of this.entries) {
+      if (entry.who !== "agent" || entry.state === "cut") continue;
+      this.#reach(entry, Infinity);
+      this.on.change(entry);
+    }
   }
 
   /** The answer is over here and now: `ms` of it were heard. @param {number} ms @returns {Answered | null} */
@@ -232,7 +244,7 @@ export class Conversation {
     if (entry?.state !== "open") return;
     entry.text += delta;
     entry.aloud = aloud;
-    if (!aloud) entry.reached = entry.whole = [...entry.text].length;
+    if (!aloud || this.#silent) entry.reached = entry.whole = [...entry.text].length;
     this.on.change(entry);
   }
 

@@ -1,7 +1,7 @@
 // @ts-check
 /** One thing at a time that stands in the way, in words that say what to do. */
 
-/** @typedef {"wire" | "gone" | "refused" | "trouble" | "insecure" | "once"} Cause */
+/** @typedef {"wire" | "gone" | "refused" | "trouble" | "insecure" | "silent" | "once"} Cause */
 
 const PASSING = 12_000; // milliseconds that what went wrong and is over stays
 
@@ -62,9 +62,18 @@ export class Notice {
     );
   }
 
+  /** @param {() => void} again */
+  silent(again) {
+    this.say(
+      "This browser plays no sound at the moment: is a loudspeaker connected? Answers are shown as text, and the microphone is not heard.",
+      "silent",
+      ["Try again", again],
+    );
+  }
+
   /** @param {"microphone" | "camera"} device @param {unknown} error of getUserMedia @param {() => void} again */
   refused(device, error, again) {
-    const name = error instanceof DOMException ? error.name : "";
+    const name = error instanceof Error ? error.name : "";
     const instead = device === "microphone" ? "You can type." : "You can give pictures.";
     const why =
       name === "NotAllowedError"

@@ -6,21 +6,52 @@ import { capture } from "./device.js";
 export const HEARD = 16_000; // samples a second that are sent: the model's own rate, so that nothing is resampled twice
 export const SPOKEN = 24_000; // samples a second that come
 
-/** The browser's own time line, which microphone and loudspeaker share. Call it in a click, or nothing may be played. */
+const LOOK = 250; // milliseconds between two looks at the clock of the sound
+const STILL = 8; // looks in a row at which it has not moved: they are counted, as a busy page looks late
+// Firefox 153 with PulseAudio stopped for good in three of four runs when its latency was asked while a worklet played.
+const LATENCY_IS_SAFE = !navigator.userAgent.includes("Firefox");
+
+/**
+ * The browser's audio clock, which microphone and loudspeaker share. Without a sound device, or where autoplay is blocked, it
+ * stands still: nothing is played then, and nothing is heard.
+ */
 export class Sound {
-  /** @param {AudioContext} context */
-  constructor(context) {
+  running = true; // as far as is known
+  #still = 0;
+  #time = -1;
+
+  /** @param {AudioContext} context @param {(running: boolean) => void} changed */
+  constructor(context, changed) {
     this.context = context;
+    this.changed = changed;
+    this.timer = setInterval(() => this.#look(), LOOK);
   }
 
-  static async open() {
-    const context = new AudioContext({ latencyHint: "interactive" }); // no rate of ours: Firefox then refuses the microphone
-    await context.audioWorklet.addModule("worklets.js");
-    void context.resume();
-    return new Sound(context);
+  /** In a click, or nothing may be played. @param {(running: boolean) => void} changed */
+  static async open(changed) {
+    const sound = new Sound(new AudioContext({ latencyHint: "interactive" }), changed); // no rate of ours: Firefox then refuses the microphone
+    try {
+      await sound.context.audioWorklet.addModule("worklets.js");
+    } catch (error) {
+      void sound.close();
+      throw error;
+    }
+    void sound.context.resume();
+    return sound;
+  }
+
+  #look() {
+    const { currentTime } = this.context;
+    this.#still = currentTime > this.#time ? 0 : this.#still + 1;
+    this.#time = currentTime;
+    const running = this.#still < STILL;
+    if (running === this.running) return;
+    this.running = running;
+    this.changed(running);
   }
 
   async close() {
+    clearInterval(this.timer);
     if (this.context.state !== "closed") await this.context.close();
   }
 }
@@ -100,7 +131,7 @@ export class Loudspeaker {
 
   /** Milliseconds from the page to the ear, as far as the browser knows. */
   get latency() {
-    return (this.context.outputLatency || this.context.baseLatency || 0) * 1000;
+    return ((LATENCY_IS_SAFE && this.context.outputLatency) || this.context.baseLatency || 0) * 1000;
   }
 
   /** @param {string} item @param {number} from sample of the item @param {Int16Array<ArrayBuffer>} pcm */
@@ -111,6 +142,7 @@ export class Loudspeaker {
 
   /** Silence, at once. */
   flush() {
+    this.idle = true;
     this.node.port.postMessage({ flush: ++this.#epoch });
   }
 

@@ -25,6 +25,7 @@ const SPOILED = ["response_cancel_not_active", "input_audio_buffer_commit_empty"
  * @property {(entry: Entry) => void} gone
  * @property {(level: number, whose: "user" | "agent") => void} level
  * @property {(device: "microphone" | "camera") => void} lost
+ * @property {(audible: boolean) => void} audible whether sound is played; without it answers come as text, and nothing is heard
  * @property {(sentence: string) => void} trouble
  */
 
@@ -32,6 +33,7 @@ export class Talk {
   hearing = false; // the user speaks
   muted = false;
   pressed = false;
+  audible = true;
   /** @type {Frame | null} a picture that the user gave, until it was looked at */ shown = null;
   /** @type {Server | null} */ server = null;
   /** @type {Microphone | null} */ microphone = null;
@@ -57,6 +59,7 @@ export class Talk {
   /** In a click, or the browser plays nothing. */
   connect() {
     this.#sound ??= this.#open();
+    this.#sound.catch(() => {}); // it was said, and who wants the microphone is told again
     if (this.wire.state.kind === "off") this.wire.start();
   }
 
@@ -73,13 +76,19 @@ export class Talk {
     this.#speaker?.flush();
     this.conversation.lost(this.#played());
     this.wire.stop();
-    this.microphone?.close();
     this.camera.close();
     this.#waiting = [];
-    void this.#sound?.then((sound) => sound.close());
-    this.microphone = this.#speaker = this.#sound = null;
+    this.#closeSound();
     this.hearing = this.pressed = this.#wanted = false;
     this.on.state();
+  }
+
+  /** In a click: microphone and loudspeaker from the beginning, as their sound does not run. @returns {Promise<void>} as `listen` */
+  async reopen() {
+    const listening = this.microphone?.stream;
+    this.#closeSound();
+    this.connect();
+    if (listening) await this.listen();
   }
 
   /** @param {boolean} muted */
@@ -149,7 +158,7 @@ export class Talk {
     const detection = this.choices.press ? null : { type: "server_vad" };
     const input = { format: { type: "audio/pcm", rate: HEARD }, transcription: { model: "attend" }, turn_detection: detection };
     const output = { format: { type: "audio/pcm", rate: SPOKEN } };
-    const output_modalities = [this.choices.aloud ? "audio" : "text"];
+    const output_modalities = [this.choices.aloud && this.audible ? "audio" : "text"];
     this.wire.send("session.update", { session: { type: "realtime", output_modalities, audio: { input, output } } });
     await this.#speaker?.use(this.choices.speaker);
   }
@@ -252,9 +261,24 @@ export class Talk {
 
   // -- sound
 
-  async #open() {
-    const sound = await Sound.open();
-    this.#speaker = new Loudspeaker(sound, {
+  #open() {
+    /** @type {Promise<Sound>} */
+    const opening = Sound.open((running) => void (this.#sound === opening && this.#setAudible(running))).then(
+      (sound) => {
+        if (this.#sound === opening) this.#speaker = this.#loudspeaker(sound);
+        return sound;
+      },
+      (error) => {
+        if (this.#sound === opening) this.#setAudible(false);
+        throw error;
+      },
+    );
+    return opening;
+  }
+
+  /** @param {Sound} sound */
+  #loudspeaker(sound) {
+    return new Loudspeaker(sound, {
       first: (item, at) => this.#sounded(item, at),
       played: (item, ms, level, idle) => {
         this.on.level(idle ? 0 : level, "agent");
@@ -262,7 +286,24 @@ export class Talk {
         if (idle) this.on.state();
       },
     });
-    return sound;
+  }
+
+  #closeSound() {
+    this.microphone?.close();
+    void this.#sound?.then((sound) => sound.close(), () => {});
+    this.microphone = this.#speaker = this.#sound = null;
+    this.#setAudible(true);
+  }
+
+  /** @param {boolean} audible */
+  #setAudible(audible) {
+    if (audible === this.audible) return;
+    this.audible = audible;
+    this.#speaker?.flush(); // what waits there would be heard much later
+    this.conversation.silence(!audible);
+    if (this.wire.state.kind === "open") void this.configure();
+    this.on.audible(audible);
+    this.on.state();
   }
 
   /** @param {Int16Array} pcm @param {number} level @param {number} at */
@@ -294,10 +335,12 @@ export class Talk {
   /** @param {string} item @param {Int16Array<ArrayBuffer>} pcm */
   #play(item, pcm) {
     const { answer } = this.conversation;
-    if (answer?.id !== item || answer.state === "cut" || !this.#speaker) return;
+    if (answer?.id !== item || answer.state === "cut") return;
     const from = answer.samples;
     answer.samples += pcm.length; // before it is handed over, and has none any more
-    this.#speaker.play(item, from, pcm);
+    const play = () => this.audible && answer.state !== "cut" && this.#speaker?.play(item, from, pcm);
+    if (this.#speaker) play();
+    else void this.#sound?.then(play, () => {}); // who typed at once has an answer before there is a loudspeaker
     if (!from) this.on.state();
   }
 
@@ -313,8 +356,10 @@ export class Talk {
 
   /** Milliseconds of the present answer that were heard. */
   #played() {
+    const { answer } = this.conversation;
+    if (!this.audible) return answer ? (answer.samples * 1000) / SPOKEN : 0; // its words were shown
     const { played } = this.#speaker ?? {};
-    return played && played.item === this.conversation.answer?.id ? played.ms : 0;
+    return played && played.item === answer?.id ? played.ms : 0;
   }
 
   // -- pictures
