@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agent.answer import Answer
 from agent.prompt import Prompt
+from agent.suggestions import Suggestions, read_suggestions
 from model import weights
 from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Gemma
@@ -38,6 +39,7 @@ class Loaded:
     prompt: Prompt
     generation: Generation
     budget: int  # soft tokens of a picture, unless the user asks for another
+    suggestions: Suggestions | None = None  # for people who try it
 
 
 def load(
@@ -55,9 +57,9 @@ def load(
         raise CheckpointError(
             f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
         )
-    generation = weights.read_generation(folder, config)
+    generation, suggestions = weights.read_generation(folder, config), read_suggestions(folder)
     model = weights.load(folder, device, None if dtype == "auto" else getattr(torch, dtype), progress)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
+    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder), suggestions)
 
 
 def new_cache(loaded: Loaded, rows: int, length: int) -> Cache:

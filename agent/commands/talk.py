@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TextIO
+from urllib.parse import urljoin
 
 from agent import recording, replay
 from agent.commands import options
@@ -16,6 +19,7 @@ from agent.commands.options import Commands
 from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
+from agent.suggestions import trying
 from agent.talk import devices, door, keys
 from agent.talk.terminal import Terminal
 from agent.tape import Setting
@@ -24,8 +28,9 @@ from model.vad import Vad
 from streams import portaudio
 from streams.frames import MediaError
 from streams.voice import open_voice
-from web.caller import Caller
+from web.caller import Caller, address
 
+ASKING = 3.0  # seconds that a server may take to say what can be tried
 LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end", "live": "live"}
 
 
@@ -82,6 +87,8 @@ def _talk(given: argparse.Namespace) -> int:
                 stack.enter_context(keys.pressed(b" ", talk.key))
             stack.enter_context(keys.interrupted(talk.stop))
             view.note(door.advice(ends))
+            for line in held.suggestions:
+                view.note(line)
             await talk.run(conversation)
             return talk.failed
 
@@ -100,6 +107,7 @@ class _There:
         token = options.token(given.token_file) if given.token_file else None
         self.spoken = given.voice != "none"
         self._url, self._caller = given.server, Caller(given.server, token, self.spoken, given.push_to_talk)
+        self.suggestions = _suggested(given.server)
 
     def head(self) -> dict[str, object]:
         return {"model": self._url}
@@ -109,12 +117,24 @@ class _There:
         yield self._caller
 
 
+def _suggested(url: str) -> list[str]:
+    """What the server's model suggests to try; nothing where that cannot be learned, since the conversation tells why."""
+    page = urljoin(address(url).replace("ws", "http", 1), "../")
+    try:
+        with urllib.request.urlopen(urljoin(page, "suggestions.json"), timeout=ASKING) as answer:
+            told = json.loads(answer.read(1 << 16))
+        return [told["about"], trying(tuple(told["questions"]), urljoin(page, told["picture"]))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 class _Here:
     """A conversation with a model of this process."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model, self.voice = given.model, open_voice(given.voice)
         self.spoken, self.loaded = self.voice is not None, options.load(given)
+        self.suggestions = self.loaded.suggestions.lines() if self.loaded.suggestions else []
         how = replace(self.loaded.generation, greedy=self.loaded.generation.greedy or given.greedy)
         manners, setting = Manners(hands_free=not given.push_to_talk), Setting(given.system)
         self.settings = Settings(manners=manners, setting=setting, camera=LOOKS[given.look], how=how)

@@ -4,9 +4,10 @@
 import { read } from "./camera.js";
 import { ask, remember, remembered } from "./choices.js";
 import { draw } from "./marks.js";
+import { Notice } from "./notice.js";
+import { Suggestions } from "./suggestions.js";
 import { Talk } from "./talk.js";
 import { Transcript } from "./transcript.js";
-import { Notice } from "./notice.js";
 
 const LIVE = 4000; // milliseconds that a mark stays on the live picture
 
@@ -30,6 +31,13 @@ const hello = element("hello", HTMLDivElement);
 const choices = remembered();
 const transcript = new Transcript(element("turns", HTMLOListElement), element("said", HTMLDivElement));
 const notice = new Notice(element("notice", HTMLDivElement));
+const suggestions = new Suggestions(element("suggestions", HTMLElement), {
+  show: give,
+  async ask(question, picture) {
+    if (!talk.shown) await give(picture);
+    await talk.type(question);
+  },
+});
 let asking = false; // the browser asks for permission
 const gone = new Set(); // devices that are wanted and not there
 let spoke = 0; // marks of the last answer that are on the live picture
@@ -50,6 +58,7 @@ const talk = new Talk(video, choices, {
     notice.say(`The ${device} is gone. This page goes on with it as soon as there is one again.`, "gone");
     render();
   },
+  audible: (audible) => (audible ? notice.clear("silent") : notice.silent(() => void take("microphone", () => talk.reopen(), begin))),
   trouble: (sentence) => notice.say(sentence, "trouble"),
 });
 
@@ -82,7 +91,7 @@ async function take(device, use, again) {
     await use();
     if (gone.delete(device)) notice.clear("gone");
   } catch (error) {
-    if (error instanceof DOMException && error.name === "NotFoundError") gone.add(device);
+    if (error instanceof Error && ["NotFoundError", "OverconstrainedError"].includes(error.name)) gone.add(device);
     notice.refused(device, error, () => void again());
   }
   render();
@@ -106,7 +115,8 @@ look.addEventListener("click", () => {
 
 navigator.mediaDevices?.addEventListener("devicechange", () => {
   if (talk.wire.state.kind === "off" || asking) return;
-  if (gone.has("microphone")) void hear();
+  if (!talk.audible) void take("microphone", () => talk.reopen(), begin);
+  else if (gone.has("microphone")) void hear();
   if (gone.has("camera") && choices.look) void open();
 });
 
@@ -208,7 +218,7 @@ function mood() {
   if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", loading: "Loading the model", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
   const { mood } = talk;
   if (mood !== "listening") return [mood, MOODS[mood]];
-  if (!talk.microphone?.stream) return ["typing", "Type your question"];
+  if (!talk.microphone?.stream || !talk.audible) return ["typing", "Type your question"];
   if (talk.muted) return ["muted", "Muted"];
   return ["listening", choices.press ? "Hold to talk" : MOODS.listening];
 }
@@ -248,4 +258,5 @@ video.addEventListener("resize", () => {
   if (view && video.videoWidth) view.style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
 });
 render();
+void suggestions.load();
 if (!window.isSecureContext) notice.insecure();
