@@ -27,6 +27,7 @@ from websockets.asyncio.client import connect
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's reference, by WebDriver's specification
 ENTER = "\ue007"
+ROOM = "Room"  # description of PulseAudio's sink
 PREFERENCES = {  # of Firefox: no first-run pages, and nothing is fetched from anywhere
     "app.update.disabledForTesting": True,
     "browser.aboutwelcome.enabled": False,
@@ -36,10 +37,11 @@ PREFERENCES = {  # of Firefox: no first-run pages, and nothing is fetched from a
     "datareporting.policy.dataSubmissionEnabled": False,
     "dom.min_background_timeout_value": 10,
     "extensions.systemAddon.update.enabled": False,
+    "media.audio_loopback_dev": f"Monitor of {ROOM}",  # the microphone, where PulseAudio has such a sink; else a tone is
     "media.autoplay.default": 5,  # a page plays nothing before a gesture, which is what most people have
     "media.gmp-manager.updateEnabled": False,
     "media.navigator.permission.disabled": True,  # the microphone and the camera are given without asking
-    "media.navigator.streams.fake": True,  # a tone for a microphone, a moving pattern for a camera
+    "media.navigator.streams.fake": True,  # a moving pattern for a camera
     "network.captive-portal-service.enabled": False,
     "network.connectivity-service.enabled": False,
     "services.settings.server": "data:,",
@@ -210,7 +212,9 @@ class WebKit:
 
     async def evaluate(self, function: str) -> Any:
         """What a function in the page returns, by way of JSON."""
-        script = f"const told = arguments[0]; Promise.resolve(({function})()).then((value) => told(JSON.stringify(value ?? null)))"
+        script = (
+            f"const told = arguments[0]; Promise.resolve(({function})()).then((value) => told(JSON.stringify(value ?? null)))"
+        )
         return json.loads(await self._send("POST", "/execute/async", script=script, args=[]))
 
     async def _element(self, selector: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.browsers import Firefox, WebKit, missing
+from tests.browsers import ROOM, Firefox, WebKit, missing
 from tests.soundcard import MISSING, Card
 from tests.test_page import DEMO, PATIENCE, Server
 
@@ -50,27 +52,29 @@ async def until(browser: Firefox | WebKit, function: str) -> Any:
 
 async def answer(browser: Firefox | WebKit, number: int) -> str:
     """The text of the answer of this number, once all its words can be read."""
-    return str(
-        await until(
-            browser,
-            f"""() => {{ const answer = document.querySelectorAll('li.agent')[{number - 1}];
-            return answer?.querySelector('.times') && !answer.querySelector('.coming') && answer.querySelector('.text').textContent }}""",
-        )
-    )
+    return str(await until(browser, READ.replace("NUMBER", str(number - 1))))
 
 
+READ = """() => {
+  const answer = document.querySelectorAll("li.agent")[NUMBER];
+  return answer?.querySelector(".times") && !answer.querySelector(".coming") && answer.querySelector(".text").textContent;
+}"""
 MARKED = "() => document.querySelector('#shown').hidden && document.querySelector('.seen .mark')?.textContent"
 
 
 @firefox
-async def test_firefox_hears_its_microphone_sees_its_camera_and_plays_an_answer(server, card, tmp_path) -> None:
+async def test_firefox_hears_a_spoken_question_looks_through_its_camera_and_plays_the_answer(server, card, tmp_path) -> None:
+    room = ["sink_name=room", f"sink_properties=device.description={ROOM}"]  # what is played into it, Firefox hears
+    subprocess.run(["pactl", f"--server=unix:{card.spk.socket}", "load-module", "module-null-sink", *room], check=True)
     async with Firefox(tmp_path, sound(card)) as browser:
         await browser.open(server.url)
         await browser.click("#start")
         await until(browser, "() => document.body.dataset.state === 'listening' && document.body.classList.contains('sees')")
-        await until(browser, "() => Number(document.querySelector('#start').style.getPropertyValue('--level')) > 0")
-        await browser.type("#text", "what do you see")
+        speak = ["paplay", f"--server=unix:{card.spk.socket}", "--device=room", str(DEMO / "question.wav")]
+        await asyncio.to_thread(subprocess.run, speak, check=True)
         assert (await answer(browser, 1)).strip()
+        asked = "() => document.querySelector('li.user .text:not(.awaited)')?.textContent"
+        assert "orange square" in await until(browser, asked)
         assert await browser.evaluate("() => document.querySelector('.seen img').naturalWidth > 0")
         assert len(card.loud()) > 30, "0.3 s of the answer were played"
         assert await browser.evaluate("() => document.querySelector('#notice').hidden") and not browser.said
