@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import shutil
 import signal
@@ -148,8 +149,15 @@ class Visit:
 
 @asynccontextmanager
 async def visiting(
-    server: Server, media: Path, wav: str = "question.wav%noloop", flags: tuple[str, ...] = (), shown: bool = True, **how: Any
+    server: Server,
+    media: Path,
+    wav: str = "question.wav%noloop",
+    flags: tuple[str, ...] = (),
+    shown: bool = True,
+    recorded: bool = False,
+    **how: Any,
 ) -> AsyncIterator[Visit]:
+    """`recorded`: what is said and played is, for which the page's policy is put aside: it lets no worklet of ours in."""
     arguments = [
         "--no-sandbox", "--disable-gpu", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream=device-count=2",
         f"--use-file-for-fake-audio-capture={media / wav}",
@@ -157,13 +165,19 @@ async def visiting(
     ]  # fmt: skip
     async with async_playwright() as playwright:
         browser: Browser = await playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=arguments)
-        given = {"viewport": {"width": 1280, "height": 800}, "permissions": ["microphone", "camera"], **how}
+        given = {
+            "viewport": {"width": 1280, "height": 800},
+            "permissions": ["microphone", "camera"],
+            "bypass_csp": recorded,
+            **how,
+        }
         choices = given.pop("choices", '{"echo": false}')
         context = await browser.new_context(**given)
+        if recorded:
+            await context.add_init_script(f"window.recorder = {json.dumps(TAP_WORKLET)}")
         await context.add_init_script(TAP)
         await context.add_init_script(f"localStorage.getItem('attend') ?? localStorage.setItem('attend', '{choices}')")
         page = await context.new_page()
-        await page.route("**/tap-worklet.js", lambda route: route.fulfill(body=TAP_WORKLET, content_type="text/javascript"))
         page.set_default_timeout(PATIENCE)
         visit = Visit(page)
         await page.goto(server.url)
@@ -175,7 +189,7 @@ async def visiting(
 
 
 async def test_a_spoken_question_about_what_is_held_up(server: Server, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    async with visiting(server, media) as visit:
+    async with visiting(server, media, recorded=True) as visit:
         page = visit.page
         await page.click("#start")
         words = await visit.answered()
@@ -423,7 +437,7 @@ async def drop(page: Page, file: Path) -> None:
 
 
 async def test_push_to_talk_asks_what_was_said_while_it_was_held(server: Server, media: Path) -> None:
-    async with visiting(server, media, choices='{"echo": false, "press": true}') as visit:
+    async with visiting(server, media, recorded=True, choices='{"echo": false, "press": true}') as visit:
         page = visit.page
         await page.click("#start")
         await visit.until("() => !document.querySelector('#hold').hidden && document.body.dataset.state == 'listening'")

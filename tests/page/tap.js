@@ -1,12 +1,12 @@
-// Put into the page before its own scripts: records what the microphone gives and what is given to the output, side by side, in
-// the audio thread (tap-worklet.js), which loses nothing however busy the page is.
+// Put into the page before its own scripts. With `window.recorder`, the source of tap-worklet.js, it records what the microphone
+// gives and what is given to the output, side by side, in the audio thread, which loses nothing however busy the page is.
 (() => {
   const { connect } = AudioNode.prototype;
   const { addModule } = AudioWorklet.prototype;
   const pieces = [];
   let merger, rate;
   AudioWorklet.prototype.addModule = async function (...given) {
-    await addModule.call(this, "tap-worklet.js");
+    if (window.recorder) await addModule.call(this, URL.createObjectURL(new Blob([window.recorder], { type: "text/javascript" })));
     return addModule.apply(this, given);
   };
   const tap = (context) => {
@@ -14,6 +14,7 @@
     rate = context.sampleRate;
     window.audio = context;
     merger = context.createChannelMerger(2);
+    if (!window.recorder) return merger;
     const recorder = new AudioWorkletNode(context, "tap", { numberOfOutputs: 0, channelCount: 2, channelCountMode: "explicit" });
     recorder.port.onmessage = ({ data }) => pieces.push(data);
     connect.call(merger, recorder);
