@@ -593,10 +593,10 @@ async def test_an_answer_grows_and_what_stands_there_stays(server: Server, media
 
 
 GROWING = """async (deltas) => {
-  const { Transcript } = await import("./transcript.js");
+  const { TranscriptView } = await import("./transcript.js");
   const list = document.createElement("ol");
-  const transcript = new Transcript(list, document.createElement("div"));
-  const entry = { who: "agent", id: "a", text: "", state: "open", reached: 0, whole: 0, marks: [], to: null, times: null };
+  const transcript = new TranscriptView(list, document.createElement("div"));
+  const entry = { who: "agent", id: "a", text: "", state: "open", shownTo: 0, heardTo: 0, marks: [], to: null, times: null };
   const last = deltas.map((delta) => {
     entry.text += delta;
     transcript.show(entry);

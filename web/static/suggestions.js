@@ -6,7 +6,7 @@ const AGAIN = 1500; // milliseconds until the server is asked again whose model 
 
 /** @typedef {{about: string, picture: string, questions: string[]}} Suggested */
 
-export class Suggestions {
+export class SuggestionBox {
   /**
    * @param {HTMLElement} box hidden until there is something to try
    * @param {{show: (picture: Blob) => Promise<void>, ask: (question: string, picture: Blob) => Promise<void>}} on

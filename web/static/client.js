@@ -1,17 +1,17 @@
 // @ts-check
-/** One conversation as the page holds it: microphone, loudspeaker, camera and socket brought together. Knows no elements but the video. */
+/** A realtime client in the browser: microphone, loudspeaker, camera and socket brought together. Of the page it knows the video alone. */
 
-import { Camera } from "./camera.js";
-import { Conversation } from "./conversation.js";
-import { HEARD, Loudspeaker, Microphone, SPOKEN, Sound, decode, encode } from "./sound.js";
-import { Wire } from "./wire.js";
+import { Webcam } from "./camera.js";
+import { ConversationState } from "./conversation.js";
+import { RealtimeSocket } from "./socket.js";
+import { BrowserAudio, INPUT_RATE, MicrophoneInput, OUTPUT_RATE, SpeakerOutput, decode, encode } from "./sound.js";
 
 const LOOK = 300; // milliseconds between the camera's frames while the user speaks: the newest is looked at
 const TAP = 200; // milliseconds: a shorter press says nothing
 const FRAME = 40; // milliseconds
-const HUSH = 1000; // milliseconds of silence by which the server sees that a sentence is over
+const SILENCE = 1000; // milliseconds of silence by which the server sees that a sentence is over
 const KEPT = 3000; // frames whose times are known: two minutes
-const SPOILED = ["response_cancel_not_active", "input_audio_buffer_commit_empty"]; // races that hurt nobody
+const HARMLESS = ["response_cancel_not_active", "input_audio_buffer_commit_empty"]; // races that hurt nobody
 
 /** @typedef {import("./camera.js").Frame} Frame */
 /** @typedef {import("./conversation.js").Entry} Entry */
@@ -26,67 +26,67 @@ const SPOILED = ["response_cancel_not_active", "input_audio_buffer_commit_empty"
  * @property {(level: number, whose: "user" | "agent") => void} level
  * @property {(device: "microphone" | "camera") => void} lost
  * @property {(audible: boolean) => void} audible whether sound is played; without it answers come as text, and nothing is heard
- * @property {(sentence: string) => void} trouble
+ * @property {(sentence: string) => void} error
  */
 
-export class Talk {
+export class VoiceClient {
   hearing = false; // the user speaks
   muted = false;
   pressed = false;
   audible = true;
   /** @type {Frame | null} a picture that the user gave, until it was looked at */ shown = null;
   /** @type {Server | null} */ server = null;
-  /** @type {Microphone | null} */ microphone = null;
-  /** @type {Loudspeaker | null} */ #speaker = null;
-  /** @type {Promise<Sound> | null} */ #sound = null;
+  /** @type {MicrophoneInput | null} */ microphone = null;
+  /** @type {SpeakerOutput | null} */ #speaker = null;
+  /** @type {Promise<BrowserAudio> | null} */ #audio = null;
   /** @type {{ms: number, at: number}[]} of the frames that were sent: where they end, and when (context time) */ #frames = [];
   #sent = 0; // milliseconds of sound in this session
   #pressedAt = 0;
-  #wanted = false; // an answer, as soon as none is being given
+  #responseWanted = false; // an answer, as soon as none is being given
   /** @type {(() => void)[]} what the user did before there was a server */ #waiting = [];
 
   /** @param {HTMLVideoElement} video @param {Choices} choices read whenever they matter @param {Listener} on */
   constructor(video, choices, on) {
     this.choices = choices;
     this.on = on;
-    this.camera = new Camera(video, () => this.#lost("camera"));
-    this.conversation = new Conversation({ change: on.change, gone: on.gone });
-    this.wire = new Wire({ event: (event) => this.#take(event), state: () => this.#state() });
+    this.camera = new Webcam(video, () => this.#lost("camera"));
+    this.conversation = new ConversationState({ change: on.change, gone: on.gone });
+    this.socket = new RealtimeSocket({ event: (event) => this.#receive(event), state: () => this.#state() });
   }
 
   // -- what the user does
 
   /** In a click, or the browser plays nothing. */
   connect() {
-    this.#sound ??= this.#open();
-    this.#sound.catch(() => {}); // it was said, and who wants the microphone is told again
-    if (this.wire.state.kind === "off") this.wire.start();
+    this.#audio ??= this.#open();
+    this.#audio.catch(() => {}); // it was said, and who wants the microphone is told again
+    if (this.socket.state.kind === "off") this.socket.start();
   }
 
   /** @returns {Promise<void>} rejects as getUserMedia does */
   async listen() {
-    this.#sound ??= this.#open();
-    const sound = await this.#sound;
-    this.microphone ??= new Microphone(sound, { frame: (...frame) => this.#frame(...frame), lost: () => this.#lost("microphone") });
+    this.#audio ??= this.#open();
+    const audio = await this.#audio;
+    this.microphone ??= new MicrophoneInput(audio, { frame: (...frame) => this.#sendSound(...frame), lost: () => this.#lost("microphone") });
     await this.microphone.use(this.choices.microphone, this.choices.echo);
     this.mute(this.muted);
   }
 
   stop() {
     this.#speaker?.flush();
-    this.conversation.lost(this.#played());
-    this.wire.stop();
+    this.conversation.lost(this.#playedMs());
+    this.socket.stop();
     this.camera.close();
     this.#waiting = [];
-    this.#closeSound();
-    this.hearing = this.pressed = this.#wanted = false;
+    this.#closeAudio();
+    this.hearing = this.pressed = this.#responseWanted = false;
     this.on.state();
   }
 
   /** In a click: microphone and loudspeaker from the beginning, as their sound does not run. @returns {Promise<void>} as `listen` */
   async reopen() {
     const listening = this.microphone?.stream;
-    this.#closeSound();
+    this.#closeAudio();
     this.connect();
     if (listening) await this.listen();
   }
@@ -101,20 +101,20 @@ export class Talk {
   /** @param {string} text */
   async type(text) {
     this.connect();
-    const frame = await this.#picture();
-    this.#do(() => {
+    const frame = await this.#currentPicture();
+    this.#whenOpen(() => {
       this.interrupt();
       const id = `typed_${Date.now()}_${Math.floor(Math.random() * 1e6)}`;
       this.conversation.typed(id, text);
-      if (frame) this.#show(frame);
+      if (frame) this.#sendFrame(frame);
       this.#item([{ type: "input_text", text }], id);
-      this.#ask();
+      this.#createResponse();
     });
   }
 
   /** Push to talk: what is said until `release` is the question. */
   press() {
-    if (this.pressed || this.wire.state.kind !== "open") return;
+    if (this.pressed || this.socket.state.kind !== "open") return;
     this.interrupt();
     this.pressed = this.hearing = true;
     this.#pressedAt = this.#sent;
@@ -127,28 +127,28 @@ export class Talk {
     this.pressed = this.hearing = false;
     this.on.state();
     if (this.#sent - this.#pressedAt < TAP) {
-      this.wire.send("input_audio_buffer.clear");
+      this.socket.send("input_audio_buffer.clear");
       return this.conversation.released(null);
     }
     this.conversation.released(this.#sent);
-    const frame = await this.#picture();
+    const frame = await this.#currentPicture();
     if (frame) {
       this.conversation.sent(frame);
       this.#item([{ type: "input_image", image_url: frame.data }], frame.id);
     }
-    this.wire.send("input_audio_buffer.commit");
-    this.#ask();
+    this.socket.send("input_audio_buffer.commit");
+    this.#createResponse();
   }
 
   /** Stops the answer where it is. @returns {boolean} whether there was one */
   interrupt() {
     const { answer, response } = this.conversation;
     if (!response) return false;
-    const ms = this.#played();
+    const ms = this.#playedMs();
     this.#speaker?.flush();
-    this.conversation.cut(ms);
+    this.conversation.interrupted(ms);
     if (answer?.samples) this.#truncate(answer.id, ms);
-    else this.wire.send("response.cancel");
+    else this.socket.send("response.cancel");
     this.on.state();
     return true;
   }
@@ -156,15 +156,15 @@ export class Talk {
   /** What the choices say, to the server and the loudspeaker. */
   async configure() {
     const detection = this.choices.press ? null : { type: "server_vad" };
-    const input = { format: { type: "audio/pcm", rate: HEARD }, transcription: { model: "attend" }, turn_detection: detection };
-    const output = { format: { type: "audio/pcm", rate: SPOKEN } };
+    const input = { format: { type: "audio/pcm", rate: INPUT_RATE }, transcription: { model: "attend" }, turn_detection: detection };
+    const output = { format: { type: "audio/pcm", rate: OUTPUT_RATE } };
     const output_modalities = [this.choices.aloud && this.audible ? "audio" : "text"];
-    this.wire.send("session.update", { session: { type: "realtime", output_modalities, audio: { input, output } } });
+    this.socket.send("session.update", { session: { type: "realtime", output_modalities, audio: { input, output } } });
     await this.#speaker?.use(this.choices.speaker);
   }
 
   /** What is going on. @returns {"hearing" | "thinking" | "speaking" | "listening"} */
-  get mood() {
+  get activity() {
     if (this.hearing) return "hearing";
     if (this.#speaker && !this.#speaker.idle) return "speaking";
     return this.conversation.response ? "thinking" : "listening";
@@ -173,10 +173,10 @@ export class Talk {
   // -- the server
 
   #state() {
-    if (this.wire.state.kind !== "open") {
+    if (this.socket.state.kind !== "open") {
       this.#speaker?.flush();
-      this.conversation.lost(this.#played());
-      this.hearing = this.pressed = this.#wanted = false;
+      this.conversation.lost(this.#playedMs());
+      this.hearing = this.pressed = this.#responseWanted = false;
     }
     this.on.state();
   }
@@ -185,12 +185,12 @@ export class Talk {
     this.#sent = 0;
     this.#frames = [];
     void this.configure();
-    for (const item of this.conversation.retold()) this.wire.send("conversation.item.create", { item });
+    for (const item of this.conversation.history()) this.socket.send("conversation.item.create", { item });
     for (const act of this.#waiting.splice(0)) act();
   }
 
-  /** @param {import("./wire.js").Event} event */
-  #take(event) {
+  /** @param {import("./socket.js").Event} event */
+  #receive(event) {
     const { conversation } = this;
     const open = conversation.answer?.state === "open";
     conversation.receive(event);
@@ -203,7 +203,7 @@ export class Talk {
         break;
       case "input_audio_buffer.speech_started":
         this.hearing = true;
-        void this.#look();
+        void this.#sendFrames();
         break;
       case "input_audio_buffer.speech_stopped":
         this.hearing = false;
@@ -215,16 +215,16 @@ export class Talk {
         return this.#play(event.item_id, decode(event.delta));
       case "attend.cleared":
         this.#speaker?.flush();
-        conversation.unplayed(event.item_id, this.#played());
+        conversation.unplayed(event.item_id, this.#playedMs());
         break;
       case "response.done":
-        if (open && conversation.answer?.state === "cut" && conversation.answer.samples) {
-          this.#truncate(conversation.answer.id, this.#played()); // the server can only reckon what was played
+        if (open && conversation.answer?.state === "interrupted" && conversation.answer.samples) {
+          this.#truncate(conversation.answer.id, this.#playedMs()); // the server can only estimate what was played
         }
-        if (this.#wanted) this.#ask();
+        if (this.#responseWanted) this.#createResponse();
         break;
       case "error":
-        this.#trouble(event.error);
+        this.#failed(event.error);
         break;
       default:
         return;
@@ -233,53 +233,53 @@ export class Talk {
   }
 
   /** @param {{code: string, message: string}} error */
-  #trouble({ code, message }) {
-    if (code === "conversation_already_has_active_response") this.#wanted = true;
-    else if (!SPOILED.includes(code)) this.on.trouble(message);
+  #failed({ code, message }) {
+    if (code === "conversation_already_has_active_response") this.#responseWanted = true;
+    else if (!HARMLESS.includes(code)) this.on.error(message);
   }
 
-  #ask() {
-    this.#wanted = this.conversation.response !== null;
-    if (!this.#wanted) this.wire.send("response.create");
+  #createResponse() {
+    this.#responseWanted = this.conversation.response !== null;
+    if (!this.#responseWanted) this.socket.send("response.create");
   }
 
   /** @param {string} id @param {number} ms */
   #truncate(id, ms) {
-    this.wire.send("conversation.item.truncate", { item_id: id, content_index: 0, audio_end_ms: Math.round(ms) });
+    this.socket.send("conversation.item.truncate", { item_id: id, content_index: 0, audio_end_ms: Math.round(ms) });
   }
 
   /** @param {Record<string, unknown>[]} content @param {string} id */
   #item(content, id) {
-    this.wire.send("conversation.item.create", { item: { id, type: "message", role: "user", content } });
+    this.socket.send("conversation.item.create", { item: { id, type: "message", role: "user", content } });
   }
 
   /** Now, or as soon as there is a server. @param {() => void} act */
-  #do(act) {
-    if (this.wire.state.kind === "open") act();
+  #whenOpen(act) {
+    if (this.socket.state.kind === "open") act();
     else this.#waiting.push(act);
   }
 
   // -- sound
 
   #open() {
-    /** @type {Promise<Sound>} */
-    const opening = Sound.open((running) => void (this.#sound === opening && this.#setAudible(running))).then(
+    /** @type {Promise<BrowserAudio>} */
+    const opening = BrowserAudio.open((running) => void (this.#audio === opening && this.#setAudible(running))).then(
       (sound) => {
-        if (this.#sound === opening) this.#speaker = this.#loudspeaker(sound);
+        if (this.#audio === opening) this.#speaker = this.#loudspeaker(sound);
         return sound;
       },
       (error) => {
-        if (this.#sound === opening) this.#setAudible(false);
+        if (this.#audio === opening) this.#setAudible(false);
         throw error;
       },
     );
     return opening;
   }
 
-  /** @param {Sound} sound */
+  /** @param {BrowserAudio} sound */
   #loudspeaker(sound) {
-    return new Loudspeaker(sound, {
-      first: (item, at) => this.#sounded(item, at),
+    return new SpeakerOutput(sound, {
+      first: (item, at) => this.#firstSound(item, at),
       played: (item, ms, level, idle) => {
         this.on.level(idle ? 0 : level, "agent");
         this.conversation.heard(item, ms, idle);
@@ -288,10 +288,10 @@ export class Talk {
     });
   }
 
-  #closeSound() {
+  #closeAudio() {
     this.microphone?.close();
-    void this.#sound?.then((sound) => sound.close(), () => {});
-    this.microphone = this.#speaker = this.#sound = null;
+    void this.#audio?.then((sound) => sound.close(), () => {});
+    this.microphone = this.#speaker = this.#audio = null;
     this.#setAudible(true);
   }
 
@@ -301,17 +301,17 @@ export class Talk {
     this.audible = audible;
     this.#speaker?.flush(); // what waits there would be heard much later
     this.conversation.silence(!audible);
-    if (this.wire.state.kind === "open") void this.configure();
+    if (this.socket.state.kind === "open") void this.configure();
     this.on.audible(audible);
     this.on.state();
   }
 
   /** @param {Int16Array} pcm @param {number} level @param {number} at */
-  #frame(pcm, level, at) {
+  #sendSound(pcm, level, at) {
     const silent = this.muted || (this.choices.press && !this.pressed);
     this.on.level(silent ? 0 : level, "user");
     if (this.choices.press && !this.pressed) return;
-    if (!this.wire.send("input_audio_buffer.append", { audio: encode(pcm) })) return;
+    if (!this.socket.send("input_audio_buffer.append", { audio: encode(pcm) })) return;
     this.#sent += FRAME;
     this.#frames.push({ ms: this.#sent, at });
     if (this.#frames.length > KEPT) this.#frames.shift();
@@ -321,31 +321,31 @@ export class Talk {
   /** @param {"microphone" | "camera"} device */
   #lost(device) {
     this[device]?.close();
-    if (device === "microphone") this.#hush();
+    if (device === "microphone") this.#sendSilence();
     this.on.lost(device);
   }
 
   /** Nothing comes any more, and time is counted in samples: what was being said would never end. */
-  #hush() {
-    const now = this.microphone?.sound.context.currentTime ?? 0;
+  #sendSilence() {
+    const now = this.microphone?.audio.context.currentTime ?? 0;
     if (this.pressed) void this.release();
-    else for (let ms = 0; ms < HUSH; ms += FRAME) this.#frame(new Int16Array((FRAME * HEARD) / 1000), 0, now);
+    else for (let ms = 0; ms < SILENCE; ms += FRAME) this.#sendSound(new Int16Array((FRAME * INPUT_RATE) / 1000), 0, now);
   }
 
   /** @param {string} item @param {Int16Array<ArrayBuffer>} pcm */
   #play(item, pcm) {
     const { answer } = this.conversation;
-    if (answer?.id !== item || answer.state === "cut") return;
+    if (answer?.id !== item || answer.state === "interrupted") return;
     const from = answer.samples;
     answer.samples += pcm.length; // before it is handed over, and has none any more
-    const play = () => this.audible && answer.state !== "cut" && this.#speaker?.play(item, from, pcm);
+    const play = () => this.audible && answer.state !== "interrupted" && this.#speaker?.play(item, from, pcm);
     if (this.#speaker) play();
-    else void this.#sound?.then(play, () => {}); // who typed at once has an answer before there is a loudspeaker
+    else void this.#audio?.then(play, () => {}); // who typed at once has an answer before there is a loudspeaker
     if (!from) this.on.state();
   }
 
   /** The first sound of an answer was played, at this context time. @param {string} item @param {number} at */
-  #sounded(item, at) {
+  #firstSound(item, at) {
     const { answer } = this.conversation;
     const end = answer?.to?.speech?.end;
     const frame = this.#frames.find(({ ms }) => end && ms >= end);
@@ -355,31 +355,31 @@ export class Talk {
   }
 
   /** Milliseconds of the present answer that were heard. */
-  #played() {
+  #playedMs() {
     const { answer } = this.conversation;
-    if (!this.audible) return answer ? (answer.samples * 1000) / SPOKEN : 0; // its words were shown
+    if (!this.audible) return answer ? (answer.samples * 1000) / OUTPUT_RATE : 0; // its words were shown
     const { played } = this.#speaker ?? {};
     return played && played.item === answer?.id ? played.ms : 0;
   }
 
   // -- pictures
 
-  async #look() {
-    while (this.hearing && this.wire.state.kind === "open" && !this.pressed) {
-      const frame = await this.#picture();
-      if (frame) this.#show(frame);
+  async #sendFrames() {
+    while (this.hearing && this.socket.state.kind === "open" && !this.pressed) {
+      const frame = await this.#currentPicture();
+      if (frame) this.#sendFrame(frame);
       await new Promise((done) => setTimeout(done, LOOK));
     }
   }
 
   /** What the user shows now: a picture that was given goes before the camera. */
-  async #picture() {
+  async #currentPicture() {
     return this.shown ?? (await this.camera.frame());
   }
 
   /** @param {Frame} frame */
-  #show(frame) {
+  #sendFrame(frame) {
     this.conversation.sent(frame);
-    this.wire.send("attend.camera.frame", { frame_id: frame.id, image_url: frame.data });
+    this.socket.send("attend.camera.frame", { frame_id: frame.id, image_url: frame.data });
   }
 }
