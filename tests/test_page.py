@@ -53,8 +53,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recordings(tmp_path_factory.mktemp("media"))
+
+
+def recordings(folder: Path) -> Path:
     """question.wav: the demo's question, once; speech.wav: over and over, without a pause; camera.mjpeg: the demo's picture."""
-    folder = tmp_path_factory.mktemp("media")
     question = read_audio(DEMO / "question.wav")
     asked = np.concatenate([np.zeros(int(LEAD * 16_000), np.float32), question])
     loud = np.flatnonzero(np.abs(question) > 0.02)
