@@ -181,8 +181,8 @@ class WebKit:
         )
         self._url = f"http://127.0.0.1:{port}/session"
         await _listening(port)
-        [browser] = Path("/usr/lib").glob("*/webkit2gtk-4.1/MiniBrowser")
-        options = {"binary": str(browser), "args": ["--automation"]}
+        browsers = sorted(Path("/usr/lib").glob("*/webkit*gtk-*/MiniBrowser"))  # by the version of its interface
+        options = {"binary": str(browsers[-1]), "args": ["--automation"]}
         session = await self._send("POST", "", capabilities={"alwaysMatch": {"webkitgtk:browserOptions": options}})
         self._url += f"/{session['sessionId']}"
         return self
