@@ -6,12 +6,12 @@ import { ConversationState } from "./conversation.js";
 import { RealtimeSocket } from "./socket.js";
 import { BrowserAudio, INPUT_RATE, MicrophoneInput, OUTPUT_RATE, SpeakerOutput, decode, encode } from "./sound.js";
 
-const LOOK = 300; // milliseconds between the camera's frames while the user speaks: the newest is looked at
-const TAP = 200; // milliseconds: a shorter press says nothing
+const LOOK = 300; // milliseconds between the camera's frames while the user speaks; the model looks at the newest
+const TAP = 200; // milliseconds: a shorter press of push-to-talk is discarded
 const FRAME = 40; // milliseconds
-const SILENCE = 1000; // milliseconds of silence by which the server sees that a sentence is over
+const SILENCE = 1000; // milliseconds that are sent when the microphone is lost, so that the server's VAD ends the turn
 const KEPT = 3000; // frames whose times are known: two minutes
-const HARMLESS = ["response_cancel_not_active", "input_audio_buffer_commit_empty"]; // races that hurt nobody
+const HARMLESS = ["response_cancel_not_active", "input_audio_buffer_commit_empty"]; // errors of harmless races, which are not shown
 
 /** @typedef {import("./camera.js").Frame} Frame */
 /** @typedef {import("./conversation.js").Entry} Entry */
@@ -42,7 +42,7 @@ export class VoiceClient {
   /** @type {{ms: number, at: number}[]} of the frames that were sent: where they end, and when (context time) */ #frames = [];
   #sent = 0; // milliseconds of sound in this session
   #pressedAt = 0;
-  #responseWanted = false; // an answer, as soon as none is being given
+  #responseWanted = false; // `response.create` follows when the response in progress is over
   /** @type {(() => void)[]} what the user did before there was a server */ #waiting = [];
 
   /** @param {HTMLVideoElement} video @param {Choices} choices read whenever they matter @param {Listener} on */
@@ -56,10 +56,10 @@ export class VoiceClient {
 
   // -- what the user does
 
-  /** In a click, or the browser plays nothing. */
+  /** Call it in a click, or the browser plays nothing. */
   connect() {
     this.#audio ??= this.#open();
-    this.#audio.catch(() => {}); // it was said, and who wants the microphone is told again
+    this.#audio.catch(() => {}); // `audible` has said it; `listen` rejects too
     if (this.socket.state.kind === "off") this.socket.start();
   }
 
@@ -83,7 +83,7 @@ export class VoiceClient {
     this.on.state();
   }
 
-  /** In a click: microphone and loudspeaker from the beginning, as their sound does not run. @returns {Promise<void>} as `listen` */
+  /** Opens microphone and loudspeaker anew, when their sound does not run. Call it in a click. @returns {Promise<void>} rejects as `listen` */
   async reopen() {
     const listening = this.microphone?.stream;
     this.#closeAudio();
@@ -153,7 +153,7 @@ export class VoiceClient {
     return true;
   }
 
-  /** What the choices say, to the server and the loudspeaker. */
+  /** Sends the settings to the server, and the output device to the browser. */
   async configure() {
     const detection = this.choices.press ? null : { type: "server_vad" };
     const input = { format: { type: "audio/pcm", rate: INPUT_RATE }, transcription: { model: "attend" }, turn_detection: detection };
@@ -163,7 +163,7 @@ export class VoiceClient {
     await this.#speaker?.use(this.choices.speaker);
   }
 
-  /** What is going on. @returns {"hearing" | "thinking" | "speaking" | "listening"} */
+  /** What the conversation is doing. @returns {"hearing" | "thinking" | "speaking" | "listening"} */
   get activity() {
     if (this.hearing) return "hearing";
     if (this.#speaker && !this.#speaker.idle) return "speaking";

@@ -72,7 +72,7 @@ export class ConversationState {
     this.#add({ who: "user", id: "", text: null, state: "open", frames: [], speech: { start: ms, end: null, sent: ms } });
   }
 
-  /** @param {number | null} ms null: it was a mere tap */
+  /** @param {number | null} ms null: the press was too short, and is discarded */
   released(ms) {
     const entry = this.#pressed();
     if (!entry?.speech) return;
@@ -81,7 +81,7 @@ export class ConversationState {
     this.on.change(entry);
   }
 
-  /** What the user says now was sent as far as `ms`. @param {number} ms */
+  /** Of the user's speech the sound up to `ms` was sent. @param {number} ms */
   taken(ms) {
     const entry = this.entries.findLast(({ who }) => who === "user");
     if (entry?.who !== "user" || entry.speech?.end !== null) return;
@@ -109,7 +109,7 @@ export class ConversationState {
     }
   }
 
-  /** The answer is over here and now: `ms` of it were heard. @param {number} ms @returns {AssistantMessage | null} */
+  /** The user interrupted the answer after `ms` of it were played. @param {number} ms @returns {AssistantMessage | null} */
   interrupted(ms) {
     const entry = this.answer;
     if (!entry || entry.state !== "open") return null;
@@ -119,7 +119,7 @@ export class ConversationState {
     return entry;
   }
 
-  /** The session is lost: what was open is over. @param {number} ms */
+  /** The session is lost: open messages are closed, and `ms` of the answer were played. @param {number} ms */
   lost(ms) {
     this.response = null;
     this.interrupted(ms);
@@ -176,7 +176,7 @@ export class ConversationState {
     }
   }
 
-  /** Of an item nothing after `ms` was played, and what comes belongs at an earlier word. @param {string} item @param {number} ms */
+  /** After attend.cleared: of this item nothing after `ms` was played, and it goes on from an earlier word. @param {string} item @param {number} ms */
   unplayed(item, ms) {
     const entry = this.#answered(item);
     if (entry) entry.words = entry.words.filter((word) => word.ms <= ms);
@@ -296,7 +296,7 @@ export class ConversationState {
         if ((words[n + 1]?.ms ?? Infinity) <= ms) heardTo = word.end;
       });
     } else if (entry.samples) {
-      shownTo = heardTo = Math.floor((length * ms * 24) / entry.samples); // a voice that does not know its words
+      shownTo = heardTo = Math.floor((length * ms * 24) / entry.samples); // a voice without word times: in proportion
     }
     entry.shownTo = Math.min(length, Math.max(entry.shownTo, shownTo));
     entry.heardTo = Math.min(length, Math.max(entry.heardTo, heardTo));

@@ -3,7 +3,7 @@
 
 /** @typedef {"connection" | "gone" | "refused" | "error" | "insecure" | "silent" | "once"} Cause */
 
-const PASSING = 12_000; // milliseconds that what went wrong and is over stays
+const PASSING = 12_000; // milliseconds that a passing error is shown
 
 export class Notice {
   /** @type {Cause | null} */ #cause = null;
