@@ -39,7 +39,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class ConversationBackend(Protocol):
-    """A `Session` of this process, or a client of a server (`web.caller.Caller`)."""
+    """A `Session` of this process, or the client in web/ of a session at a server."""
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
 

@@ -226,6 +226,9 @@ export class VoiceClient {
       case "error":
         this.#failed(event.error);
         break;
+      case "attend.note":
+        this.on.error(event.message);
+        break;
       default:
         return;
     }
