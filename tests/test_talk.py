@@ -355,7 +355,11 @@ def test_in_a_terminal_one_line_lives_and_the_space_bar_opens_and_closes_a_turn(
 
 
 def test_ctrl_c_twice_ends_it_at_once(card):
-    stuck = "import time\nfrom agent.talk import door\nasync def stop(self): self.terminal.note('stopping')\ndoor.RoomConversation.stop = stop\n"
+    stuck = (
+        "from agent.talk.door import RoomConversation\n"
+        "async def stop(self): self.terminal.note('stopping')\n"
+        "RoomConversation.stop = stop\n"
+    )
     folder = card.mic.folder.parent / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(stuck)
