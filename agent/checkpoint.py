@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agent.answer import Answer
 from agent.prompt import Prompt
+from agent.suggestions import Suggestions, read_suggestions
 from model import weights
 from model.cache import SLACK, Cache, Row
 from model.gemma import CheckpointError, Gemma
@@ -39,6 +40,7 @@ class Loaded:
     prompt: Prompt
     generation: Generation
     budget: int  # soft tokens of a picture, unless the user asks for another
+    suggestions: Suggestions | None = None  # for people who try it
 
 
 def load(
@@ -74,7 +76,9 @@ def load(
     generation = weights.read_generation(folder, config)
     number = None if dtype == "auto" else getattr(torch, dtype)
     model = weights.load(files, device, number, progress, weights=quantized, head=head, config=folder)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder))
+    return Loaded(
+        model, tokenizer, Prompt(tokenizer, config.media), generation, weights.read_budget(folder), read_suggestions(folder)
+    )
 
 
 def new_cache(loaded: Loaded, rows: int, length: int) -> Cache:

@@ -85,7 +85,7 @@ async def evening(minutes: int) -> tuple[list[int], str]:
                 await asyncio.sleep(0.001)
 
         microphone.ready = ready
-        conversation = door.Talk(terminal, door.Ends(microphone, Ear(), EchoCanceller()))  # type: ignore[arg-type]
+        conversation = door.RoomConversation(terminal, door.Devices(microphone, Ear(), EchoCanceller()))  # type: ignore[arg-type]
         await conversation.run(session)
         assert conversation.failed is None
     return microphone.memory, out.getvalue()
