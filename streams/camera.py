@@ -95,6 +95,7 @@ class Camera:
         self._encoded: tuple[CameraFrame, Shot] | None = None
         self._pushed: tuple[bytes, float, bool] | None = None  # the next picture that nobody has decoded yet
         self._last_pushed = self._last_retained = b""
+        self._decoding = False  # a picture was pushed, and is not there yet
         self._moved = threading.Condition()  # guards what is above
         self._over = threading.Event()
         self._open = self._read_pushed if source is None else open_source(source, self._wait_until)
@@ -103,9 +104,10 @@ class Camera:
             thread.start()
 
     def newest(self, wait: float = 0.0) -> Shot | None:
-        """The newest picture, for whose first one this waits so many seconds. None: there has been none."""
+        """The newest picture. Waits up to `wait` seconds for the first one, and until one that was pushed is decoded. None: there
+        has been none."""
         with self._moved:
-            self._moved.wait_for(lambda: self._frame or self._over.is_set(), wait)
+            self._moved.wait_for(lambda: (self._frame and not self._decoding) or self._over.is_set(), wait)
             frame, done = self._frame, self._encoded
         if frame is None or (done and done[0] is frame):
             return done[1] if frame and done else None
@@ -128,7 +130,7 @@ class Camera:
             if retained and picture in (self._last_pushed, self._last_retained):
                 return
             self._last_pushed, self._last_retained = picture, picture if retained else self._last_retained
-            self._pushed = picture, time.time() if at is None else at, retained
+            self._pushed, self._decoding = (picture, time.time() if at is None else at, retained), True
             self._moved.notify_all()
 
     def close(self) -> None:
@@ -153,12 +155,14 @@ class Camera:
                 for frame in self._open():
                     with self._moved:
                         self._frame, self._lost, pause = frame, None, PAUSES[0]
+                        self._decoding = self._pushed is not None
                         self._moved.notify_all()
                     if self._over.is_set():
                         return
             except (MediaError, cv2.error) as error:
                 with self._moved:  # the text of a cv2.error may quote the address
                     self._lost = str(error) if isinstance(error, MediaError) else f"{self._name} cannot be decoded"
+                    self._decoding = self._pushed is not None
                     self._moved.notify_all()
                 self._over.wait(pause)
                 pause = min(2 * pause, PAUSES[1])

@@ -295,6 +295,15 @@ def test_what_is_pushed_and_is_no_picture_is_told_and_harms_nothing(told):
         assert colour(it.newest()) == "blue"
 
 
+def test_who_asks_right_after_a_picture_was_pushed_gets_that_one():
+    with Camera(None) as it:
+        for number in range(1, 30):
+            it.push(jpeg(RED if number % 2 else BLUE, (1080, 1920)), at=float(number))
+            assert it.newest(wait=SOON).at == number
+        it.push(b"junk")
+        assert it.newest(wait=SOON).at == 29
+
+
 def test_of_pictures_pushed_in_a_burst_the_last_one_stays():
     with Camera(None) as it:
         for _ in range(300):
