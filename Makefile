@@ -7,7 +7,7 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo test nano exam compiler broker soundcard lock clean
+.PHONY: help demo test nano exam compiler broker soundcard browsers lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make test    lint, types and tests'
@@ -25,7 +25,7 @@ demo: .venv/demo
 SERVE ?=
 WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
 
-test: .venv/test compiler broker soundcard build/node/stamp build/homeassistant/stamp
+test: .venv/test compiler broker soundcard browsers build/node/stamp build/homeassistant/stamp
 	@$(call need,openssl version,openssl)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +64,12 @@ soundcard:
 	@$(call need,ls /usr/lib/*/alsa-lib/libasound_module_pcm_pulse.so,libasound2-plugins)
 	@$(call need,pulseaudio --version,pulseaudio)
 	@$(call need,parec --version,pulseaudio-utils)
+
+# What the page is tested in besides Chromium; WebKit's draws on a screen that is not there.
+browsers:
+	@$(call need,command -v firefox-esr,firefox-esr)
+	@$(call need,command -v WebKitWebDriver,webkit2gtk-driver)
+	@$(call need,command -v Xvfb,xvfb)
 
 # What the tests of attend watch talk to: a broker with its clients, and an RTSP camera, which runs in the system's own Python.
 broker:

@@ -7,31 +7,31 @@ import sys
 from collections.abc import Sequence
 
 from agent import pools
-from agent.commands import ask, bench, serve, talk, watch
+from agent.commands import ask, bench, plan, serve, talk, watch
 from agent.engine import EngineStopped, RowLost
 from agent.watch.config import ConfigError
-from agent.watch.ledger import LedgerError
-from agent.watch.looking import NoAnswer
+from agent.watch.outbox import OutboxError
+from agent.watch.visual_qa import NoAnswer
 from model.cache import RowFull
 from model.gemma import CheckpointError
 from model.tokenizer import TokenizerError
 from model.vad import VadMissing
+from streams.broker import BrokerError
 from streams.frames import MediaError
-from streams.mqtt import BrokerError
 from streams.portaudio import SoundError
 from streams.voice import VoiceMissing
 from web.access import NotServed
 
 COMPLAINTS = (
     CheckpointError, TokenizerError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing,
-    MediaError, SoundError, NotServed, ConfigError, LedgerError, BrokerError, NoAnswer,
+    MediaError, SoundError, NotServed, ConfigError, OutboxError, BrokerError, NoAnswer,
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="attend", description="An agent that listens and watches while you speak.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (ask, talk, serve, watch, bench):
+    for command in (ask, talk, serve, watch, plan, bench):
         command.add(commands)
     given = parser.parse_args(arguments)
     pools.limit()

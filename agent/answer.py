@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from agent.calls import BrokenCall, ToolCall
@@ -60,6 +60,14 @@ class Answer:
     def flush(self) -> list[Piece]:
         """The end of a stretch, wherever it came."""
         return self._read(self._reader.flush()) + self._said(self._marks.flush())
+
+    async def read(self, tokens: AsyncIterable[tuple[int, float]]) -> AsyncIterator[Piece]:
+        """The pieces of an answer while it is sampled, to its end. `tokens`: ids with their log-probabilities."""
+        async for id, _ in tokens:
+            for piece in self.push(id):
+                yield piece
+        for piece in self.flush():
+            yield piece
 
     def _read(self, found: Iterable[Event]) -> list[Piece]:
         pieces: list[Piece] = []

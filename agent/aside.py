@@ -18,8 +18,8 @@ from agent.reply import Reply
 from agent.settings import Settings
 from agent.tape import Entry, Sound
 from model.cache import RowFull
-from streams.files import decode_picture
 from streams.frames import Audio, MediaError
+from streams.pictures import decode_picture
 from streams.voice import Voice
 
 MOST = 4  # at once: they share the spare rows with everybody's captions

@@ -1,21 +1,18 @@
 """One question from files, by the way that a live turn takes: the tape, the engine and its row, sound frame by frame, in the
-order given. Only nobody has to tell when the turn ends, and the answer is read and not spoken."""
+order given. Only nobody has to detect the turn's end, and the answer is read and not spoken."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.answer import Answer as Written
-from agent.answer import Piece
+from agent.answer import Answer
 from agent.checkpoint import LENGTH, Loaded
 from agent.engine import Engine
 from agent.marks import Mark
@@ -25,43 +22,41 @@ from agent.segments import Picture, Segment
 from agent.tape import Asked, Entry, Opened, Seen, Setting, Sound, Tape, Typed
 from agent.view import Budget, view
 from model.cache import RowFull
-from streams import files
+from streams import media_files, pictures
 from streams.frames import FRAME, RATE
+from streams.opencv import cv2
 
 if TYPE_CHECKING:
     from model.sampling import Generation
 
-VIDEO_BUDGET = 70
+VIDEO_BUDGET = 70  # soft tokens of each picture of a video
+CHUNK = 2  # seconds of a video's sound that stand together, at least
+NEAR = 10  # frames by which sound and pictures may be out of step, so that no word is cut in two: 0.4 s
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of the question; `value` is text or a file's path."""
+class QuestionPart:
+    """A piece of the question as the command line has it; `value` is text or a file's path."""
 
     kind: Literal["text", "image", "audio", "video"]
     value: str
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture: its file, what is in it, and its seconds where it is one of a video."""
+class QuestionMedia:
+    """A question whose files have been read: what goes on the tape, in order."""
 
-    data: bytes
-    pixels: NDArray[np.uint8]
-    seconds: float | None = None
+    parts: tuple[Typed | Sound | Seen, ...]
+    audio_seconds: float
 
-
-@dataclass(frozen=True)
-class Medium:
-    """A part that has been read: text, samples, or pictures."""
-
-    text: str = ""
-    samples: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    pictures: Sequence[Shown] = ()
+    @property
+    def last_picture(self) -> bytes | None:
+        """The picture that marks are drawn on, as a file."""
+        return next((part.data for part in reversed(self.parts) if isinstance(part, Seen)), None)
 
 
 @dataclass
-class Answer:
+class AskResult:
     """What was asked, in ids (soft tokens as placeholders), and what came. Times in milliseconds."""
 
     text: str = ""
@@ -80,89 +75,75 @@ class Answer:
         return {**vars(self), "marks": marks}
 
 
-def read(parts: Sequence[Part]) -> list[Medium]:
-    """Reads every file of the question, so that a bad one is found before a model is loaded. Raises MediaError."""
-    media = []
+# ---- the question
+
+
+def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> QuestionMedia:
+    """Reads every file of the question, so that a bad one is found before a model is loaded. Blocks. Raises MediaError.
+
+    `soundtracks`: the sound of a video is part of the question too, in step with its pictures.
+    """
+    read: list[Typed | Sound | Seen] = []
+    seconds = 0.0
     for part in parts:
-        path = Path(part.value)
         match part.kind:
             case "text":
-                media.append(Medium(text=part.value))
+                read.append(Typed(part.value))
             case "audio":
-                media.append(Medium(samples=files.read_audio(path)))
+                samples = media_files.read_audio(part.value)
+                seconds += len(samples) / RATE
+                read.append(_sound(samples))
             case "image":
-                pixels = files.read_picture(path)
-                media.append(Medium(pictures=[Shown(path.read_bytes(), pixels)]))
+                data = pictures.load_picture(part.value)
+                height, width = pictures.decode_picture(data, part.value).shape[:2]
+                read.append(Seen(data, height, width))
             case "video":
-                media.append(Medium(pictures=[Shown(_png(pixels), pixels, at) for at, pixels in files.read_video(path)]))
-    return media
+                shown = media_files.read_video(part.value)
+                samples = media_files.read_soundtrack(part.value) if soundtracks else np.zeros(0, np.float32)
+                seconds += len(samples) / RATE
+                read += _interleave(shown, samples)
+    return QuestionMedia(tuple(read), seconds)
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    return bytes(cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+def _interleave(shown: Sequence[tuple[float, NDArray[np.uint8]]], samples: NDArray[np.float32]) -> Iterator[Seen | Sound]:
+    """A video's pictures with their seconds, and between them its sound, float32 [n] at 16 kHz from 0 s on.
+
+    The pictures of at least CHUNK seconds stand together before the sound of these seconds, which ends where it is quietest:
+    words that a picture cuts in two are not understood.
+    """
+    begun = heard = 0  # frames of sound: where the pictures since the last piece of sound begin, and what that ended with
+    for at, pixels in shown:
+        now = round(at * RATE / FRAME)
+        if now - begun >= CHUNK * RATE // FRAME and heard * FRAME < len(samples):
+            cut = _quietest(samples, now)
+            yield _sound(samples[heard * FRAME : cut * FRAME])
+            begun, heard = now, cut
+        height, width = pixels.shape[:2]
+        png = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        yield Seen(png, height, width, VIDEO_BUDGET, seconds=at)
+    if heard * FRAME < len(samples):
+        yield _sound(samples[heard * FRAME :])
 
 
-async def ask(
-    loaded: Loaded,
-    media: Sequence[Medium],
-    *,
-    how: Generation,
-    system: str | None = None,
-    budget: int | None = None,
-    most: int = 256,
-    seed: int | None = None,
-    thinking: bool = False,
-    real_time: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-) -> Answer:
-    """Feeds the question and generates. `say` is told the answer's text as it comes. Raises RowFull if it does not fit."""
-    answer, setting = Answer(), Setting(system, thinking=thinking)
-    answer.audio_seconds = sum(len(medium.samples) for medium in media) / RATE
-    parts = [part for medium in media for part in _parts(medium, budget or loaded.budget)]
-    with Engine(loaded, length=LENGTH, budget=max(budget or loaded.budget, VIDEO_BUDGET)) as engine:
-        answer.prompt_ids = _prompt(loaded, setting, parts, engine.length)
-        row = engine.claim(lambda error: None)  # every wait below is told too
-        room = Budget(ahead=engine.length, row=engine.length - 1)
-        config = loaded.model.config
-        record = Record(Tape(), row, loaded.prompt, config, room, "verbatim", room.row, lambda note: None)  # no journal, no notes
-        begun = perf_counter()
-        record.append(setting)
-        record.open(0)
-        for part in parts:
-            if isinstance(part, Sound):
-                async for sound in files.play(part.samples.reshape(-1), real_time=real_time):
-                    assert record.sound(sound.samples), "_prompt has counted"
-            else:
-                record.part(part)
-        await row.drained()
-        asked = perf_counter()
-        answer.timings_ms["append"] = (asked - begun) * 1000
-        caption = record.caption()
-        record.ask()
-        await _read_answer(loaded, answer, row.generate(*record.closing(), how=how, most=most, seed=seed), say, asked)
-        if caption:
-            with suppress(RowFull):  # a prompt that leaves no room to ask for it
-                answer.heard = await caption.words(loaded.generation)
-    return answer
+def _quietest(samples: NDArray[np.float32], near: int) -> int:
+    """The frame within NEAR of this one around which 200 ms are quietest: the closure of a plosive is no pause."""
+    first = near - NEAR
+    frames = samples[first * FRAME : (near + NEAR) * FRAME]
+    if len(frames) < 2 * NEAR * FRAME:
+        return near
+    energy = (frames.reshape(-1, FRAME) ** 2).sum(axis=1)
+    return first + 2 + int(np.convolve(energy, np.ones(5), "valid").argmin())
 
 
-def _parts(medium: Medium, budget: int) -> list[Typed | Sound | Seen]:
-    if medium.text:
-        return [Typed(medium.text)]
-    if len(medium.samples):
-        return [Sound.of(np.pad(medium.samples, (0, -len(medium.samples) % FRAME)).reshape(-1, FRAME))]
-    return [_seen(shown, budget if shown.seconds is None else VIDEO_BUDGET) for shown in medium.pictures]
+def _sound(samples: NDArray[np.float32]) -> Sound:
+    """Whole frames, zeros after the last sample."""
+    return Sound.of(np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME))
 
 
-def _seen(shown: Shown, budget: int) -> Seen:
-    height, width = shown.pixels.shape[:2]
-    return Seen(shown.data, height, width, budget, seconds=shown.seconds)
-
-
-def _prompt(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound | Seen], room: int) -> list[int]:
-    """The whole of it in ids, soft tokens as placeholders. Raises RowFull: what cannot fit should not first take minutes."""
+def _prompt_ids(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound | Seen], length: int) -> list[int]:
+    """The whole prompt in ids, soft tokens as placeholders. Raises RowFull: what cannot fit should not first take minutes."""
     prompt = loaded.prompt
-    videos = iter([isinstance(part, Seen) and part.seconds is not None for part in parts if isinstance(part, Seen)])
+    videos = iter([part.seconds is not None for part in parts if isinstance(part, Seen)])
 
     def ids(segment: Segment) -> tuple[int, ...]:
         match segment:
@@ -173,47 +154,102 @@ def _prompt(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound | Se
         return segment
 
     entries: list[Entry] = [setting, Opened(), *parts, Asked()]
-    wide = Budget(ahead=1 << 30, row=1 << 30)
-    segments = view(entries, prompt, wide, "verbatim", patch=loaded.model.config.patch).segments
+    unlimited = Budget(ahead=1 << 30, row=1 << 30)
+    segments = view(entries, prompt, unlimited, "verbatim", patch=loaded.model.config.patch).segments
     whole = [id for segment in segments for id in ids(segment)]
-    if len(whole) + 2 >= room:  # with a place for the end of a run of sound, and one for the answer
-        less = "give it less sound, fewer pictures or a smaller budget"
-        raise RowFull(f"the prompt takes {len(whole)} positions and a row holds {room}; {less}")
+    if len(whole) + 2 >= length:  # with a place for the end of a run of sound, and one for the answer
+        film = any(isinstance(part, Seen) and part.seconds is not None for part in parts)
+        less = "leave the video's sound out with --no-sound, or give it " if film else "give it "
+        less += "less sound, fewer pictures or a smaller budget"
+        raise RowFull(f"the prompt takes {len(whole)} positions and a row holds {length}; {less}")
     return whole
+
+
+# ---- the answer
+
+
+async def ask(
+    loaded: Loaded,
+    question: QuestionMedia,
+    *,
+    sampling: Generation,
+    system: str | None = None,
+    budget: int | None = None,
+    max_tokens: int = 256,
+    seed: int | None = None,
+    thinking: bool = False,
+    real_time: bool = False,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> AskResult:
+    """Feeds the question and generates. `on_text` is called with the answer's text as it comes.
+
+    `budget`: soft tokens of a picture, else the checkpoint's own. Raises RowFull if the question does not fit.
+    """
+    setting = Setting(system, thinking=thinking)
+    result = AskResult(audio_seconds=question.audio_seconds)
+    parts = [_with_budget(part, budget or loaded.budget) for part in question.parts]
+    with Engine(loaded, length=LENGTH, budget=max(budget or loaded.budget, VIDEO_BUDGET)) as engine:
+        result.prompt_ids = _prompt_ids(loaded, setting, parts, engine.length)
+        row = engine.claim(lambda error: None)  # every wait below is told too
+        limits = Budget(ahead=engine.length, row=engine.length - 1)
+        config = loaded.model.config
+        record = Record(Tape(), row, loaded.prompt, config, limits, "verbatim", limits.row, lambda note: None)
+        begun = perf_counter()
+        record.append(setting)
+        record.open(0)
+        for part in parts:
+            if isinstance(part, Sound):
+                async for sound in media_files.play(part.samples.reshape(-1), real_time=real_time):
+                    assert record.sound(sound.samples), "_prompt_ids has counted"
+            else:
+                record.part(part)
+        await row.drained()
+        asked = perf_counter()
+        result.timings_ms["append"] = (asked - begun) * 1000
+        caption = record.caption()
+        record.ask()
+        tokens = row.generate(*record.closing(), how=sampling, most=max_tokens, seed=seed)
+        await _read_answer(loaded, result, tokens, on_text, asked)
+        if caption:
+            with suppress(RowFull):  # a prompt that leaves no room to ask for it
+                result.heard = await caption.words(loaded.generation)
+    return result
+
+
+def _with_budget(part: Typed | Sound | Seen, budget: int) -> Typed | Sound | Seen:
+    return replace(part, budget=budget) if isinstance(part, Seen) and part.seconds is None else part
 
 
 async def _read_answer(
     loaded: Loaded,
-    answer: Answer,
+    result: AskResult,
     tokens: AsyncIterable[tuple[int, float]],
-    say: Callable[[str], None],
+    on_text: Callable[[str], None],
     asked: float,
 ) -> None:
-    written = Written(loaded.tokenizer)
-    first = last = asked
+    """Ids with their log-probabilities → `result`, until there are no more."""
+    answer, times = Answer(loaded.tokenizer), list[float]()
 
-    def take(pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            match piece:
-                case str():
-                    say(piece)
-                case Mark():
-                    answer.marks.append(piece)
-                case Thought():
-                    answer.thought += piece.text
-                case _:
-                    answer.finish = "tool_call"
+    async def counted() -> AsyncIterator[tuple[int, float]]:
+        async for token, logprob in tokens:
+            times.append(perf_counter())
+            result.answer_ids.append(token)
+            result.logprobs.append(logprob)
+            if token in loaded.generation.stop:
+                result.finish = "stop"
+            yield token, logprob
 
-    async for token, logp in tokens:
-        last = perf_counter()
-        first = last if first == asked else first
-        answer.answer_ids.append(token)
-        answer.logprobs.append(logp)
-        if token in loaded.generation.stop:
-            answer.finish = "stop"
-        take(written.push(token))
-    take(written.flush())
-    answer.text = written.text.strip()
-    count = len(answer.answer_ids)
-    answer.timings_ms["last_frame_to_first_token"] = (first - asked) * 1000
-    answer.timings_ms["per_token"] = (last - first) * 1000 / max(1, count - 1)
+    async for piece in answer.read(counted()):
+        match piece:
+            case str():
+                on_text(piece)
+            case Mark():
+                result.marks.append(piece)
+            case Thought():
+                result.thought += piece.text
+            case _:
+                result.finish = "tool_call"
+    result.text = answer.text.strip()
+    first, last = (times[0], times[-1]) if times else (asked, asked)
+    result.timings_ms["last_frame_to_first_token"] = (first - asked) * 1000
+    result.timings_ms["per_token"] = (last - first) * 1000 / max(1, len(times) - 1)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from agent.answer import Answer
 from agent.prompt import Prompt
+from agent.suggestions import Suggestions, read_suggestions
 from model import weights
 from model.cache import Cache, Room, Row
 from model.gemma import CheckpointError, Gemma
 from model.pixels import patches
+from model.quantized import Form
 from model.sampling import Generation, draw
 from model.threads import Threads
 from model.tokenizer import Tokenizer
@@ -40,6 +42,7 @@ class Loaded:
     prompt: Prompt
     generation: Generation
     budget: int  # soft tokens of a picture, unless the user asks for another
+    suggestions: Suggestions | None = None  # for people who try it
 
 
 def load(
@@ -51,11 +54,24 @@ def load(
     rows: int = 0,
     length: int = LENGTH,
     budget: int | None = None,
+    *,
+    quantized: Form | None = None,
+    head: Form | None = None,
+    config_from: str | None = None,
 ) -> Loaded:
-    """A checkpoint by folder, hub id or "nano"; `threads` for each pass on a CPU (None: by its work). There must be memory for
-    `rows` of `length` positions too, with pictures of up to `budget` soft tokens (None: the checkpoint's). Raises CheckpointError
-    or TokenizerError."""
-    folder: Path = weights.locate(name)
+    """A checkpoint by folder, hub id or "nano".
+
+    `threads` for each pass on a CPU (None: by its work). There must be memory for `rows` of `length` positions too, with pictures
+    of up to `budget` soft tokens (None: the checkpoint's). `quantized`: the form in which the layers' matrices are held, `head`
+    that of the head (model/weights.py). `config_from`: the folder or hub id with config.json and tokenizer.json, for GGUF files
+    that come without. Raises CheckpointError or TokenizerError."""
+    files: Path = weights.locate(name)
+    folder = weights.locate(config_from, weights.CONFIG_FILES) if config_from else files
+    if not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds GGUF files without config.json and tokenizer.json; name a checkpoint that has them, for example "
+            "--config-from google/gemma-4-12B-it"
+        )
     tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
     config = weights.read_config(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -64,10 +80,10 @@ def load(
         )
     generation = weights.read_generation(folder, config)
     usual, place = weights.read_budget(folder), weights.find_device(device, weights.size(config))
-    room = Room(rows, length, budget or usual)
-    model = weights.load(folder, place, None if dtype == "auto" else getattr(torch, dtype), progress, room)
+    number, room = None if dtype == "auto" else getattr(torch, dtype), Room(rows, length, budget or usual)
+    model = weights.load(files, place, number, progress, room, weights=quantized, head=head, config=folder)
     model.threads = Threads(threads)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, usual)
+    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, usual, read_suggestions(folder))
 
 
 def new_cache(loaded: Loaded, rows: int, length: int, budget: int | None = None) -> Cache:

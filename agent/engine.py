@@ -28,8 +28,8 @@ from agent.tape import Sound
 from agent.timing import Timing
 from model.cache import NoRow, RowFull
 from model.sampling import Generation, draw
-from streams.files import decode_picture
 from streams.frames import MediaError
+from streams.pictures import decode_picture
 
 CHUNK = 128  # positions; a picture may be longer, since it goes in at once
 FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own

@@ -14,9 +14,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from streams.opencv import cv2
 
 SCALE = 1000  # the model's coordinates run from 0 to 1000, whatever the picture's size
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cv2
 import torch
 from threadpoolctl import threadpool_limits
 
 from model import threads
+from streams.opencv import cv2
 
 
 def limit() -> None:

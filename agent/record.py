@@ -45,10 +45,9 @@ class Caption:
 
     async def words(self, how: Generation) -> str:
         answer = Answer(self.tokenizer)
-        async with aclosing(self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)) as drawn:
-            async for token, _ in drawn:
-                answer.push(token)
-        answer.flush()
+        async with aclosing(self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)) as tokens:
+            async for _ in answer.read(tokens):
+                pass
         return answer.text.strip()
 
 

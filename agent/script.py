@@ -34,8 +34,8 @@ from agent import events
 from agent.events import Event, Input
 from agent.marks import Mark
 from agent.recording import Recording
-from streams.files import read_audio
 from streams.frames import FRAME, RATE, Audio, MediaError
+from streams.media_files import read_audio
 
 TAIL = 40  # frames of silence after the last answer: for its caption, and for the ear
 SETTLED = 8  # frames after which a script without real time waits for the model

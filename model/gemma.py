@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Cache, Memory, Reach, Row, Span
+from model.quantized import QuantizedLinear, Weight, linear
 from model.step import Step
 from model.threads import Threads
 
@@ -210,16 +211,16 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.eps = layer, config.heads, config.eps
         kv = layer.kv_heads * (1 if layer.shared_kv else 2)
-        self.qkv = nn.Parameter(torch.empty((config.heads + kv) * layer.head_dim, config.hidden_size))
+        self.qkv: Weight = nn.Parameter(torch.empty((config.heads + kv) * layer.head_dim, config.hidden_size))
         self.q_norm = nn.Parameter(torch.ones(layer.head_dim))
         self.k_norm = nn.Parameter(torch.ones(layer.head_dim))
-        self.out = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
+        self.out: Weight = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
 
     def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: int) -> Tensor | None:
         """x [B, T, H] -> [B, wanted, H] of the last positions, or None where only the keys and values are wanted."""
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
-        qkv = F.linear(x, self.qkv).view(batch, count, -1, size)
+        qkv = linear(x, self.qkv).view(batch, count, -1, size)
         weight = torch.stack((self.q_norm,) * heads + (self.k_norm,) * kv)
         query_key = rms_norm(qkv[:, :, : heads + kv], self.eps, weight)
         query, key = rotate(query_key, reach.cos, reach.sin).transpose(1, 2).split((heads, kv), 1)
@@ -236,18 +237,18 @@ class Attention(nn.Module):
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
         # On a CPU it lies as the query does; CUDA's memory-efficient kernel lays it out by positions, which no view undoes.
         seen = seen.unflatten(2, (heads // kv, -1)).permute(0, 3, 1, 2, 4)
-        return F.linear(seen.reshape(batch, -1, heads * size), self.out)
+        return linear(seen.reshape(batch, -1, heads * size), self.out)
 
 
 class MLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size))
+        self.gate_up: Weight = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size))
+        self.down: Weight = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, -1)
-        return F.linear(F.gelu(gate, approximate="tanh") * up, self.down)
+        gate, up = linear(x, self.gate_up).chunk(2, -1)
+        return linear(F.gelu(gate, approximate="tanh") * up, self.down)
 
 
 class Block(nn.Module):
@@ -306,6 +307,7 @@ class Gemma(nn.Module):
         self.threads = Threads()
         products = [p.numel() for p in self.blocks.parameters() if p.dim() == 2]
         self.product = sum(products) // max(1, len(products))  # numbers in a layer's matrix, on average
+        self.head: QuantizedLinear | None = None  # logits are computed with it instead of the embedding table
 
     @property
     def device(self) -> torch.device:
@@ -356,7 +358,7 @@ class Gemma(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> float32 logits [..., vocabulary], softcapped, over the tied unscaled table."""
         with self._threads(self.embedding, hidden):
-            logits = F.linear(hidden, self.embedding).float()
+            logits = linear(hidden, self.head or self.embedding).float()
             cap = self.config.softcap
             return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -15,7 +15,8 @@ BUDGETS = (70, 140, 280, 560, 1120)  # the most soft tokens that a picture may b
 def target_size(height: int, width: int, budget: int, patch: int = 48) -> tuple[int, int]:
     """The (height, width) of the largest grid of whole patches with nearly the picture's shape and at most `budget` cells.
 
-    `patch` is the side of one soft token in pixels: the checkpoint's patch_size × pooling_kernel_size.
+    `patch` is the side of one soft token in pixels: the checkpoint's patch_size × pooling_kernel_size. Raises ValueError for a
+    budget that is not one of BUDGETS.
     """
     if budget not in BUDGETS:
         raise ValueError(f"a picture's budget is one of {', '.join(map(str, BUDGETS))} soft tokens, not {budget}")
@@ -34,7 +35,8 @@ def target_size(height: int, width: int, budget: int, patch: int = 48) -> tuple[
 def patches(picture: "torch.Tensor | np.ndarray", budget: int = 280, patch: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 RGB [H, W, 3] → float32 [n, patch·patch·3] in 0..1, row by row, and int64 [n, 2]: (x = column, y = row).
 
-    A patch runs row, column, channel, channel fastest. No padding to the budget: n is what this picture needs.
+    A patch is flattened in the order row, column, channel. There is no padding to the budget: n is what this picture needs.
+    Raises ValueError for a budget that is not one of BUDGETS.
     """
     if not isinstance(picture, torch.Tensor):
         picture = torch.from_numpy(picture.copy())  # torch takes neither read-only arrays nor mirrored views

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.cache import Cache, Row, frequencies
+from model.quantized import QuantizedLinear, Weight
 
 if TYPE_CHECKING:
     from model.gemma import Block, Config, Gemma, Layer
@@ -88,7 +89,8 @@ class Step:
     @staticmethod
     def suits(model: Gemma, cache: Cache, rows: list[Row]) -> bool:
         on_cpu = model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
-        return on_cpu and len(rows) <= MOST and all(row.length < cache.length for row in rows)
+        plain = not any(isinstance(module, QuantizedLinear) for module in model.blocks[0].modules())
+        return on_cpu and plain and len(rows) <= MOST and all(row.length < cache.length for row in rows)
 
     def __call__(self, rows: list[Row], x: Tensor, wanted: bool) -> Tensor | None:
         """x [B, 1, H], at the ends of rows that have room, to hidden states after the final norm [B, 1, H], where wanted."""
@@ -132,8 +134,8 @@ class _Layer:
         self._config, self._layer = config, layer
         self._between: dict[int, _Between] = {}
         self._keys, self._values = keys.numpy(), values.numpy()  # [rows, heads, slots, D]
-        self._qkv, self._out = attention.qkv.detach(), attention.out.detach()
-        self._gate_up, self._down = block.mlp.gate_up.detach(), block.mlp.down.detach()
+        self._qkv, self._out = _plain(attention.qkv), _plain(attention.out)
+        self._gate_up, self._down = _plain(block.mlp.gate_up), _plain(block.mlp.down)
         norms = (block.input_norm, block.post_attention_norm, block.pre_mlp_norm, block.post_mlp_norm)
         self._input, self._post_attention, self._pre_mlp, self._post_mlp = map(_numpy, norms)
         heads = [_numpy(attention.q_norm)] * config.heads + [_numpy(attention.k_norm)] * layer.kv_heads
@@ -186,6 +188,11 @@ class _Layer:
         _rms_norm(y, self._eps, self._post_mlp, y)
         x += y
         x *= self._scale
+
+
+def _plain(weight: Weight) -> Tensor:
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 def _numpy(weight: Tensor) -> Array:

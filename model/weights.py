@@ -2,36 +2,33 @@
 
 On disk a checkpoint has the names of Google's files (`layout`); in memory the projections that read the same input lie in
 one matrix, so several names fill slices of one parameter. Every tensor goes from the mapped file straight into its place
-on the target device.
+on the target device. Files are safetensors, plain or compressed-tensors' W4A16, or GGUF (model/gguf_files.py); matrices of
+the layers may be held in eight or four bits (model/quantized.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.cache import NO_ROWS, Room
 from model.gemma import CheckpointError, Config, Gemma, Layer
+from model.gguf_files import GgufFiles
+from model.quantized import Form, Quantized, QuantizedLinear, joined, nbytes, quantize, suits
+from model.safetensors_files import SafetensorsFiles, open_safetensors, read_json
 from model.sampling import Generation
 
 NANO = Path(__file__).parent / "nano"
-FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "tokenizer*.json",
-)
+CONFIG_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer*.json")
+FILES = ("*.safetensors", "*.safetensors.index.json", *CONFIG_FILES)
 
 
 PASSES = 1 << 29  # bytes of a GPU that passes and its libraries take beside weights and rows
@@ -102,42 +99,16 @@ def size(config: Config) -> int:
     return sum(_numel(place.shape) for place in layout(config).values())
 
 
-def _disk_name(name: str) -> str | None:
-    """The hub's name of a tensor for any name that writers use; None for tensors that are not ours to read."""
-    vestiges = ("lm_head.", "model.lm_head.", "model.embed_vision.embedding.", "model.embed_audio.embedding.")
-    if name.startswith(vestiges):
-        return None
-    if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.")):  # text-only exports
-        return "model.language_model." + name.removeprefix("model.")
-    name = name.replace("model.embed_vision.multimodal_embedder.", "model.embed_vision.")
-    for part in ("patch_ln1.", "patch_dense.", "patch_ln2.", "pos_embedding", "pos_norm."):
-        if name.startswith(f"model.embed_vision.{part}"):
-            return name.replace("model.embed_vision.", "model.vision_embedder.", 1)
-    return name
-
-
 def read_config(folder: Path) -> Config:
-    return Config.from_json(_read_json(folder / "config.json"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
-        raise CheckpointError(f"{path} is not valid JSON: {broken}") from broken
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return raw
+    return Config.from_json(read_json(folder / "config.json"))
 
 
 def read_generation(folder: Path, config: Config) -> Generation:
     """Sampling defaults of the checkpoint. The ids that close a picture or sound are suppressed even where the file
     forgets them: their rows of the table hold projections, and the real model would emit them once per 500 tokens."""
     path = folder / "generation_config.json"
-    raw = _read_json(path) if path.exists() else {}
-    said = (raw.get("eos_token_id"), _read_json(folder / "config.json").get("eos_token_id"), 1)
+    raw = read_json(path) if path.exists() else {}
+    said = (raw.get("eos_token_id"), read_json(folder / "config.json").get("eos_token_id"), 1)
     stop = next(ids for ids in said if ids is not None)
     media = config.media
     never = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
@@ -157,12 +128,13 @@ def read_generation(folder: Path, config: Config) -> Generation:
 def read_budget(folder: Path) -> int:
     """Soft tokens that one picture may take, as processor_config.json says (280 where it does not)."""
     path = folder / "processor_config.json"
-    raw = _read_json(path) if path.exists() else {}
+    raw = read_json(path) if path.exists() else {}
     return int(raw.get("image_processor", {}).get("max_soft_tokens", raw.get("image_seq_length", 280)))
 
 
-def locate(name: str) -> Path:
-    """A folder on disk, "nano" for the embedded checkpoint, or a hub id, which is fetched (resuming, with progress)."""
+def locate(name: str, files: Sequence[str] = FILES) -> Path:
+    """A folder on disk, "nano" for the embedded checkpoint, or a hub id, of which these files are fetched (resuming, with
+    progress)."""
     if name == "nano":
         return NANO
     path = Path(name).expanduser()
@@ -174,7 +146,7 @@ def locate(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failed:
         reason = (str(failed).strip() or type(failed).__name__).splitlines()[0]
         raise CheckpointError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from failed
@@ -202,32 +174,99 @@ def load(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     room: Room = NO_ROWS,
+    *,
+    weights: Form | None = None,
+    head: Form | None = None,
+    config: Path | None = None,
 ) -> Gemma:
-    """The model of a folder on `device`, ready to run. `dtype` None: bfloat16 on a GPU, float32 on a CPU, which is faster
-    there. `progress` is told bytes done and in all; `room` is what rows will take beside the weights. Raises CheckpointError for
-    anything that does not fit, before memory is taken."""
+    """The model of a folder on `device`, ready to run.
+
+    `dtype` None: bfloat16 on a GPU, float32 on a CPU, which is faster there. `weights`: the form in which the layers' matrices
+    are held; None as the files have them. `head`: the form of a copy of the embedding table that logits are computed with; None:
+    the table itself. `config`: the folder with config.json, where it is another. `progress` is told bytes done and in all; `room`
+    is what rows will take beside the weights. Raises CheckpointError for anything that does not fit, before memory is taken."""
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    config = read_config(folder)
-    files = _files(folder)
-    places = layout(config)
+    known = read_config(config or folder)
+    places = layout(known)
     with ExitStack() as stack:
-        found = dict(_found(stack, files))
-        _check(found, places)
-        total = sum(_numel(place.shape) for place in places.values()) * dtype.itemsize
-        _check_memory(total, room, config, dtype, device)
+        source = _open(stack, folder)
+        _check(source, places)
+        matrices = _by_parameter(places)
+        forms = _forms(matrices, places, source, weights)
+        sizes = {name: _held_bytes(name, parts, places, forms, dtype) for name, parts in matrices.items()}
+        total = sum(sizes.values()) + (nbytes(known.vocab_size, known.hidden_size, head) if head else 0)
+        _check_memory(total, room, known, dtype, device)
         with torch.device("meta"):
-            model = Gemma(config).to(dtype)
+            model = Gemma(known).to(dtype)
+        for name in forms:
+            _replace(model, name, None)
         model.to_empty(device=device)
         lay_out(model)
         parameters, done = dict(model.named_parameters()), 0
-        for name, place in places.items():
-            handle, stored = found[name]
-            target = parameters[place.parameter].detach()
-            target[place.start : place.stop].copy_(handle.get_tensor(stored))
-            done += _numel(place.shape) * dtype.itemsize
+        for name, parts in matrices.items():
+            if form := forms.get(name):
+                held = joined([_rounded(source.read(part), form) for part in parts])
+                _replace(model, name, QuantizedLinear(held, device))
+            for part in () if form else parts:
+                place, value = places[part], source.read(part)
+                value = value.dequantize() if isinstance(value, Quantized) else value
+                parameters[name].detach()[place.start : place.stop].copy_(value)
+            done += sizes[name]
             progress(done, total)
+        if head:
+            model.head = QuantizedLinear(quantize(model.embedding.detach(), head), device)
+            progress(total, total)
     return model.eval().requires_grad_(False)
+
+
+def _by_parameter(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """The names on disk that make up each parameter, from its first row on."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: places[name].start):
+        found.setdefault(places[name].parameter, []).append(name)
+    return found
+
+
+def _forms(
+    matrices: Mapping[str, list[str]], places: Mapping[str, Place], source: Source, wanted: Form | None
+) -> dict[str, Form]:
+    """In which form each of the layers' matrices is held, where that is not the model's own type. Parts that lie in one matrix
+    take the wider of their forms."""
+    forms: dict[str, Form] = {}
+    for parameter, parts in matrices.items():
+        if not (parameter.startswith("blocks.") and all(len(places[part].shape) == 2 for part in parts)):
+            continue
+        stored = {source.form(part) for part in parts}
+        form = wanted or (None if stored == {None} else "int4" if stored == {"int4"} else "int8")
+        outputs, inputs = sum(places[part].shape[0] for part in parts), places[parts[0]].shape[1]
+        if form:
+            forms[parameter] = form if suits(outputs, inputs, form) else "int8"
+    return forms
+
+
+def _held_bytes(
+    parameter: str, parts: list[str], places: Mapping[str, Place], forms: Mapping[str, Form], dtype: torch.dtype
+) -> int:
+    if form := forms.get(parameter):
+        return nbytes(sum(places[part].shape[0] for part in parts), places[parts[0]].shape[1], form)
+    return sum(_numel(places[part].shape) for part in parts) * dtype.itemsize
+
+
+def _rounded(value: Tensor | Quantized, form: Form) -> Quantized:
+    if isinstance(value, Quantized):
+        return value if value.form == form else quantize(value.dequantize(), form)
+    return quantize(value, form)
+
+
+def _replace(model: Gemma, name: str, held: QuantizedLinear | None) -> None:
+    """Puts a quantized matrix in the place of a parameter; None: takes the parameter away, so that it takes no memory."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._parameters:
+        delattr(module, attribute)
+    if held is not None:
+        setattr(module, attribute, held)
 
 
 def lay_out(model: Gemma) -> None:
@@ -239,44 +278,39 @@ def lay_out(model: Gemma) -> None:
                 p.data = p.data.t().contiguous().t()
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        files = sorted({folder / str(name) for name in where.values()})
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{folder} has no {file.name}")
-    return files
+class Source(Protocol):
+    """Where the tensors of a checkpoint come from, under the hub's names."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def form(self, name: str) -> Form | None:
+        """In which form a matrix is stored; None: in plain numbers."""
+
+    def read(self, name: str) -> Tensor | Quantized: ...
 
 
-def _found(stack: ExitStack, files: list[Path]) -> Iterator[tuple[str, tuple[Any, str]]]:
-    for file in files:
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except (SafetensorError, OSError) as broken:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: {broken}") from broken
-        for stored in handle.keys():
-            name = _disk_name(stored)
-            if name is not None:
-                yield name, (handle, stored)
+def _open(stack: ExitStack, folder: Path) -> Source:
+    if found := sorted(folder.glob("*.gguf")):
+        if list(folder.glob("*.safetensors")):
+            raise CheckpointError(f"{folder} holds both GGUF and safetensors files; keep one kind in a folder")
+        return GgufFiles(found)
+    return open_safetensors(stack, folder)
 
 
-def _check(found: dict[str, tuple[Any, str]], places: dict[str, Place]) -> None:
-    missing, extra = sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys())
+def _check(source: Source, places: Mapping[str, Place]) -> None:
+    found = source.names()
+    missing, extra = sorted(places.keys() - found), sorted(found - places.keys())
     if missing:
         raise CheckpointError(f"the checkpoint lacks the tensor {missing[0]}{_more(missing)}")
     if extra:
         raise CheckpointError(f"the checkpoint holds the tensor {extra[0]}{_more(extra)}, which its config.json has no place for")
     for name, place in places.items():
-        handle, stored = found[name]
-        shape = tuple(handle.get_slice(stored).get_shape())
-        if shape != place.shape:
+        if (shape := source.shape(name)) != place.shape:
             raise CheckpointError(f"the tensor {name} is {list(shape)}; its config.json asks for {list(place.shape)}")
+        if source.form(name) and not name.endswith("_proj.weight") and isinstance(source, SafetensorsFiles):
+            raise CheckpointError(f"the tensor {name} is packed in four bits; only the layers' matrices may be")
 
 
 def _more(names: list[str]) -> str:

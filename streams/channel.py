@@ -1,4 +1,4 @@
-"""The hand-over from any thread to one consumer on the event loop."""
+"""A bounded queue from any thread to one consumer on the event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Channel(Generic[T]):
-    """At most `bound` items lie in it: then the oldest goes, and `dropped` counts it. Made on the loop that takes from it."""
+    """Holds at most `bound` items; when full, the oldest is dropped and counted in `dropped`. Made on the consumer's loop."""
 
     def __init__(self, bound: int) -> None:
         assert bound > 0, bound
@@ -22,7 +22,7 @@ class Channel(Generic[T]):
         self._there, self._loop = asyncio.Event(), asyncio.get_running_loop()
 
     def put(self, item: T) -> None:
-        """From any thread; never blocks."""
+        """Never blocks; may be called from any thread."""
         with self._lock:
             if len(self._items) == self.bound:
                 self._items.popleft()
@@ -34,6 +34,7 @@ class Channel(Generic[T]):
                 self._loop.call_soon_threadsafe(self._there.set)
 
     async def get(self) -> T:
+        """The oldest item, as soon as there is one. For one consumer."""
         while True:
             with self._lock:
                 if self._items:

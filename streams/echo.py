@@ -1,9 +1,9 @@
-"""What a microphone hears of the speaker beside it is taken out, so that nobody is interrupted by their own voice.
+"""Echo cancellation: the speaker's sound is removed from the microphone's, so that the agent's own voice is no barge-in.
 
-An echo is told from a voice by its level: how loud the speaker comes back is measured while it speaks, and what is clearly
-louder passes as it is. So a headset leaves the way free after a second of speech, and beside a loudspeaker one must speak up to
-interrupt. Where the extra `aec` is installed, WebRTC's echo canceller subtracts what it can of the rest, and what is left is
-told by its level in turn. (Alone it will not do: where there is no echo it took a voice for one, for 1.2 s.)
+Echo is distinguished from a voice by its level: how loud the speaker comes back is measured while it plays, and what is clearly
+louder passes unchanged. So with a headset barge-in works after a second of playback, and beside a loudspeaker one must speak
+up. Where the extra `aec` is installed, WebRTC's echo canceller subtracts what it can of the rest, and the same gate judges what
+is left. (Alone it is not enough: without any echo it suppressed a voice for 1.2 s.)
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from streams.frames import FRAME, RATE
 Samples = NDArray[np.float32]
 
 CHUNK = RATE // 100  # samples that the canceller takes
-AHEAD = 3 * FRAME  # samples of the speaker that may wait for their frame of the microphone
-QUIET = 1e-3  # level of the speaker under which it says nothing
-ROOM = 14  # frames after which a sound has come back, through buffers and room: 560 ms
-LEARN = 20  # frames of speech before anything passes: 0.8 s
-LOUDER = 2.5  # than ever came back: 8 dB
-SLOPE = 0.997  # a frame: in ten seconds of speech the loudest echo counts half
-RISE = 1.03  # a frame, at most, once it is known
-STAY = 8  # frames that the way stays free after a voice, or every soft syllable were lost
+AHEAD = 3 * FRAME  # far-end samples that may wait for their frame of the microphone
+QUIET = 1e-3  # RMS of the speaker below which it counts as silent
+ROOM = 14  # frames within which an echo comes back, through buffers and room: 560 ms
+LEARN = 20  # frames of playback before anything passes: 0.8 s
+LOUDER = 2.5  # than the loudest echo: 8 dB
+SLOPE = 0.997  # a frame: within ten seconds of playback the loudest echo counts half
+RISE = 1.03  # a frame, at most, once the gain is measured
+STAY = 8  # frames that the gate stays open after a voice, else every soft syllable would be lost
 
 
-class Echo:
-    """`far` is told what the speaker gets, `clean` gives the microphone's frame without it."""
+class EchoCanceller:
+    """Call `far` with all that is played, `clean` with each microphone frame. `cancel`: by WebRTC, where installed."""
 
     def __init__(self, cancel: bool = True) -> None:
         self._canceller = _canceller() if cancel else None
@@ -47,7 +47,7 @@ class Echo:
         self._came, self._rest = _Gate(), _Gate()  # as the microphone hears it, and after the canceller
 
     def far(self, sound: Samples, rate: int) -> None:
-        """From any thread, at the speaker's pace, silence included."""
+        """The far-end signal: float32 [n] at `rate` Hz as it is played, silence included. From any thread."""
         if rate != self._rate:
             self._rate, self._resampler = rate, soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="LQ")
         sound = self._resampler.resample_chunk(sound)
@@ -58,7 +58,7 @@ class Echo:
                 self._waiting -= len(self._far.popleft())
 
     def clean(self, frame: Samples) -> Samples:
-        """float32 [640] at 16 kHz; zeros where it is nothing but the speaker."""
+        """float32 [640] at 16 kHz without the echo; zeros where there was nothing else."""
         far = self._taken()
         self._levels.append(_level(far))
         loudest = max(self._levels)
@@ -69,7 +69,7 @@ class Echo:
         return rest if rest is not None and left else np.zeros(FRAME, np.float32)
 
     def _taken(self) -> Samples:
-        """As much of the speaker as is due with a frame, silence before it where there is not so much."""
+        """The far-end samples for one frame, padded in front with silence where there are too few."""
         with self._lock:
             sound = np.concatenate([np.zeros(0, np.float32), *self._far])
             self._far.clear()
@@ -82,14 +82,14 @@ class Echo:
 
 @dataclass
 class _Gate:
-    """Opens for what is clearly louder than the speaker ever came back."""
+    """Opens for what is clearly louder than the loudest echo so far."""
 
-    gain: float = 0.0  # how loud the speaker comes back, at most
-    learned: int = 0  # frames from which that is known
-    free: int = 0  # frames for which everything passes
+    gain: float = 0.0  # of the loudest echo, relative to what was played
+    learned: int = 0  # frames from which that was measured
+    free: int = 0  # frames for which the gate stays open
 
     def passes(self, level: float, loudest: float) -> bool:
-        """A frame of this level, while the speaker was no louder than `loudest`."""
+        """Whether a frame of this level passes, while the speaker was no louder than `loudest` (both RMS)."""
         if loudest < QUIET:
             self.free = 0
             return True
@@ -108,7 +108,7 @@ def _level(sound: Samples) -> float:
 
 
 def _canceller() -> Any:
-    """(frame, far) → the frame without the echo of far; None where the extra `aec` is not installed."""
+    """(frame, far) → the frame without the echo of `far`, all float32 [640]; None where the extra `aec` is not installed."""
     try:
         from livekit.rtc import AudioFrame
         from livekit.rtc.apm import AudioProcessingModule

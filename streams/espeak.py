@@ -1,7 +1,7 @@
 """espeak-ng in this process: streaming, with the time of each word.
 
 The one module that touches espeak-ng (GPL-3, an optional extra). The library keeps its state in globals, so one
-`_Engine` per process owns it under one lock; an `Espeak` is only a handle and may be used from any thread.
+`_EspeakLibrary` per process owns it under one lock; an `Espeak` is only a handle and may be used from any thread.
 """
 
 import _ctypes
@@ -32,7 +32,7 @@ _EVENT_END, _EVENT_WORD, _EVENT_CLAUSE = 0, 1, 5
 _PARAMETERS = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
 
 
-class Settings(TypedDict, total=False):
+class EspeakSettings(TypedDict, total=False):
     """How a text is spoken; see `Espeak.say`."""
 
     voice: str
@@ -43,22 +43,22 @@ class Settings(TypedDict, total=False):
     fresh: bool
 
 
-DEFAULTS: Settings = {"voice": "en-us", "rate": 175, "pitch": 50, "range": 50, "volume": 100, "fresh": False}
+DEFAULTS: EspeakSettings = {"voice": "en-us", "rate": 175, "pitch": 50, "range": 50, "volume": 100, "fresh": False}
 
 
 @dataclass(frozen=True)
 class EspeakVoice:
-    """Espeak in one voice: a `Voice`. `follows`: where the text is in another language, the usual voice of that one."""
+    """Espeak with fixed settings: a `Voice`. `follows`: a text in another language is spoken by that language's usual voice."""
 
     espeak: "Espeak"
-    settings: Settings
+    settings: EspeakSettings
     follows: bool = False
     rate: int = RATE
 
     def speak(self, text: str, before: str = "") -> Stream:
         return self.espeak.stream(text, lambda: self._settings(before + text))
 
-    def _settings(self, text: str) -> Settings:
+    def _settings(self, text: str) -> EspeakSettings:
         own = self.settings["voice"]
         spoken = language_of(text) if self.follows else None
         if spoken is None or spoken == own.partition("-")[0]:
@@ -68,64 +68,65 @@ class EspeakVoice:
 
 
 class Espeak:
-    """Speaks. Raises VoiceMissing at once if there is nothing to speak with."""
+    """Speech synthesis by espeak-ng. Raises VoiceMissing where the library is not installed."""
 
     def __init__(self) -> None:
-        self._engine = _engine()
+        self._library = _library()
 
-    def speak(self, text: str, **how: Unpack[Settings]) -> Stream:
-        """The sound of the text as a stream of chunks; takes the settings of `say`."""
-        self._settled(how)
-        return self.stream(text, lambda: how)
+    def speak(self, text: str, **settings: Unpack[EspeakSettings]) -> Stream:
+        """The sound of the text as a stream of chunks, with the settings of `say`. Raises ValueError for an unknown voice."""
+        self._resolved(settings)
+        return self.stream(text, lambda: settings)
 
-    def stream(self, text: str, choose: Callable[[], Settings]) -> Stream:
-        """The same with settings that are chosen in the stream's own thread, which may take a while."""
-        return Stream(lambda take, _: self._engine.synthesise(text, take, **self._settled(choose())))
+    def stream(self, text: str, choose: Callable[[], EspeakSettings]) -> Stream:
+        """The same with settings that `choose` returns; it is called in the stream's own thread and may take a while."""
+        return Stream(lambda take, _: self._library.synthesise(text, take, **self._resolved(choose())))
 
-    def bound(self, **how: Unpack[Settings]) -> EspeakVoice:
-        """The voice that always speaks with these settings, which are looked at now."""
-        self._settled(how)
-        return EspeakVoice(self, {**DEFAULTS, **how})
+    def bound(self, **settings: Unpack[EspeakSettings]) -> EspeakVoice:
+        """A `Voice` that always speaks with these settings. Raises ValueError for an unknown voice, now and not later."""
+        self._resolved(settings)
+        return EspeakVoice(self, {**DEFAULTS, **settings})
 
-    def say(self, text: str, **how: Unpack[Settings]) -> Speech:
-        """The whole sound of the text.
+    def say(self, text: str, **settings: Unpack[EspeakSettings]) -> Speech:
+        """The whole sound of the text: float32 [n] at 22,050 Hz. Blocks. Raises ValueError for an unknown voice.
 
         voice: an accent of `voices`, and perhaps a variant of `variants`: "en-gb-scotland+f3".
         rate: words a minute; pitch, range: 0..100; volume: 0..200.
         fresh: from espeak's first state, so that the same text is the same sound to the sample (about 1 ms);
         otherwise the voice's flutter goes on where the last text left it.
         """
-        settings = self._settled(how)
+        resolved = self._resolved(settings)
         chunks: list[Chunk] = []
 
         def take(chunk: Chunk) -> bool:
             chunks.append(chunk)
             return True
 
-        self._engine.synthesise(text, take, **settings)
+        self._library.synthesise(text, take, **resolved)
         pcm = np.concatenate([chunk.pcm for chunk in chunks]) if chunks else np.zeros(0, np.float32)
         return Speech(pcm, RATE, tuple(word for chunk in chunks for word in chunk.words))
 
     def voices(self, language: str = "en") -> tuple[str, ...]:
         """The accents of a language, as names that `say` takes."""
-        return tuple(name for name in self._engine.voices if name == language or name.startswith(language + "-"))
+        return tuple(name for name in self._library.voices if name == language or name.startswith(language + "-"))
 
     def variants(self) -> tuple[str, ...]:
         """The names that may follow a "+"."""
-        return self._engine.variants
+        return self._library.variants
 
-    def _settled(self, how: Settings) -> Settings:
-        settings: Settings = {**DEFAULTS, **how}
-        return {**settings, "voice": self._engine.resolve(settings["voice"])}
+    def _resolved(self, settings: EspeakSettings) -> EspeakSettings:
+        """With the defaults, and the voice by the name that espeak knows. Raises ValueError for an unknown voice."""
+        complete: EspeakSettings = {**DEFAULTS, **settings}
+        return {**complete, "voice": self._library.resolve(complete["voice"])}
 
 
-class _Engine:
+class _EspeakLibrary:
     """The library, loaded once; every call that speaks happens under its lock."""
 
     def __init__(self, path: str, data: str | None):
         self._path, self._data = path, data
         self._lock = threading.Lock()
-        self._take: Callable[[np.ndarray, list[_Event]], bool] = lambda pcm, events: False
+        self._take: Callable[[np.ndarray, list[_EspeakEvent]], bool] = lambda pcm, events: False
         self._callback = _CALLBACK(self._on_sound)  # espeak keeps the pointer: this reference keeps it alive
         self._load()
         self.voices = self._voices()
@@ -146,10 +147,10 @@ class _Engine:
 
     def synthesise(self, text: str, take: Callable[[Chunk], bool], *, voice: str, fresh: bool, **parameters: int) -> None:
         """Calls take with each chunk until it says False. Holds the lock for one part of the text at a time."""
-        words, made, going = _Words(text), 0, True
+        words, made, going = _WordTimes(text), 0, True
         failure: list[BaseException] = []
 
-        def on_sound(pcm: np.ndarray, events: list[_Event]) -> bool:
+        def on_sound(pcm: np.ndarray, events: list[_EspeakEvent]) -> bool:
             nonlocal made, going
             try:
                 known = words.known(events, start, begun)
@@ -184,7 +185,7 @@ class _Engine:
         if not wav:
             return 0
         pcm = np.frombuffer(ctypes.string_at(wav, 2 * count), np.int16).astype(np.float32) / 32768
-        seen: list[_Event] = []
+        seen: list[_EspeakEvent] = []
         while events[len(seen)].type != _EVENT_END:
             seen.append(events[len(seen)])
         return 0 if self._take(pcm, seen) else _ABORT
@@ -192,7 +193,7 @@ class _Engine:
     def _load(self) -> None:
         self._lib = ctypes.CDLL(self._path)
         self._lib.espeak_Info.restype = ctypes.c_char_p
-        self._lib.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
+        self._lib.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_EspeakVoiceInfo))
         rate = self._lib.espeak_Initialize(_SYNCHRONOUS, CHUNK_MS, self._data and self._data.encode(), _DONT_EXIT)
         if rate != RATE:
             raise VoiceMissing(f"espeak-ng at {self._path} has no usable data folder; install the apt package libespeak-ng1.")
@@ -233,7 +234,7 @@ class _Engine:
         return {code: file for code, (_, file) in sorted(found.items())}
 
 
-class _Words:
+class _WordTimes:
     """From espeak's word events to words of the text, each once and in order.
 
     An event's position counts characters from 1; its length is often wrong, numbers give several events, and words that
@@ -247,7 +248,7 @@ class _Words:
         self._next = 0
         self._last = 0  # where the last known word begins, in samples
 
-    def known(self, events: list["_Event"], part: int, begun: int) -> tuple[Word, ...]:
+    def known(self, events: list["_EspeakEvent"], part: int, begun: int) -> tuple[Word, ...]:
         words: list[Word] = []
         for event in events:
             sample, place = begun + event.sample, part + event.position - 1
@@ -295,7 +296,7 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
     yield start, text[start:]
 
 
-class _Event(ctypes.Structure):
+class _EspeakEvent(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int),
         ("message", ctypes.c_uint),
@@ -308,7 +309,7 @@ class _Event(ctypes.Structure):
     ]
 
 
-class _Voice(ctypes.Structure):
+class _EspeakVoiceInfo(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
         ("languages", ctypes.POINTER(ctypes.c_ubyte)),
@@ -322,17 +323,17 @@ class _Voice(ctypes.Structure):
     ]
 
 
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_EspeakEvent))
 
 
 @cache
-def _engine() -> _Engine:
+def _library() -> _EspeakLibrary:
     with suppress(OSError, VoiceMissing):
-        return _Engine(find_library("espeak-ng") or "libespeak-ng.so.1", None)
+        return _EspeakLibrary(find_library("espeak-ng") or "libespeak-ng.so.1", None)
     if importlib.util.find_spec("espeakng_loader"):
         import espeakng_loader
 
-        return _Engine(espeakng_loader.get_library_path(), espeakng_loader.get_data_path())
+        return _EspeakLibrary(espeakng_loader.get_library_path(), espeakng_loader.get_data_path())
     raise VoiceMissing("There is no voice: install the apt package libespeak-ng1, or `pip install attend[espeak]`.")
 
 

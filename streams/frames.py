@@ -1,22 +1,47 @@
-"""The two things that flow, sound and pictures, on one clock that counts samples."""
+"""Sound in frames, on a clock that counts samples; and what all media from outside have in common: their error, their files."""
 
+from __future__ import annotations
+
+import os
+import stat
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 RATE = 16_000  # samples a second, everywhere inside
 FRAME = 640  # samples: 40 ms, one soft token
 
+Samples = NDArray[np.float32]
+Path = str | os.PathLike[str]
+
 
 class MediaError(ValueError):
-    """Sound or a picture from outside that cannot be used; the message is one sentence for a person."""
+    """Sound, a picture or a video from outside that cannot be used; the message is one sentence for a person."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file with something in it; a pipe or a device could block or never end. Raises MediaError."""
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise MediaError(f"{path} is not a file")
+        if about.st_size == 0:
+            raise MediaError(f"{path} is empty")
+        return open(path, "rb")
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """Mono sound in [-1, 1]. The model tells silence from speech by absolute level, so int16-scaled samples are a bug."""
+    """Mono sound at 16 kHz in [-1, 1]. The model tells silence from speech by absolute level, so int16-scaled samples are a bug.
 
-    samples: np.ndarray  # float32 [n]
+    Raises MediaError for NaN and infinity.
+    """
+
+    samples: Samples  # float32 [n]
     at: int  # the first sample's index on the stream's clock
 
     def __post_init__(self) -> None:
@@ -28,18 +53,8 @@ class Audio:
 
     @property
     def end(self) -> int:
+        """The index of the sample after the last one."""
         return self.at + len(self.samples)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Image:
-    pixels: np.ndarray  # uint8 [height, width, 3], RGB
-    at: int  # when it was taken, on the same clock of samples
-
-    def __post_init__(self) -> None:
-        assert self.pixels.dtype == np.uint8 and self.pixels.ndim == 3, (self.pixels.dtype, self.pixels.shape)
-        height, width, channels = self.pixels.shape
-        assert height > 0 and width > 0 and channels == 3, self.pixels.shape
 
 
 class Framer:
@@ -50,13 +65,14 @@ class Framer:
         self.size = size
         self._rest = np.zeros(0, np.float32)
 
-    def push(self, samples: np.ndarray) -> list[np.ndarray]:
+    def push(self, samples: Samples) -> list[Samples]:
+        """float32 [n] → the frames that are complete now, each float32 [size]."""
         assert samples.dtype == np.float32 and samples.ndim == 1, (samples.dtype, samples.shape)
         samples = np.concatenate([self._rest, samples])
         whole = len(samples) // self.size * self.size
         self._rest = samples[whole:]
         return list(samples[:whole].reshape(-1, self.size))
 
-    def flush(self) -> list[np.ndarray]:
+    def flush(self) -> list[Samples]:
         """What is left as one frame, zeros after it; nothing if nothing is left."""
         return self.push(np.zeros(-len(self._rest) % self.size, np.float32))

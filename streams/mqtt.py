@@ -1,82 +1,41 @@
-"""The broker: one connection that comes back, messages in that are acknowledged when they are safe, messages out in order.
+"""The connection to an MQTT broker: it reconnects, acknowledges messages only once they are safe, and publishes in order.
 
-aiomqtt 2 does not reconnect, acknowledges what nobody has looked at, and hides whether a message came before; those three
-are done here, with the paho client that it keeps in `_client`.
+aiomqtt 2 does not reconnect, acknowledges messages that nobody has processed, and hides whether a message was sent before; those
+three are done here, with the paho client that it keeps in `_client`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiomqtt
-from msgspec import Struct
 from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from .broker import BrokerConfig, BrokerError
+
 LARGEST = 4 << 20  # bytes of a message
 PAUSES = (0.5, 30.0)  # seconds before the broker is tried again: the first, doubled up to the last
-PATIENCE = 10.0  # seconds for the broker to answer
-AWAY = 300  # seconds for which the broker keeps what comes while we are not there
-INBOX = 1_000  # messages that nobody has looked at; a broker sends some 20 before it wants them acknowledged
+TIMEOUT = 10.0  # seconds for the broker to answer
+SESSION_EXPIRY = 300  # seconds for which the broker keeps messages while there is no connection
+INBOX = 1_000  # messages not processed yet; a broker sends some 20 before it wants them acknowledged
 
 log = logging.getLogger("attend.mqtt")
 logging.getLogger("attend.mqtt.paho").setLevel(logging.CRITICAL + 1)  # it logs payloads and addresses
 
 
-class BrokerError(RuntimeError):
-    """The broker cannot be used as configured: one sentence."""
-
-
-class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    host: str = "127.0.0.1"
-    port: int | None = None  # 1883, and 8883 with TLS
-    user: str | None = None
-    password_file: str | None = None
-    password_env: str | None = None  # the name of an environment variable
-    client_id: str | None = None  # attend-<node> unless said; two at one broker must differ
-    tls: bool = False
-    ca: str | None = None  # a file; the system's own unless said
-    protocol: Literal["5", "3.1.1"] = "5"
-
-    def password(self) -> str | None:
-        """Raises BrokerError."""
-        if self.password_file:
-            try:
-                return Path(self.password_file).expanduser().read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise BrokerError(f"the password file {self.password_file} cannot be read: {error}") from error
-        if self.password_env:
-            if self.password_env not in os.environ:
-                raise BrokerError(f"the environment variable {self.password_env}, which should hold the password, is not set")
-            return os.environ[self.password_env]
-        return None
-
-    def context(self) -> ssl.SSLContext | None:
-        """None without TLS. Raises BrokerError."""
-        if not self.tls:
-            if self.ca:
-                raise BrokerError(f"ca = {self.ca!r} is of no use without tls = true: all would go in the clear")
-            return None
-        try:
-            return ssl.create_default_context(cafile=self.ca and os.path.expanduser(self.ca))
-        except OSError as error:
-            raise BrokerError(f"the certificates in {self.ca} cannot be read: {error.strerror or error}") from error
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What came. `again`: the broker has sent it before and does not know whether it arrived."""
+    """A message that came. `again`: the broker has sent it before and does not know whether it arrived."""
 
     topic: str
     payload: bytes = field(repr=False)
@@ -97,40 +56,45 @@ class Publication:
     correlation: bytes | None = None
 
 
-class Line:
-    """`take` is called on the event loop with each message and must not block; when it returns, the message is acknowledged.
-    If the process dies before that, the broker sends it again."""
+class MqttConnection:
+    """`receive` is called on the event loop with each message and must not block; when it returns, the message is acknowledged.
+    If the process dies before that, the broker sends it again.
+
+    `name`: the client id, unless the configuration gives one. `topics`: what is subscribed to. `will`: what the broker publishes
+    if the connection breaks."""
 
     def __init__(
-        self, broker: Broker, name: str, topics: Sequence[str], will: Publication, take: Callable[[Message], None]
+        self, broker: BrokerConfig, name: str, topics: Sequence[str], will: Publication, receive: Callable[[Message], None]
     ) -> None:
-        self._broker, self._name, self._topics, self.will, self._take = broker, name, topics, will, take
+        self._broker, self._name, self._topics, self.will, self._receive = broker, name, topics, will, receive
         self._client: aiomqtt.Client | None = None
         self._up = asyncio.Event()
-        self.connections = 0
-        broker.password()  # a file or variable that is not there is better told now than at every try, and so is
-        broker.context()  # a file without certificates
+        self.connections = 0  # that were made so far
 
-    async def run(self, greet: Callable[[], None] = lambda: None) -> None:
-        """For ever. `greet` is called after each connection."""
+    @property
+    def connected(self) -> bool:
+        return self._up.is_set()
+
+    async def run(self, connected: Callable[[], None] = lambda: None) -> None:
+        """Never returns; end it by cancelling. `connected` is called after each connection, once the topics are subscribed."""
         pause = PAUSES[0]
         while True:
             try:
                 inbox: asyncio.Queue[MQTTMessage] = asyncio.Queue(INBOX)
                 client = self._open()
-                self._receive(client, inbox)
+                self._deliver_to(client, inbox)
                 async with client:
                     if options := [(topic, self._options()) for topic in self._topics]:
-                        await client.subscribe(options, timeout=PATIENCE)
+                        await client.subscribe(options, timeout=TIMEOUT)
                     _still_wanted()
                     self._client, self.connections, pause = client, self.connections + 1, PAUSES[0]
                     self._up.set()
-                    log.info("the broker %s is there", self._broker.host)
-                    greet()
+                    log.info("connected to the broker %s", self._broker.host)
+                    connected()
                     await self._listen(client, inbox)
             except (aiomqtt.MqttError, OSError, BrokerError) as error:
                 _still_wanted()
-                log.warning("the broker %s is not there: %s", self._broker.host, _why(error))
+                log.warning("no connection to the broker %s: %s", self._broker.host, _why(error))
             finally:
                 self._up.clear()
                 self._client = None
@@ -144,20 +108,20 @@ class Line:
             if self._client is None:
                 continue
             try:
-                await self._client.publish(it.topic, it.payload, it.qos, it.retain, self._properties(it), timeout=PATIENCE)
+                await self._client.publish(it.topic, it.payload, it.qos, it.retain, self._properties(it), timeout=TIMEOUT)
                 return _still_wanted()
             except (aiomqtt.MqttError, ValueError) as error:
                 if isinstance(error, ValueError):
                     log.error("%s cannot be published to: %s", it.topic, error)
                     return None
-                await asyncio.sleep(0.05)  # until the line has noticed
+                await asyncio.sleep(0.05)  # until `run` has noticed
 
     def _open(self) -> aiomqtt.Client:
         b, five = self._broker, self._broker.protocol == "5"
         properties = None
         if five:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval, properties.MaximumPacketSize = AWAY, LARGEST + 1024
+            properties.SessionExpiryInterval, properties.MaximumPacketSize = SESSION_EXPIRY, LARGEST + 1024
         return aiomqtt.Client(
             b.host,
             b.port or (8883 if b.tls else 1883),
@@ -169,8 +133,8 @@ class Line:
             clean_start=False if five else MQTT_CLEAN_START_FIRST_ONLY,  # 3.1.1 has no such flag, and wants the default
             properties=properties,
             will=aiomqtt.Will(self.will.topic, self.will.payload, 1, retain=True),
-            tls_context=b.context(),  # so may this
-            timeout=PATIENCE,
+            tls_context=b.ssl_context(),  # so may this
+            timeout=TIMEOUT,
             keepalive=20,
             max_queued_incoming_messages=1,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],  # or every question waits for a delayed ACK
@@ -180,7 +144,7 @@ class Line:
     def _options(self) -> Any:
         return SubscribeOptions(qos=1) if self._broker.protocol == "5" else 1
 
-    def _receive(self, client: aiomqtt.Client, inbox: asyncio.Queue[MQTTMessage]) -> None:
+    def _deliver_to(self, client: aiomqtt.Client, inbox: asyncio.Queue[MQTTMessage]) -> None:
         def came(_: Client, __: object, message: MQTTMessage) -> None:
             with suppress(asyncio.QueueFull):  # not acknowledged, so it comes again
                 inbox.put_nowait(message)
@@ -199,7 +163,7 @@ class Line:
                     await lost
                     return
                 message = getting.result()
-                self._take(_message(message))
+                self._receive(_message(message))
                 if message.qos:
                     client._client.ack(message.mid, message.qos)
         finally:
@@ -215,8 +179,8 @@ class Line:
 
 
 def _still_wanted() -> None:
-    """Raises the cancellation that got lost: to a broker that does not let its client go in order, or to asyncio.wait_for in
-    aiomqtt, which on Python 3.11 swallows one that comes with the result. The line then went on for ever."""
+    """Raises a cancellation that was swallowed: by a failed disconnect, or by asyncio.wait_for in aiomqtt, which on Python 3.11
+    swallows one that arrives together with the result. The connection then went on for ever."""
     if (task := asyncio.current_task()) and task.cancelling():
         raise asyncio.CancelledError
 
@@ -224,7 +188,7 @@ def _still_wanted() -> None:
 def _why(error: Exception) -> str:
     if isinstance(cause := error.__context__, ssl.SSLCertVerificationError):
         why = cause.verify_message.rstrip(".")
-        return f"whoever answers there is not trusted ({why}); ca is to name the file with the certificate that vouches for it"
+        return f"its certificate is not trusted ({why}); set ca to the file with the certificate that signed it"
     return str(error) or type(error).__name__
 
 
@@ -241,12 +205,3 @@ def _message(message: MQTTMessage) -> Message:
         None if expiry is None else float(expiry),
         message.mid,
     )
-
-
-def can_publish_to(topic: str) -> bool:
-    """No wildcards, nothing of the broker's own, no control characters."""
-    try:
-        size = len(topic.encode())
-    except UnicodeEncodeError:
-        return False
-    return 0 < size <= 250 and not topic.startswith("$") and topic.isprintable() and not set("+#") & set(topic)

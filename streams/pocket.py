@@ -1,9 +1,9 @@
-"""A good voice on a CPU: pocket-tts (MIT, an optional extra) as a `Voice`. Its voices come under licences of their own.
+"""A natural voice on a CPU: pocket-tts (MIT, an optional extra) as a `Voice`. Its voices have licences of their own.
 
-pocket-tts does not say when it speaks a word, so the times here are estimates: a word lies in the sound as its letters lie
-in the text, at PACE while the sound is being made and in proportion to the whole once that is known. A word is told only
-when even slow speech would have begun it: who stops in between is never told of a word that is still to come, but perhaps
-not of the last ones that were spoken. Pauses are not looked for.
+pocket-tts gives no word timestamps, so they are estimated: a word's time is proportional to the letters before it, at PACE
+while the sound is being made and in proportion to the whole once that is known. A word is reported only when even slow speech
+would have begun it: when synthesis is stopped, no word is reported that was not spoken, though perhaps not the last ones that
+were. Pauses are not detected.
 """
 
 import importlib
@@ -36,8 +36,8 @@ _LANGUAGES = {
 }
 
 
-class Model(Protocol):
-    """The part of pocket_tts.TTSModel that speaks."""
+class SpeechModel(Protocol):
+    """The part of pocket_tts.TTSModel that is used here."""
 
     @property
     def sample_rate(self) -> int: ...
@@ -46,9 +46,9 @@ class Model(Protocol):
 
 
 class PocketVoice:
-    """One model with one voice. It can say one text at a time: a second stream waits until the first one ends or is stopped."""
+    """One model with one voice. It speaks one text at a time: a second stream waits until the first one ends or is stopped."""
 
-    def __init__(self, model: Model, state: Any):
+    def __init__(self, model: SpeechModel, state: Any):
         self.rate = model.sample_rate
         self._model, self._state = model, state
         self._lock = threading.Lock()  # the model is not thread-safe
@@ -57,7 +57,7 @@ class PocketVoice:
         return Stream(lambda take, over: self._generate(text, take, over))
 
     def _generate(self, text: str, take: Callable[[Chunk], bool], over: threading.Event) -> None:
-        words, made = _Words(text, self.rate), 0
+        words, made = _EstimatedWordTimes(text, self.rate), 0
         with self._lock:
             if over.is_set() or not words:  # the model refuses a text without words
                 return
@@ -70,8 +70,8 @@ class PocketVoice:
             take(Chunk(np.zeros(0, np.float32), made, words.rest(made)))
 
 
-class _Words:
-    """The words of a text, each once and in order, with the sample at which each is taken to begin."""
+class _EstimatedWordTimes:
+    """The words of a text, each once and in order, with the sample at which each is estimated to begin."""
 
     def __init__(self, text: str, rate: int):
         self._spans = words_in(text)
@@ -85,7 +85,7 @@ class _Words:
         return len(self._spans)
 
     def begun(self, made: int) -> tuple[Word, ...]:
-        """The words that have begun in a sound of so many samples, be it spoken ever so slowly."""
+        """The words that have begun within so many samples even if speech is slow."""
         first = self._next
         while self._next < len(self) and self._before[self._next] * SLOW * self._rate < made:
             self._next += 1
@@ -95,7 +95,7 @@ class _Words:
         return tuple(words)
 
     def rest(self, made: int) -> tuple[Word, ...]:
-        """The words that nobody was told of, in proportion between the last one that somebody was and the end."""
+        """The words not reported yet, spread over the samples since the last reported one."""
         letters, sample = self._last
         pace = (made - sample) / (self._before[-1] - letters)
         first, self._next = self._next, len(self)
@@ -105,7 +105,7 @@ class _Words:
 
 
 def open_voice(language: str = "en", download: bool = True) -> PocketVoice:
-    """The usual voice of a language. VoiceMissing where pocket-tts is not installed or its files cannot be had."""
+    """The usual voice of a language. Blocks for seconds. Raises VoiceMissing where pocket-tts or its weights are missing."""
     package = importlib.util.find_spec("pocket_tts")
     if package is None or package.origin is None:
         raise VoiceMissing("pocket-tts is not installed: `pip install attend[voice]`.")

@@ -1,4 +1,4 @@
-"""The microphones and speakers of this machine, by PortAudio (sounddevice): which there are, and a line to one of them.
+"""The microphones and speakers of this machine, by PortAudio (sounddevice): which there are, and a stream to one of them.
 
 PortAudio is not thread-safe but for its callbacks, and opening and closing may wait for a sound server: what blocks says so.
 """
@@ -24,7 +24,7 @@ BUSY, NO_RATE, NO_CHANNELS = -9985, -9997, -9998  # errors of PortAudio
 
 
 class SoundError(RuntimeError):
-    """A microphone or speaker that cannot be used: one sentence for a person, with the remedy."""
+    """A microphone or speaker that cannot be used; the message is one sentence for a person and says what to do."""
 
 
 # ---- which there are
@@ -32,37 +32,40 @@ class SoundError(RuntimeError):
 
 @dataclass(frozen=True)
 class Device:
-    """`index` is PortAudio's. `server`: its name at a PulseAudio or PipeWire server, which PortAudio does not list."""
+    """A microphone or speaker. `index` is PortAudio's, `rate` its own sample rate in Hz.
+
+    `server`: its name at a PulseAudio or PipeWire server, where PortAudio itself lists only the server.
+    """
 
     kind: Kind
     index: int
     name: str
     rate: int
     channels: int
-    usual: bool = False
+    default: bool = False
     server: str | None = None
-    cancels: bool = False  # the system takes the speaker's sound out of it
+    cancels: bool = False  # the system's echo canceller runs on it
 
     def __str__(self) -> str:
         return self.server or self.name
 
 
 def devices() -> list[Device]:
-    """All of them, the usual one of each kind first. Blocks. Raises SoundError where there is no PortAudio."""
+    """All devices, the default one of each kind first. Blocks. Raises SoundError where there is no PortAudio."""
     portaudio, found = _portaudio(), []
     with _lock:
         _look_again()
-        listed, usual = portaudio.query_devices(), portaudio.default.device
+        listed, default = portaudio.query_devices(), portaudio.default.device
     server: int | None = None
     for index, raw in enumerate(listed):
         server = index if raw["name"] == "pulse" else server
         for kind, place, count in (("microphone", 0, "max_input_channels"), ("speaker", 1, "max_output_channels")):
             if raw[count]:
                 rate = round(raw["default_samplerate"]) or RATES[0]
-                found.append(Device(kind, index, raw["name"], rate, raw[count], usual[place] == index))  # type: ignore[arg-type]
+                found.append(Device(kind, index, raw["name"], rate, raw[count], default[place] == index))  # type: ignore[arg-type]
     if server is not None:
         found += _of_server(server)
-    return sorted(found, key=lambda device: not device.usual)
+    return sorted(found, key=lambda device: not device.default)
 
 
 def _of_server(index: int) -> Iterator[Device]:
@@ -85,7 +88,10 @@ def _of_server(index: int) -> Iterator[Device]:
 
 
 def choose(found: Iterable[Device], kind: Kind, wanted: str | None = None) -> Device:
-    """The one that is meant: by index or by part of its name; else one whose echo the system cancels, else the usual one."""
+    """The device that `wanted` names by index or part of its name; else one with echo cancellation, else the default one.
+
+    Raises SoundError where there is none.
+    """
     of_kind = [device for device in found if device.kind == kind]
     option = "--mic" if kind == "microphone" else "--speaker"
     if not of_kind:
@@ -107,7 +113,7 @@ def choose(found: Iterable[Device], kind: Kind, wanted: str | None = None) -> De
 # ---- PortAudio
 
 _lock = threading.Lock()  # PortAudio is not thread-safe but for its callbacks
-_open: set[Line] = set()
+_open: set[DeviceStream] = set()
 
 
 def _portaudio() -> Any:
@@ -144,8 +150,8 @@ def _server(device: Device) -> Iterator[None]:
 
 
 @dataclass(eq=False)
-class Line:
-    """An open stream of PortAudio. `over`: it has ended by itself."""
+class DeviceStream:
+    """An open stream of PortAudio, in int16 at `rate` Hz. `over` is set once it has ended, by itself or by `close`."""
 
     stream: Any
     rate: int
@@ -161,8 +167,11 @@ class Line:
                 self.stream.close(ignore_errors=True)
 
 
-def open_line(device: Device, callback: Callable[[Any, int, Any, Any], None]) -> Line:
-    """Opens and starts it at the first rate that it takes. Blocks. Raises SoundError."""
+def open_stream(device: Device, callback: Callable[[Any, int, Any, Any], None]) -> DeviceStream:
+    """Opens a device at the first rate and channel count that it accepts, and starts it. Blocks. Raises SoundError.
+
+    `callback` is PortAudio's (buffer, frames, times, status), called in its own thread for each BLOCK.
+    """
     portaudio, error = _portaudio(), None
     make = portaudio.RawInputStream if device.kind == "microphone" else portaudio.RawOutputStream
     with _lock, _server(device):
@@ -186,15 +195,15 @@ def open_line(device: Device, callback: Callable[[Any, int, Any, Any], None]) ->
                     if _code(refused) not in (NO_RATE, NO_CHANNELS):
                         raise SoundError(_why(device, refused)) from refused
                     continue
-                line = Line(stream, rate, channels, over)
-                _open.add(line)
+                opened = DeviceStream(stream, rate, channels, over)
+                _open.add(opened)
                 try:
                     stream.start()
                 except portaudio.PortAudioError as refused:
-                    _open.discard(line)
+                    _open.discard(opened)
                     stream.close(ignore_errors=True)
                     raise SoundError(_why(device, refused)) from refused
-                return line
+                return opened
     assert error is not None
     raise SoundError(_why(device, error)) from error
 

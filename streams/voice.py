@@ -1,4 +1,4 @@
-"""Text in, sound out, streaming, with the time of each word: what a voice is, and `open_voice`, which finds one."""
+"""Streaming speech synthesis with word timestamps: what a voice is, and `open_voice`, which finds one by name."""
 
 import queue
 import re
@@ -16,12 +16,12 @@ _UNSPOKEN |= {0x7F: " "} | dict.fromkeys(range(55296, 57344), "?")
 
 
 class VoiceMissing(RuntimeError):
-    """There is no such voice on this machine; says what to install."""
+    """There is no such voice on this machine; the message says what to install."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """text[start:end] begins at this sample of the sound."""
+    """A word timestamp: text[start:end] begins at this sample of the sound."""
 
     start: int
     end: int
@@ -30,27 +30,28 @@ class Word:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the sound from `sample` on, and the words that became known with it (in order; never a later one first)."""
+    """A piece of the sound from `sample` on, and the words whose times became known with it, in order."""
 
-    pcm: np.ndarray
+    pcm: np.ndarray  # float32 [n] in [-1, 1]
     sample: int
     words: tuple[Word, ...]
 
 
 @dataclass(frozen=True)
 class Speech:
-    """pcm is float32 in [-1, 1]."""
+    """The whole sound of a text."""
 
-    pcm: np.ndarray
-    rate: int
+    pcm: np.ndarray  # float32 [n] in [-1, 1]
+    rate: int  # Hz
     words: tuple[Word, ...]
 
 
 class Stream:
-    """An iterator of chunks that are made while they are taken. `stop` may come from any thread and is done in a millisecond.
+    """An iterator of chunks, synthesised in a thread of its own. `stop` may be called from any thread and takes a millisecond.
 
-    `make` hands each chunk to a function that answers whether to go on, and is given an event that says the same: it is set
-    by `stop`, and also where `make` ends or fails, so that threads which a voice has started of its own end with it.
+    `make(take, over)` runs in the thread. It hands each chunk to `take`, which returns whether to go on. `over` is set by `stop`,
+    and when `make` ends or fails, so that threads which a voice has started end with it. What `make` raises is raised to the
+    reader.
     """
 
     def __init__(self, make: Callable[[Callable[[Chunk], bool], threading.Event], None]):
@@ -74,7 +75,7 @@ class Stream:
         raise StopIteration
 
     def stop(self) -> None:
-        """Nothing more comes out, and nothing more is made."""
+        """Ends the iteration and the synthesis."""
         self._closed = True
         self._over.set()
         self._chunks.put(None)
@@ -100,18 +101,18 @@ class Stream:
 
 
 class Voice(Protocol):
-    """What a conversation speaks with."""
+    """A text-to-speech voice."""
 
     @property
     def rate(self) -> int:
-        """Samples a second of all that it says."""
+        """Samples a second of its sound."""
 
     def speak(self, text: str, before: str = "") -> Stream:
-        """The sound of the text as a stream of chunks. `before`: what was said before it, in the same language."""
+        """The sound of the text as a stream of chunks. `before`: the text before it, in the same language."""
 
 
 def open_voice(name: str = "auto", language: str = "en") -> Voice | None:
-    """A voice by name; None is text alone.
+    """A voice by name; None means text alone. Raises VoiceMissing. Blocks, for seconds where weights are loaded.
 
     auto: pocket-tts if it is installed and its weights are on disk already, else espeak-ng, else None. Downloads nothing.
     none: None.
@@ -136,10 +137,10 @@ def open_voice(name: str = "auto", language: str = "en") -> Voice | None:
 
 
 def words_in(text: str) -> list[tuple[int, int]]:
-    """Where each word of the text begins and ends; what has no letter and no digit is none."""
+    """(start, end) of each word of the text; what has no letter and no digit is not a word."""
     return [match.span() for match in TOKEN.finditer(text) if any(map(str.isalnum, match[0]))]
 
 
 def plain(text: str) -> str:
-    """The text without what no voice can say: control characters and broken surrogates, each replaced by one character."""
+    """The text with control characters and lone surrogates, which no voice can say, each replaced by one character."""
     return text.translate(_UNSPOKEN)

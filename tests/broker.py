@@ -71,6 +71,13 @@ class Mosquitto:
                 threading.Event().wait(0.02)
         raise AssertionError("mosquitto does not listen")
 
+    def listen(self, address: str) -> None:
+        """From now on it also listens at this address of this machine. It begins anew."""
+        self.stop()
+        with (self.folder / "mosquitto.conf").open("a") as config:
+            config.write(f"listener {self.port} {address}\n")
+        self.start()
+
     def encrypt(self, certificate: Path, key: Path) -> None:
         """From now on it also listens at `secure`, over TLS. It begins anew."""
         self.stop()

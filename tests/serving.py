@@ -21,7 +21,7 @@ from agent.engine import Engine
 from agent.settings import Settings
 from agent.view import Budget
 from model.vad import Vad
-from streams.files import read_audio
+from streams.media_files import read_audio
 from tests.talk import Beeps, Mind, tiny
 from web.server import Door, Options
 

@@ -26,7 +26,7 @@ from agent.session import Session
 from agent.tape import Sound
 from model.gemma import Config, Gemma
 from model.sampling import Generation
-from streams.files import decode_picture
+from streams.pictures import decode_picture
 from streams.voice import Chunk, Word
 from tests.tiny import FRAME, Recipe
 from tests.vocabulary import media, tokenizer

@@ -1,6 +1,7 @@
 """`attend ask` with the embedded checkpoint, through the command's own entry point."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -8,17 +9,22 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
+import pillow_heif
 import pytest
 import soundfile
+import soxr
 import torch
+from PIL import Image
 
 from agent import checkpoint
 from agent.__main__ import main
 from model.cache import whole_span
 from model.weights import NANO
-from streams import files
+from streams.media_files import read_audio
+from streams.pictures import read_picture
 
 QUESTION, PICTURE = NANO / "demo" / "question.wav", NANO / "demo" / "picture.jpg"
 
@@ -47,7 +53,7 @@ def test_a_spoken_question_about_a_picture_is_answered_with_a_mark_on_the_thing(
     (mark,) = answer["marks"]
     assert mark["label"] == "orange square"
     assert np.abs(np.array(mark["box_2d"]) - [83, 231, 518, 570]).max() <= 60
-    drawn, plain = files.read_picture(marked), files.read_picture(PICTURE)
+    drawn, plain = read_picture(marked), read_picture(PICTURE)
     assert drawn.shape == plain.shape and (drawn != plain).any()
 
 
@@ -70,10 +76,10 @@ def test_streaming_gives_the_log_probabilities_of_the_whole_prompt(capsys: pytes
     loaded = checkpoint.load("nano")
     model, media = loaded.model, loaded.model.config.media
     ids = torch.tensor(answer["prompt_ids"] + answer["answer_ids"])
-    samples = files.read_audio(QUESTION)
+    samples = read_audio(QUESTION)
     x = model.embed_text(ids)
     x[ids == media.audio] = model.embed_audio(torch.from_numpy(np.pad(samples, (0, -len(samples) % 640)).reshape(-1, 640)))
-    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, files.read_picture(PICTURE), loaded.budget))
+    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, read_picture(PICTURE), loaded.budget))
     blocks = torch.where(ids == media.image, 0, -1)[None]
     hidden = model(x[None], whole_span(model.config, len(ids), blocks, model.dtype, model.device))
     assert hidden is not None
@@ -130,9 +136,7 @@ def test_a_video_is_looked_at_with_its_times(capsys: pytest.CaptureFixture[str],
 def test_other_sound_formats_are_converted_not_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, subtype: str, rate: int, channels: int
 ) -> None:
-    import soxr
-
-    samples = soxr.resample(files.read_audio(QUESTION), 16_000, rate)
+    samples = soxr.resample(read_audio(QUESTION), 16_000, rate)
     path = tmp_path / "question.wav"
     soundfile.write(path, np.stack([samples] * channels, 1).clip(-1, 1), rate, subtype=subtype)
     answer = ask(capsys, "--audio", path, "--image", PICTURE)
@@ -213,3 +217,67 @@ def test_the_command_shows_no_traceback() -> None:
         cwd=Path(__file__).parents[1],
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr and "nowhere.png" in result.stderr
+
+
+def film(path: Path, sound: np.ndarray | None = None) -> Path:
+    """Four seconds of the demo's picture, one a second, and sound at 16 kHz."""
+    pixels = read_picture(PICTURE)[:336, :432]
+    codecs = {".webm": ("libvpx", "libopus"), ".mp4": ("libx264", "aac")}[path.suffix]
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(codecs[0], rate=1, width=432, height=336, pix_fmt="yuv420p")
+        audio = out.add_stream(codecs[1], rate=48_000, layout="mono") if sound is not None else None
+        for _ in range(4):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(video.encode(None))
+        if audio is not None and sound is not None:
+            frame = av.AudioFrame.from_ndarray(soxr.resample(sound, 16_000, 48_000)[None].astype(np.float32), "fltp", "mono")
+            frame.sample_rate = 48_000
+            out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.webm"])
+def test_the_sound_of_a_video_is_heard_in_step_with_its_pictures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    question = read_audio(QUESTION)
+    path = film(tmp_path / name, np.concatenate([question, np.zeros(4 * 16_000 - len(question), np.float32)]))
+    answer = ask(capsys, "--video", path)
+    loaded = checkpoint.load("nano")
+    media = loaded.model.config.media
+    ids = [id for id in answer["prompt_ids"] if id in (media.video, media.audio)]
+    kinds = "".join("v" if id == media.video else "a" for id in ids)
+    runs = [(run[0], len(run)) for run in re.findall("v+|a+", kinds)]
+    assert [kind for kind, _ in runs] == ["v", "a", "v", "a"], "pictures of two seconds, their sound, and so on"
+    assert runs[0][1] == runs[2][1] == 2 * 63 and abs(runs[1][1] - 50) <= 10
+    assert answer["audio_seconds"] == pytest.approx(4, abs=0.1)
+    assert answer["heard"] == "where is the orange square"
+    silent = ask(capsys, "--video", path, "--text", "What do you see?", "--no-sound")
+    assert silent["audio_seconds"] == 0 and media.audio not in silent["prompt_ids"] and silent["heard"] is None
+
+
+def test_the_sound_of_a_video_alone_is_a_spoken_question(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = film(tmp_path / "film.webm", read_audio(QUESTION))
+    answer = ask(capsys, "--audio", path, "--image", PICTURE)
+    assert answer["heard"] == "where is the orange square" and answer["text"] == "The orange square is at the top."
+
+
+def test_a_video_whose_sound_does_not_fit_is_refused_with_the_option_that_helps(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = film(tmp_path / "film.mp4", np.zeros(400 * 16_000, np.float32))
+    assert "--no-sound" in refused(capsys, "--video", path)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_a_photo_of_a_phone_is_answered_like_any_other(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str) -> None:
+    picture = Image.open(PICTURE).convert("RGB")
+    if kind == "HEIF":
+        pillow_heif.from_pillow(picture).save(tmp_path / "photo", quality=95)
+    else:
+        picture.save(tmp_path / "photo", kind, quality=95)
+    marked = tmp_path / "marked.png"
+    answer = ask(capsys, "--audio", QUESTION, "--image", tmp_path / "photo", "--mark-image", marked)
+    assert answer["text"] == "The orange square is at the top."
+    assert read_picture(marked).shape == read_picture(PICTURE).shape

@@ -12,7 +12,7 @@ from agent.bench import crowd
 from agent.engine import Engine
 from agent.script import Performance, Turn
 from model.nano import people
-from streams.files import read_audio
+from streams.media_files import read_audio
 from tests.serving import DEMO, TEN, serving
 from web.caller import Caller
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from agent import ask, checkpoint, events
-from agent.ask import Part
+from agent.ask import QuestionPart
 from agent.bench.crowd import Question
 from agent.checkpoint import Loaded
 from agent.engine import Engine
@@ -85,7 +85,7 @@ async def test_five_spoken_turns_about_changing_pictures_are_understood_and_answ
         assert len(stretch) == pytest.approx(aloud.sum(), rel=0.1), "the whole answer is heard, without gaps"
     heard = sound[: int(np.argmax(agent)) * RATE // 50, 0]
     soundfile.write(tmp_path / "question.wav", heard, RATE)
-    answer = await ask.ask(loaded, ask.read([Part("audio", str(tmp_path / "question.wav"))]), how=loaded.generation)
+    answer = await ask.ask(loaded, ask.read([QuestionPart("audio", str(tmp_path / "question.wav"))]), sampling=loaded.generation)
     assert answer.heard == turns[0].words, "nano understands the recording as it did the microphone"
 
 

@@ -22,9 +22,9 @@ from agent.settings import Settings
 from agent.talk import door
 from agent.talk.terminal import Terminal
 from model.vad import Vad
-from streams.echo import Echo
-from streams.files import read_audio
+from streams.echo import EchoCanceller
 from streams.frames import FRAME, RATE
+from streams.media_files import read_audio
 from streams.voice import open_voice
 
 DEMO = Path(checkpoint.__file__).parents[1] / "model/nano/demo"
@@ -68,7 +68,7 @@ class Ear:
     def clear(self) -> None:
         pass
 
-    async def stay(self) -> None:
+    async def keep_open(self) -> None:
         await asyncio.Event().wait()
 
 
@@ -85,7 +85,7 @@ async def evening(minutes: int) -> tuple[list[int], str]:
                 await asyncio.sleep(0.001)
 
         microphone.ready = ready
-        conversation = door.Talk(terminal, door.Ends(microphone, Ear(), Echo()))  # type: ignore[arg-type]
+        conversation = door.RoomConversation(terminal, door.Devices(microphone, Ear(), EchoCanceller()))  # type: ignore[arg-type]
         await conversation.run(session)
         assert conversation.failed is None
     return microphone.memory, out.getvalue()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("agent", "model", "streams", "web")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
-DISTRIBUTION = {"cv2": "opencv-python-headless", "paho": "paho-mqtt"}  # where a module and its distribution differ in name
+DISTRIBUTION = {"cv2": "opencv-python-headless", "paho": "paho-mqtt", "PIL": "pillow"}  # of other names
 
 
 def run(*command, **how):
@@ -99,7 +99,7 @@ def test_what_is_imported_is_what_is_declared():
             found |= {canonicalize_name(DISTRIBUTION.get(name, name)) for name in tops(path)}
     found -= {canonicalize_name(name) for name in (*sys.stdlib_module_names, *FOLDERS)}
     assert declared() <= found, "declared, and used by nothing"
-    softly = declared("espeak") | declared("voice") | declared("aec") | {"transformers"}
+    softly = declared("espeak") | declared("voice") | declared("aec") | declared("gguf") | {"transformers"}
     assert found - declared() <= softly, "used, and not declared"
 
 
@@ -110,7 +110,9 @@ def test_every_folder_of_code_is_in_the_package():
 
 def test_each_dependency_says_why():
     lists = re.findall(
-        r"^(?:dependencies|espeak|voice|aec|test) = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+        r"^(?:dependencies|espeak|voice|aec|gguf|test) = \[\n(.*?)^\]",
+        (ROOT / "pyproject.toml").read_text(),
+        re.DOTALL | re.MULTILINE,
     )
     lines = [line for block in lists for line in block.splitlines()]
     assert len(lines) == len(PROJECT["dependencies"]) + sum(map(len, PROJECT["optional-dependencies"].values()))

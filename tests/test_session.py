@@ -29,8 +29,8 @@ from agent.view import Budget, Policy, Views, view
 from model.cache import NoRow
 from model.vad import Vad
 from streams.espeak import Espeak
-from streams.files import read_audio
 from streams.frames import Audio
+from streams.media_files import read_audio
 from streams.voice import open_voice
 from tests.talk import END, PROMPT, Beeps, Door, Mind, Plain, ids, jpeg, settled, tiny, words
 from tests.test_turns import Room

@@ -12,12 +12,12 @@ import pytest
 
 from streams import portaudio
 from streams.channel import Channel
-from streams.echo import LEARN, Echo
+from streams.echo import LEARN, EchoCanceller
 from streams.frames import FRAME, RATE
 from streams.portaudio import Device, SoundError
 from streams.sound import Speaker
 
-MIC = Device("microphone", 0, "USB Audio: hw:1,0", 48_000, 1, usual=True)
+MIC = Device("microphone", 0, "USB Audio: hw:1,0", 48_000, 1, default=True)
 PULSE = Device("microphone", 3, "Echo cancelled", 44_100, 1, server="mic.echo-cancel", cancels=True)
 OTHER = Device("microphone", 10, "Webcam", 16_000, 1)
 
@@ -65,7 +65,7 @@ def test_what_portaudio_refuses_is_told_with_the_remedy(monkeypatch, code, compl
     library = SimpleNamespace(RawInputStream=refuse, PortAudioError=PortAudioError, _terminate=int, _initialize=int)
     monkeypatch.setattr(portaudio, "_portaudio", lambda: library)
     with pytest.raises(SoundError, match=complaint):
-        portaudio.open_line(OTHER, lambda *_: None)
+        portaudio.open_stream(OTHER, lambda *_: None)
 
 
 def test_a_missing_portaudio_is_told_with_its_package(monkeypatch):
@@ -98,7 +98,7 @@ class Driver:
     def __init__(self, speaker: Speaker, rate: int) -> None:
         self.speaker, self.rate, self.played = speaker, rate, np.zeros(0, np.float32)
         self.time, self.latency = 0.0, 0.1
-        speaker._line = portaudio.Line(self, rate, 1)
+        speaker._stream = portaudio.DeviceStream(self, rate, 1)
 
     def take(self, blocks: int) -> None:
         for _ in range(blocks):
@@ -150,7 +150,7 @@ def noise(level: float, seed: int) -> np.ndarray:
 
 
 def test_only_what_is_louder_than_ever_came_back_passes_while_the_speaker_speaks():
-    echo = Echo(cancel=False)
+    echo = EchoCanceller(cancel=False)
     frame = noise(0.01, 0)
     echo.far(np.zeros(FRAME, np.float32), RATE)
     assert echo.clean(frame) is frame, "nobody speaks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -24,15 +25,14 @@ import soundfile
 
 from agent import checkpoint, replay
 from agent.__main__ import main
-from streams.files import read_audio
 from streams.frames import FRAME, RATE
+from streams.media_files import read_audio
 from tests.soundcard import MISSING, Card
 from tests.test_camera import Rtsp
 
 ROOT = Path(checkpoint.__file__).parents[1]
 DEMO = ROOT / "model/nano/demo"
 LONG = 60.0  # seconds that anything may take on a busy machine
-SLACK = 0.1  # for the sound that the card itself holds, 40 ms on a quiet machine
 
 pytestmark = [
     pytest.mark.slow,
@@ -123,6 +123,8 @@ def test_a_spoken_question_is_answered_aloud_recorded_and_held_again(card, tmp_p
     files = ["--record", str(tmp_path / "talk.wav"), "--marks", str(tmp_path / "marks")]
     with Talking(card, "--camera", str(DEMO / "picture.jpg"), *files) as talking:
         talking.until("note     listening to mic")
+        assert "circles, squares" in talking.until("note     nano is a small model")
+        assert "demo/picture.jpg" in talking.until('note     try "Where is the orange square?"')
         card.say(question())
         wait(lambda: card.silent)
         ended = card.spoken[-1]
@@ -151,8 +153,8 @@ def test_a_spoken_question_is_answered_aloud_recorded_and_held_again(card, tmp_p
 SPEECH = "I am attend. I can tell you about the picture that I see, and I will go on talking about it until you ask something. "
 
 
-def interrupt(card: Card, capsys: pytest.CaptureFixture[str]) -> float:
-    """Asks while something is said; returns for how many seconds that went on, in the recording."""
+def interrupt(card: Card, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asks while something is said, and prints for how many seconds that went on: a figure, as the machine may be busy."""
     asked = read_audio(DEMO / "question.wav")
     onset = int(np.argmax(np.abs(asked) > 0.05)) / RATE
     card.say(asked)
@@ -160,19 +162,27 @@ def interrupt(card: Card, capsys: pytest.CaptureFixture[str]) -> float:
     wait(lambda: gap(card, begun) < time.monotonic() - 1)
     silence = gap(card, begun) - begun - onset
     with capsys.disabled():
-        print(f"\nonset of an interruption to silence, in the recording: {silence * 1000:.0f} ms")
-    return silence
+        print(f"\nonset of an interruption to silence, at the speaker: {silence * 1000:.0f} ms")
 
 
-def test_an_interruption_silences_it_at_once_and_the_next_answer_fits(card, capsys):
-    with Talking(card, "--camera", str(DEMO / "picture.jpg"), "--say", 3 * SPEECH) as talking:
+def noticed(wav: Path) -> float:
+    """Seconds from the first sound of the user to the moment when the answer was silenced, in frames of the microphone."""
+    sound, _ = soundfile.read(wav, dtype="float32")
+    log = [json.loads(line) for line in wav.with_suffix(".jsonl").read_text().splitlines()]
+    silenced = next(line["at"] for line in log if line.get("event") == "Cleared")
+    return float(silenced * FRAME - np.argmax(np.abs(sound[:, 0]) > 0.05)) / RATE
+
+
+def test_an_interruption_silences_it_at_once_and_the_next_answer_fits(card, tmp_path, capsys):
+    files = ["--record", str(tmp_path / "talk.wav")]
+    with Talking(card, "--camera", str(DEMO / "picture.jpg"), "--say", 3 * SPEECH, *files) as talking:
         talking.until("note     listening to mic")
         wait(lambda: len(card.loud()) > 300)  # three seconds: by then it knows that nothing of it comes back
-        silence = interrupt(card, capsys)
+        interrupt(card, capsys)
         assert talking.until("attend", 2).startswith("attend   The orange square")
         assert "not heard" in talking.until("attend")
         assert talking.end() == 0
-    assert silence < 0.2 + SLACK
+    assert 0 <= noticed(tmp_path / "talk.wav") < 0.25
 
 
 @pytest.fixture
@@ -199,11 +209,10 @@ def test_at_a_server_it_is_the_same(card, server, tmp_path, capsys):
         card.say(question())
         said = len(card.loud())
         wait(lambda: len(card.loud()) > said + 30)
-        silence = interrupt(card, capsys)
+        interrupt(card, capsys)
         assert "not heard" in talking.until("attend", 2)
         assert talking.until("attend", 3) == "attend   The orange square is at the top."
         assert talking.end() == 0
-    assert silence < 0.2 + SLACK
     sound, _ = soundfile.read(tmp_path / "talk.wav", dtype="float32")
     assert (np.abs(sound[:, 1]) > 0.05).sum() > RATE // 4
     assert main(["replay", str(tmp_path / "talk.wav")]) == 2
@@ -347,7 +356,9 @@ def test_in_a_terminal_one_line_lives_and_the_space_bar_opens_and_closes_a_turn(
 
 def test_ctrl_c_twice_ends_it_at_once(card):
     stuck = (
-        "import time\nfrom agent.talk import door\nasync def stop(self): self.terminal.note('stopping')\ndoor.Talk.stop = stop\n"
+        "from agent.talk.door import RoomConversation\n"
+        "async def stop(self): self.terminal.note('stopping')\n"
+        "RoomConversation.stop = stop\n"
     )
     folder = card.mic.folder.parent / "site"
     folder.mkdir()

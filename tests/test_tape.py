@@ -41,7 +41,7 @@ from agent.view import Budget, Views, view
 from model.cache import Cache, Row, RowFull
 from model.gemma import Config, Gemma
 from model.pixels import patches
-from streams.files import decode_picture
+from streams.pictures import decode_picture
 from tests.tiny import FRAME, SIDE, Recipe
 from tests.vocabulary import media, spell, tokenizer
 

@@ -6,15 +6,12 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.watch.asked import chosen, read_ask
-from agent.watch.config import Config
-from agent.watch.triggers import Triggers, matches, topics
-from streams.camera import Shot
+from agent.watch import config
+from agent.watch.triggers import Triggers, topics
 from streams.mqtt import Message
 
 NOW = 1_800_000_000.0
@@ -22,15 +19,15 @@ NOW = 1_800_000_000.0
 
 def told(*triggers: dict[str, Any]) -> Triggers:
     data = {"camera": {"front": {"source": "a.mp4"}}, "trigger": [{"camera": "front"} | trigger for trigger in triggers]}
-    return Triggers(msgspec.convert(data, Config).checked("it"))
+    return Triggers(config.parse(data, "it"))
 
 
 def asked(it: Triggers, topic: str, payload: Any, now: float = NOW, **more: Any) -> int:
     body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
-    queries = it.take(Message(topic, body, **more), now)
-    for query in queries:
-        it.fired(query, now)
-    return len(queries)
+    questions = it.take(Message(topic, body, **more), now)
+    for question in questions:
+        it.fired(question, now)
+    return len(questions)
 
 
 def event(kind: str = "new", **more: Any) -> dict[str, Any]:
@@ -116,21 +113,6 @@ def test_a_condition_on_any_payload(trigger: dict[str, Any], payload: Any, fires
     assert asked(told({"on": "topic", "topic": "t"} | trigger), "t", payload) == fires
 
 
-@pytest.mark.parametrize(
-    ("pattern", "topic", "same"),
-    [
-        ("a/+", "a/b", True),
-        ("a/+", "a/b/c", False),
-        ("a/#", "a", True),
-        ("a/#", "a/b/c", True),
-        ("#", "$SYS/x", False),
-        ("a", "b", False),
-    ],
-)
-def test_topics_match_as_a_broker_matches_them(pattern: str, topic: str, same: bool) -> None:
-    assert matches(pattern, topic) is same
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
 )
@@ -148,59 +130,3 @@ def test_schedules_are_due_at_their_times() -> None:
     day = datetime(2027, 5, 4, 8, 0).timestamp()
     due = [datetime.fromtimestamp(it.scheduled(1, at)[0]) for at in (day, day + 14 * 3600)]
     assert due == [datetime(2027, 5, 4, 22, 0), datetime(2027, 5, 5, 7, 30)]
-
-
-# ---- asks
-
-
-def ask(payload: bytes, now: float = NOW, **more: Any) -> Any:
-    return read_ask(Message("agent/home/front/ask", payload, **more), "front", told().config, "agent/home/", now)
-
-
-def test_what_is_not_said_is_as_the_camera_is_configured() -> None:
-    data = {"camera": {"front": {"source": "a", "budget": 70, "quick": True, "question": "Who?"}}}
-    config = msgspec.convert(data, Config)
-    query = read_ask(Message("t", b'{"budget": 140}'), "front", config, "agent/", NOW)
-    assert (query.budget, query.quick, query.question) == (140, True, "Who?")
-
-
-def test_the_same_ask_that_the_broker_sends_again_has_the_same_stem_and_another_one_has_not() -> None:
-    first, again, other = ask(b"hello", mid=5), ask(b"hello", NOW + 3, mid=5, again=True), ask(b"hello", NOW + 3, mid=6)
-    assert first.key.rpartition("/")[0] == again.key.rpartition("/")[0] != other.key.rpartition("/")[0]
-    assert len({first.key, again.key, other.key}) == 3
-    assert ask(b'{"id": "a"}').key == ask(b'{"id": "a", "question": "b"}', NOW + 9).key
-    assert ask(b"a", correlation=b"x").key == ask(b"a", NOW + 1, correlation=b"x").key != ask(b"a", correlation=b"y").key
-
-
-def test_the_shortest_of_all_deadlines_holds() -> None:
-    assert ask(b"a").until == NOW + 60
-    assert ask(b'{"deadline_s": 5}').until == NOW + 5 == ask(b"a", expiry_s=5.0).until
-    assert ask(f'{{"at": {NOW - 8}, "deadline_s": 5}}'.encode()).until == NOW - 3
-
-
-# ---- pictures by what changed
-
-
-def shots(*levels: int) -> list[Shot]:
-    return [Shot(b"", float(at), (1, 1), np.full((18, 32), level, np.uint8)) for at, level in enumerate(levels)]
-
-
-@pytest.mark.parametrize(
-    ("levels", "count", "moment", "at"),
-    [
-        ([], 4, 9, []),
-        ([9], 4, 9, [0]),
-        ([9] * 9, 4, 8, [8]),  # nothing changed, and it is now
-        ([9] * 9, 4, 3, [2, 8]),  # nothing changed, but it was before
-        ([9, 9, 9, 9, 90], 4, 9, [3, 4]),
-        ([9, 9, 90, 9, 9], 4, 9, [2, 4]),
-        ([9, 9, 200, 90, 9, 91], 3, 5, [2, 4, 5]),
-    ],
-)
-def test_pictures_are_chosen_by_what_changed(levels: list[int], count: int, moment: float, at: list[int]) -> None:
-    assert [int(shot.at) for shot in chosen(shots(*levels), count, moment)] == at
-
-
-def test_of_a_slow_change_the_pictures_are_spread() -> None:
-    found = [int(shot.at) for shot in chosen(shots(*range(0, 250, 10)), 4, 25)]
-    assert len(found) == 4 and found[0] == 0 and found[-2:] == [23, 24] and 8 < found[1] < 16

@@ -80,7 +80,7 @@ def test_a_voice_that_crashes_mid_way_raises_in_the_reader_after_what_it_had_mad
 
 
 def test_espeak_speaks_on_after_a_crash_in_the_middle(espeak, monkeypatch):
-    monkeypatch.setattr(module._Words, "known", lambda *_: 1 / 0)
+    monkeypatch.setattr(module._WordTimes, "known", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(espeak.speak(TEXT))
     monkeypatch.undo()
@@ -112,7 +112,7 @@ def test_a_stalled_voice_can_be_stopped():
 
 
 def test_stop_wakes_a_reader_in_another_thread(espeak):
-    with module._engine()._lock:  # another conversation is speaking
+    with module._library()._lock:  # another conversation is speaking
         stream = espeak.speak(TEXT)
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
@@ -223,7 +223,7 @@ def test_conversations_in_many_threads_do_not_mix(espeak):
 
 def test_a_forked_child_speaks_though_its_parent_was_speaking(espeak):
     same = len(espeak.say(TEXT, fresh=True).pcm)
-    with module._engine()._lock:  # as a thread of the parent would hold it, that the child does not have
+    with module._library()._lock:  # as a thread of the parent would hold it, that the child does not have
         child = os.fork()
         if child == 0:
             signal.alarm(10)
@@ -256,7 +256,7 @@ def without_espeak(monkeypatch):
     def nothing():
         raise VoiceMissing("There is no voice: install something.")
 
-    monkeypatch.setattr(module, "_engine", nothing)
+    monkeypatch.setattr(module, "_library", nothing)
 
 
 @pytest.fixture

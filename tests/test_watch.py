@@ -1,9 +1,10 @@
-"""The door over MQTT with real parts: mosquitto and its clients, videos as cameras, nano as the model."""
+"""attend watch with real parts: mosquitto and its clients, videos as cameras, nano as the model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import statistics
@@ -11,33 +12,37 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jinja2
-import msgspec
 import numpy as np
 import pytest
 
 from agent import checkpoint
+from agent.__main__ import main
 from agent.checkpoint import Loaded
 from agent.engine import Engine, EngineStopped
 from agent.marks import Mark
-from agent.watch import discovery, door, vigil
-from agent.watch.config import Config, read
-from agent.watch.door import Watch
-from agent.watch.looking import Looker, Said
+from agent.watch import config, discovery, shots
+from agent.watch.config import WatchConfig, read
+from agent.watch.monitor import Hysteresis
+from agent.watch.service import WatchService
+from agent.watch.visual_qa import VisualAnswer, VisualQA, picture_segments
 from model.weights import NANO
-from streams import camera, mqtt
+from streams import camera
+from streams.broker import BrokerConfig
 from streams.camera import Shot
-from streams.files import decode_picture
+from streams.mqtt import MqttConnection, Publication
+from streams.opencv import cv2
+from streams.pictures import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, certified, until
 from tests.talk import settled
-from tests.test_triggers import review
+from tests.test_camera import Rtsp, Snapshots
+from tests.test_frigate import event_18, review_18
 
 ROOT = Path(__file__).parent.parent
 PICTURE = NANO / "demo" / "picture.jpg"
@@ -80,35 +85,41 @@ def quick(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camera, "RATE", 20.0)
 
 
-def told(at: Mosquitto, tmp_path: Path, cameras: dict[str, Any], **more: Any) -> Config:
+def told(at: Mosquitto, tmp_path: Path, cameras: dict[str, Any], **more: Any) -> WatchConfig:
     data = {"camera": cameras, "broker": {"port": at.port}, "state": str(tmp_path / "state"), "node": "home"} | more
-    return msgspec.convert(data, Config).checked("test")
+    return config.parse(data, "test")
 
 
 @asynccontextmanager
-async def attending(loaded: Loaded, config: Config) -> AsyncIterator[Watch]:
-    with Engine(loaded, spares=config.at_once + 1, length=2048) as engine:
-        it, stop = Watch(config, engine, "nano"), asyncio.Event()
-        running = asyncio.create_task(it.run(stop))
-        try:
+async def serving(told: WatchConfig, visual_qa: Any) -> AsyncIterator[WatchService]:
+    it, stop = WatchService(told, visual_qa, "nano"), asyncio.Event()
+    running = asyncio.create_task(it.run(stop))
+    try:
+        yield it
+    finally:
+        stop.set()
+        async with asyncio.timeout(SOON):
+            await running
+
+
+@asynccontextmanager
+async def attending(loaded: Loaded, told: WatchConfig, kind: type[VisualQA] = VisualQA) -> AsyncIterator[WatchService]:
+    """With the model."""
+    with Engine(loaded, spares=told.at_once + 1, length=2048) as engine:
+        async with serving(told, kind(engine, told.system)) as it:
             yield it
-        finally:
-            stop.set()
-            async with asyncio.timeout(SOON):
-                await running
 
 
 class Gate:
-    """The model's answers, which are given when they are let through; what was asked is kept."""
+    """Answers in place of the model's, which are given when they are let through; what was asked is kept."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.asked: list[tuple[list[Shot], str, dict[str, Any]]] = []
         self.open = asyncio.Event()
         self.trouble: Exception | None = None
         self.at_once = self.most = 0
-        monkeypatch.setattr(Looker, "ask", self._ask)
 
-    async def _ask(self, shots: list[Shot], question: str, **how: Any) -> Said:
+    async def ask(self, shots: list[Shot], question: str, **how: Any) -> VisualAnswer:
         self.asked.append((list(shots), question, how))
         self.at_once += 1
         self.most = max(self.most, self.at_once)
@@ -118,12 +129,15 @@ class Gate:
             self.at_once -= 1
         if self.trouble:
             raise self.trouble
-        return Said(f"answer to {question}", [Mark((100, 100, 500, 500), "it")])
+        return VisualAnswer(f"answer to {question}", [Mark((100, 100, 500, 500), "it")])
+
+    async def holds(self, shot: Shot, condition: str) -> tuple[None, str]:
+        return None, ""
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    it = Gate(monkeypatch)
+def gate() -> Gate:
+    it = Gate()
     it.open.set()
     return it
 
@@ -170,22 +184,22 @@ async def test_a_question_is_answered_about_what_is_in_view_with_a_box_at_the_ri
     sub.close()
 
 
-async def test_a_broker_over_tls_as_a_configuration_names_it(loaded, broker, scene, tmp_path, gate):
+async def test_a_broker_over_tls_as_a_configuration_names_it(broker, scene, tmp_path, gate):
     certificate, key = certified(tmp_path)
     broker.encrypt(certificate, key)
     file = tmp_path / "attend.toml"
     where = f'[broker]\nport = {broker.secure}\ntls = true\nca = "{certificate}"\n[camera.front]\nsource = "{scene}"\n'
     file.write_text(f'node = "home"\nstate = "{tmp_path}/state"\n{where}')
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, read(file)):
+    async with serving(read(file), gate):
         await until(lambda: sub.on("home/status"))
         broker.pub("agent/home/front/ask", "hello")
         assert (await until(lambda: sub.on("/answer")))[0].json["answer"] == "answer to hello"
     sub.close()
 
 
-async def test_the_correlation_data_comes_back(loaded, broker, scene, tmp_path, gate):
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+async def test_the_correlation_data_comes_back(broker, scene, tmp_path, gate):
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}), gate):
         command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-t", "back", "-F", "%D %p", "-C", "1"]
         ready = Sub(broker, "agent/home/status")
         waiting = await asyncio.create_subprocess_exec(*command, stdout=-1)
@@ -210,9 +224,9 @@ async def test_a_first_line_comes_at_once_and_the_answer_after_it(loaded, broker
     sub.close()
 
 
-async def test_the_button_asks_the_cameras_own_question(loaded, broker, scene, tmp_path, gate):
+async def test_the_button_asks_the_cameras_own_question(broker, scene, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "question": "Who is there?"}})):
+    async with serving(told(broker, tmp_path, {"front": {"source": scene, "question": "Who is there?"}}), gate):
         await until(lambda: sub.on("home/status"))
         for _ in range(2):
             broker.pub("agent/home/front/look", "look")
@@ -221,11 +235,11 @@ async def test_the_button_asks_the_cameras_own_question(loaded, broker, scene, t
     sub.close()
 
 
-async def test_looking_back_shows_what_changed_with_its_times(loaded, broker, turning, tmp_path, gate):
+async def test_looking_back_shows_what_changed_with_its_times(broker, turning, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": turning}})) as it:
+    async with serving(told(broker, tmp_path, {"front": {"source": turning}}), gate) as it:
         await until(lambda: sub.on("home/status"))
-        await until(lambda: len({shot.grey.mean() > 40 for shot in it._cameras["front"].around(time.time(), 60)}) == 2)
+        await until(lambda: len({shot.grey.mean() > 40 for shot in it.cameras["front"].around(time.time(), 60)}) == 2)
         broker.pub("agent/home/front/ask", {"question": "what happened", "look_back_s": 10, "frames": 3})
         got = (await until(lambda: sub.on("/answer")))[0].json
         shots, _, _ = gate.asked[0]
@@ -235,13 +249,9 @@ async def test_looking_back_shows_what_changed_with_its_times(loaded, broker, tu
 
 
 def test_several_pictures_stand_in_the_prompt_as_timed_video(loaded):
-    pictures = [Shot(PICTURE.read_bytes(), 1000.0 + at, (480, 640), np.zeros((18, 32), np.uint8)) for at in (0, 1.5, 62)]
+    shots = [Shot(PICTURE.read_bytes(), 1000.0 + at, (480, 640), np.zeros((18, 32), np.uint8)) for at in (0, 1.5, 62)]
 
-    async def parts() -> list[Any]:
-        with Engine(loaded, length=512) as engine:
-            return Looker(engine, None)._pictures(pictures, None)
-
-    ids = [part for part in asyncio.run(parts()) if isinstance(part, tuple)]
+    ids = [part for part in picture_segments(loaded, shots, None) if isinstance(part, tuple)]
     written = [loaded.tokenizer.decode(list(part)) for part in ids]
     assert [text for text in written if ":" in text] == ["00:00 ", " 00:01 ", " 01:02 "]
 
@@ -254,11 +264,11 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         return extend(cache, rows, x, **how)
 
     with Engine(loaded, rows=2, spares=1, length=2048) as engine:
-        looker = Looker(engine, None)
-        await looker.ask([shot], QUESTION, brief=True)  # its kept row is the first one now
+        visual_qa = VisualQA(engine, None)
+        await visual_qa.ask([shot], QUESTION, brief=True)  # its kept row is the first one now
         live, hold = engine.claim(lambda error: None), threading.Event()
         engine._orders.put(partial(hold.wait, SOON))
-        asking = asyncio.create_task(looker.ask([shot], QUESTION))
+        asking = asyncio.create_task(visual_qa.ask([shot], QUESTION))
         await asyncio.sleep(0)
         live.append(tuple(range(20, 50)) * 20)
         engine._pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
@@ -278,22 +288,15 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
 SCHEMA = {"type": "object", "required": ["open"], "properties": {"open": {"type": "boolean"}}, "additionalProperties": False}
 
 
-@pytest.fixture
-def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What the model writes, one text for each try; returns what it was asked."""
-    asked: list[str] = []
+def scripted(texts: list[str], asked: list[str]) -> type[VisualQA]:
+    """What the model writes, one text for each try, and what it was asked."""
 
-    def script(*texts: str) -> list[str]:
-        left = list(texts)
-
-        async def write(self: Looker, row: Any, wanted: str, said: Said, begun: float, *, brief: bool) -> tuple[str, int]:
+    class Scripted(VisualQA):
+        async def write(self, row: Any, wanted: str, answer: VisualAnswer, begun: float, *, brief: bool) -> tuple[str, int]:
             asked.append(wanted)
-            return left.pop(0), 1
+            return texts[len(asked) - 1], 1
 
-        monkeypatch.setattr(Looker, "_write", write)
-        return asked
-
-    return script
+    return Scripted
 
 
 @pytest.mark.parametrize(
@@ -305,12 +308,10 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         (["no", '{"open": NaN}', '{"open": 1}'], None, "1 is not of type 'boolean' - at `$.open`"),
     ],
 )
-async def test_an_answer_is_json_of_the_schema_or_an_error_that_says_why(
-    loaded, broker, scene, tmp_path, writes, texts, value, error
-):
-    asked = writes(*texts)
+async def test_an_answer_is_json_of_the_schema_or_an_error_that_says_why(loaded, broker, scene, tmp_path, texts, value, error):
+    asked: list[str] = []
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}), scripted(texts, asked)):
         await until(lambda: sub.on("home/status"))
         broker.pub("agent/home/front/ask", {"question": "is it open?", "schema": SCHEMA})
         got = (await until(lambda: sub.on("/answer")))[0].json
@@ -333,31 +334,26 @@ async def test_nano_which_writes_no_json_is_told_apart(loaded, broker, scene, tm
 
 
 def frigate(kind: str, id: str = "1718.5-abc", **more: Any) -> dict[str, Any]:
-    after = {
-        "id": id,
-        "camera": "front",
-        "frame_time": time.time(),
-        "label": "person",
-        "sub_label": None,
-        "snapshot": {"score": 1},
-    }
-    after |= {"top_score": 0.8, "score": 0.78, "false_positive": False, "start_time": time.time() - 0.5, "end_time": None}
-    after |= {"box": [424, 500, 536, 712], "area": 23744, "region": [264, 450, 667, 853], "thumbnail": None, "attributes": {}}
-    after |= {"current_zones": ["porch"], "entered_zones": ["porch"], "has_snapshot": True, "has_clip": False}
-    after |= {"stationary": False, "motionless_count": 0, "position_changes": 2}
-    return {"type": kind, "before": after, "after": after | more}
+    begun = {"start_time": time.time() - 0.5, "top_score": 0.8, "score": 0.78}
+    return event_18(kind, **({"id": id} | begun | more))
 
 
-async def test_frigate_events_get_one_answer_each_at_their_start_with_the_frame_before(loaded, broker, turning, tmp_path, gate):
+def reviewed(kind: str, id: str, objects: list[str], severity: str, **more: Any) -> dict[str, Any]:
+    message = review_18(kind, objects, severity, **more)
+    message["after"] |= {"id": id, "start_time": time.time() - 1}
+    return message
+
+
+async def test_frigate_events_get_one_answer_each_at_their_start_with_the_frame_before(broker, turning, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
     trigger = {"on": "frigate", "camera": "front", "labels": ["person"], "zones": ["porch"], "min_score": 0.6, "look_back_s": 20}
     picture = cv2.imencode(".jpg", flat(0, 255, 0))[1].tobytes()
     broker.pub("frigate/front/person/snapshot", picture, "-r")
     broker.pub("frigate/events", frigate("new", "retained"), "-r")
     cameras = {"front": {"source": turning}, "snap": {"topic": "frigate/front/person/snapshot"}}
-    async with attending(loaded, told(broker, tmp_path, cameras, trigger=[trigger])) as it:
+    async with serving(told(broker, tmp_path, cameras, trigger=[trigger]), gate) as it:
         await until(lambda: sub.on("home/status"))
-        await until(lambda: len({shot.grey.mean() > 40 for shot in it._cameras["front"].around(time.time(), 60)}) == 2)
+        await until(lambda: len({shot.grey.mean() > 40 for shot in it.cameras["front"].around(time.time(), 60)}) == 2)
         began = time.time() - 0.5
         broker.pub("frigate/events", frigate("new", "a", score=0.5, top_score=0.5), "-q", "1")
         broker.pub("frigate/events", frigate("new", "b", label="car"))
@@ -375,46 +371,50 @@ async def test_frigate_events_get_one_answer_each_at_their_start_with_the_frame_
     sub.close()
 
 
-async def test_a_frigate_review_gets_one_answer_as_it_becomes_an_alert(loaded, broker, scene, tmp_path, gate):
+async def test_a_frigate_review_gets_one_answer_while_it_lasts_whatever_its_objects_are_called(broker, scene, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
-    trigger = {"on": "frigate", "camera": "front", "of": "reviews", "severity": "alert", "labels": ["person"], "zones": ["porch"]}
-    broker.pub("frigate/reviews", review("new", id="retained", severity="alert"), "-r")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}, trigger=[trigger])):
+    trigger = {"on": "frigate", "camera": "front", "of": "reviews", "severity": "alert", "zones": ["porch"]}
+    trigger |= {"labels": ["person", "car"]}
+    broker.pub("frigate/reviews", reviewed("new", "retained", ["person"], "alert"), "-r")
+    over = {"end_time": time.time(), "metadata": {"title": "A visitor", "scene": "Somebody came and left."}}
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}, trigger=[trigger]), gate):
         await until(lambda: sub.on("home/status"))
-        for kind, severity in (
-            ("new", "detection"),
-            ("update", "detection"),
-            ("update", "alert"),
-            ("update", "alert"),
-            ("end", "alert"),
+        for message in (
+            reviewed("new", "a", ["person"], "detection"),
+            reviewed("update", "a", ["dog"], "alert"),
+            reviewed("update", "a", ["person-verified"], "alert", sub_labels=["Bob"]),
+            reviewed("update", "a", ["person-verified", "fedex"], "alert", sub_labels=["Bob"]),
+            reviewed("end", "a", ["person-verified"], "alert", end_time=time.time()),
+            reviewed("new", "b", ["fedex"], "alert"),
+            reviewed("end", "c", ["person"], "alert", end_time=time.time()),
+            reviewed("genai", "c", ["person"], "alert", **over),
+            reviewed("genai", "d", ["person"], "alert", **over),
+            reviewed("new", "e", ["dog-verified"], "alert"),
         ):
-            broker.pub("frigate/reviews", review(kind, id="a", severity=severity, start_time=time.time() - 1))
-        broker.pub("frigate/reviews", review("new", id="b", severity="alert", start_time=time.time() - 1))
+            broker.pub("frigate/reviews", message)
         broker.pub("agent/home/front/ask", {"question": "the last one", "id": "end"})
         await until(lambda: [got for got in sub.on("/answer") if got.json["id"] == "end"])
         answers = [got.json for got in sub.on("/answer")]
         assert [got["cause"]["id"] for got in answers[:-1]] == ["a", "b"] and len(answers) == 3
+        assert "person" in answers[0]["cause"]["labels"]
     sub.close()
 
 
 # ---- watching
 
 
-@pytest.fixture
-def red(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of the model: whether the picture is more red than blue. What it is asked is tested beside this."""
+class RedOrBlue:
+    """In place of the model: whether the picture is more red than blue. What the model is asked is tested beside this."""
 
-    async def holds(self: Looker, shot: Shot, condition: str) -> tuple[bool, str]:
+    async def holds(self, shot: Shot, condition: str) -> tuple[bool, str]:
         r, _, b = decode_picture(shot.jpeg, "it").reshape(-1, 3).mean(0)
         return bool(r > b), "yes" if r > b else "no"
 
-    monkeypatch.setattr(Looker, "holds", holds)
 
-
-async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_ends(loaded, broker, turning, tmp_path, red):
+async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_ends(broker, turning, tmp_path):
     sub = Sub(broker, "agent/home/#", "home/alarm")
     state = told(broker, tmp_path, {"front": {"source": turning}})
-    async with attending(loaded, state):
+    async with serving(state, RedOrBlue()):
         await until(lambda: sub.on("home/status"))
         broker.pub("agent/home/front/watch", {"condition": "it is red", "id": "red", "interval_s": 0.1, "reply_to": "home/alarm"})
         broker.pub("agent/home/front/watch", {"condition": "it is also red", "interval_s": 0.1, "looks": 3})
@@ -432,7 +432,7 @@ async def test_what_is_watched_for_is_told_once_when_it_begins_and_once_when_it_
         await until(lambda: sub.on("front/watching") and sub.on("front/watching")[-1].payload == b"OFF")
         broker.pub("agent/home/front/unwatch", "red")
         await until(lambda: len(sub.on("front/watches")[-1].json) == 1)
-    async with attending(loaded, state):
+    async with serving(state, RedOrBlue()):
         await until(lambda: sub.on("front/watching")[-1].payload == b"OFF" and len(sub.on("front/watches")[-1].json) == 1)
     sub.close()
 
@@ -458,9 +458,9 @@ async def test_nano_tells_when_a_shape_appears_and_when_it_goes(loaded, broker, 
 
 
 def test_so_many_looks_have_to_agree():
-    state = vigil.Hysteresis(2)
+    state = Hysteresis(2)
     looks = [True, False, True, None, True, True, False, True, False, False]
-    assert [state.see(look) for look in looks] == [None, None, None, None, "began", None, None, None, None, "ended"]
+    assert [state.add(look) for look in looks] == [None, None, None, None, "began", None, None, None, None, "ended"]
 
 
 @pytest.mark.parametrize(
@@ -471,26 +471,26 @@ def test_so_many_looks_have_to_agree():
         ("Let me know if the kettle boils", 'Is this so in the picture: "the kettle boils"? Answer yes or no.'),
     ],
 )
-async def test_a_condition_is_asked_as_a_question_of_yes_or_no(loaded, monkeypatch, condition, asked):
-    said = []
+async def test_a_condition_is_asked_as_a_question_of_yes_or_no(loaded, condition, asked):
+    questions, answers = [], ["Yes, it is.", "No.", "Sorry, I did not understand."]
 
-    async def ask(self: Looker, shots: Any, question: str, **how: Any) -> Said:
-        said.append(question)
-        return Said(("Yes, it is.", "No.", "Sorry, I did not understand.")[len(said) - 1])
+    class Answering(VisualQA):
+        async def ask(self, shots: Any, question: str, **how: Any) -> VisualAnswer:
+            questions.append(question)
+            return VisualAnswer(answers[len(questions) - 1])
 
-    monkeypatch.setattr(Looker, "ask", ask)
     with Engine(loaded, length=512) as engine:
-        found = [(await Looker(engine, None).holds(None, condition))[0] for _ in range(3)]  # type: ignore[arg-type]
-    assert found == [True, False, None] and said == [asked] * 3
+        found = [(await Answering(engine, None).holds(None, condition))[0] for _ in range(3)]  # type: ignore[arg-type]
+    assert found == [True, False, None] and questions == [asked] * 3
 
 
 # ---- faults
 
 
-async def test_a_broker_that_is_absent_at_the_start_is_found_later(loaded, broker, scene, tmp_path, gate):
+async def test_a_broker_that_is_absent_at_the_start_is_found_later(broker, scene, tmp_path, gate):
     broker.stop()
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})) as it:
-        await until(lambda: it._cameras and it._cameras["front"].newest())
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}), gate) as it:
+        await until(lambda: it.cameras and it.cameras["front"].newest())
         broker.start()
         sub = Sub(broker, "agent/home/#")
         await until(lambda: sub.on("home/status"))
@@ -500,23 +500,23 @@ async def test_a_broker_that_is_absent_at_the_start_is_found_later(loaded, broke
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_broker_that_goes_in_the_middle_of_a_question_loses_nothing(loaded, broker, scene, tmp_path, gate, how):
+async def test_a_broker_that_goes_in_the_middle_of_a_question_loses_nothing(broker, scene, tmp_path, gate, how):
     gate.open.clear()
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})) as it:
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}), gate) as it:
         await until(lambda: sub.on("home/status"))
         for n in range(3):
             broker.pub("agent/home/front/ask", {"question": "what", "id": str(n)})
-        await until(lambda: gate.asked and it._waiting == 2)
+        await until(lambda: gate.asked and it.waiting == 2)
         sub.close()
         broker.stop(how)
-        await until(lambda: not it._line._up.is_set())
+        await until(lambda: not it.connection.connected)
         gate.open.set()
-        await until(lambda: not it._ledger.open(), "all of it is written down")
+        await until(lambda: not it.outbox.open(), "all of it is written down")
         gate.open.clear()
         broker.start()
         after = Sub(broker, "agent/home/front/#")
-        await until(lambda: it._line.connections == 2 and it._ledger.unsent() is None)
+        await until(lambda: it.connection.connections == 2 and it.outbox.unsent() is None)
         broker.pub("agent/home/front/ask", {"question": "what", "id": "2"})  # it comes again: known
         broker.pub("agent/home/front/ask", {"question": "what", "id": "new"})
         gate.open.set()
@@ -527,15 +527,90 @@ async def test_a_broker_that_goes_in_the_middle_of_a_question_loses_nothing(load
         after.close()
 
 
+@asynccontextmanager
+async def commanded(*arguments: str, **environment: str) -> AsyncIterator[subprocess.Popen[str]]:
+    """attend watch as a process of its own, with what it writes on its stdout."""
+    command = [sys.executable, "-m", "agent", "watch", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+async def test_secrets_of_addresses_are_neither_logged_nor_published_while_cameras_work_and_while_they_do_not(broker, tmp_path):
+    rtsp, web = Rtsp(), Snapshots()
+    file, sub = tmp_path / "attend.toml", Sub(broker, "#")
+    working = {
+        "query": f"{rtsp.address}?usr=me&pwd=seCret1",
+        "login": f"rtsp://me:p@seCret2@127.0.0.1:{rtsp.port}/ball",
+        "http": f"http://me:seCret3%2F@{web.address}?usr=me&pwd=seCret4@",
+    }
+    failing = {
+        "closed": "rtsp://me:p@seCret5@127.0.0.1:1/live?usr=me&pwd=seCret6",
+        "unknown": "rtsp://127.0.0.1:1/live?usr=me&pwd=#seCret7",
+        "absent": "http://me:100%seCret8@127.0.0.1:1/snap.jpg?pwd=seCret9",
+    }
+    cameras = "".join(f'[camera.{name}]\nsource = "{source}"\n' for name, source in (working | failing).items())
+    file.write_text(f'node = "home"\nstate = "{tmp_path}/state"\n[broker]\nport = {broker.port}\n{cameras}')
+
+    def states() -> dict[str, str]:
+        return {got.topic.split("/")[2]: got.json["state"] for got in sub.on("/health")}
+
+    async with commanded("--config", str(file)) as process:
+        await until(lambda: states() == dict.fromkeys(working, "live") | dict.fromkeys(failing, "lost"))
+        for name in failing:
+            broker.pub(f"agent/home/{name}/ask", "hello")
+        await until(lambda: len(sub.on("/answer")) == len(failing))
+        process.send_signal(signal.SIGTERM)
+        logged = process.communicate(timeout=SOON)[0]
+    everything = logged + "".join(f"{got.topic} {got.payload.decode(errors='replace')}" for got in sub.got)
+    assert "seCret" not in everything and "pwd=" not in everything
+    assert f"rtsp://127.0.0.1:{rtsp.port}/ball is live" in everything and f"http://{web.address} is live" in everything
+    assert "rtsp://127.0.0.1:1/live cannot be opened" in everything and "write @ as %40, / as %2F" in everything
+    assert "WARN" not in logged and "Traceback" not in logged
+    sub.close()
+    rtsp.end()
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["[::1]:{port}", "mqtt://[::1]:{port}", "mqtt://localhost:{port}/"])
+async def test_the_command_finds_its_broker_by_any_address(broker, tmp_path, address):
+    broker.listen("::1")
+    sub = Sub(broker, "agent/attend/status")
+    where = ["--camera", f"front={PICTURE}", "--broker", address.format(port=broker.port)]
+    async with commanded(*where, HOME=str(tmp_path)):
+        assert (await until(lambda: sub.got))[0].payload == b"online"
+    sub.close()
+
+
+def test_a_configuration_that_is_wrong_ends_the_command_with_one_sentence(tmp_path, capsys):
+    file = tmp_path / "attend.toml"
+    trigger = '[[trigger]]\non = "topic"\ncamera = "front"\ntopic = "home/doorbell_+"\n'
+    file.write_text(f'[camera.front]\nsource = "a.mp4"\n{trigger}')
+    assert main(["watch", "--config", str(file)]) == 2
+    why = "in a topic + stands alone between slashes - at `$.trigger[0].topic`"
+    assert capsys.readouterr().err == f"attend: {file}: {why}\n"
+    for option in ("rtsp://me:seCret@10.0.0.5/live", "rtsp://10.0.0.5/live?usr=me&pwd=seCret", "front=me:seCret@10.0.0.5/live"):
+        assert main(["watch", "--camera", option]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "seCret" not in told
+
+
 SLOW = """
 import asyncio, pathlib, sys
 from agent import __main__
-from agent.watch import looking
-ask, mark = looking.Looker.ask, pathlib.Path(sys.argv.pop(1))
+from agent.watch import visual_qa
+mark = pathlib.Path(sys.argv.pop(1))
 async def stuck(self, *given, **how):
     mark.touch()
     await asyncio.Event().wait()
-looking.Looker.ask = stuck
+visual_qa.VisualQA.ask = stuck
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
@@ -572,11 +647,11 @@ async def test_killed_hard_in_the_middle_of_a_question_it_answers_once_when_it_i
     sub.close()
 
 
-async def test_a_burst_over_many_cameras_is_answered_or_told_busy_in_order(loaded, broker, turning, tmp_path, gate):
+async def test_a_burst_over_many_cameras_is_answered_or_told_busy_in_order(broker, turning, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
     cameras = {f"c{n}": {"source": turning, "retain": False} for n in range(8)}
-    async with attending(loaded, told(broker, tmp_path, cameras, queue=40, at_once=3)) as it:
-        await until(lambda: sub.on("home/status") and all(each.newest() for each in it._cameras.values()))
+    async with serving(told(broker, tmp_path, cameras, queue=40, at_once=3), gate) as it:
+        await until(lambda: sub.on("home/status") and all(each.newest() for each in it.cameras.values()))
         held = memory()
         gate.open.clear()
         command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-l"]
@@ -606,10 +681,10 @@ async def test_a_burst_over_many_cameras_is_answered_or_told_busy_in_order(loade
     sub.close()
 
 
-async def test_what_nobody_waits_for_any_more_is_not_asked(loaded, broker, scene, tmp_path, gate):
+async def test_what_nobody_waits_for_any_more_is_not_asked(broker, scene, tmp_path, gate):
     gate.open.clear()
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}})):
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}), gate):
         await until(lambda: sub.on("home/status"))
         broker.pub("agent/home/front/ask", {"question": "old", "at": time.time() - 100, "deadline_s": 50})
         broker.pub("agent/home/front/ask", {"question": "stuck", "deadline_s": 0.5})
@@ -619,7 +694,7 @@ async def test_what_nobody_waits_for_any_more_is_not_asked(loaded, broker, scene
     sub.close()
 
 
-async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path, gate):
+async def test_payloads_of_any_kind_end_nothing(broker, scene, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
     triggers = [
         {"on": "frigate", "camera": "front"},
@@ -642,7 +717,7 @@ async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path,
     orders += ['schema={"properties":{"a":{"pattern":"(a+)+$"}}}', 'reply_to="a/#"', 'reply_to="agent/home/front/ask"']
     for name, _, value in [order.partition("=") for order in [*orders, 'reply_to="$SYS/x"', 'reply_to="\\ud800"', "frames=0"]]:
         junk.append(f'{{"question":"a","{name}":{value}}}'.encode())
-    async with attending(loaded, told(broker, tmp_path, cameras, trigger=triggers, queue=1000)):
+    async with serving(told(broker, tmp_path, cameras, trigger=triggers, queue=1000), gate):
         await until(lambda: sub.on("home/status"))
         verbs = ("ask", "watch", "unwatch", "watching/set", "nothing")
         for topic in (
@@ -664,10 +739,10 @@ async def test_payloads_of_any_kind_end_nothing(loaded, broker, scene, tmp_path,
     sub.close()
 
 
-async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(loaded, broker, tmp_path, gate, monkeypatch):
-    monkeypatch.setattr(door, "FIRST_PICTURE", 0.1)
+async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(broker, tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(shots, "FIRST_PICTURE", 0.1)
     sub = Sub(broker, "agent/home/#")
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": str(tmp_path / "gone.mp4")}})):
+    async with serving(told(broker, tmp_path, {"front": {"source": str(tmp_path / "gone.mp4")}}), gate):
         await until(lambda: [got for got in sub.on("front/health") if got.json["state"] == "lost"])
         broker.pub("agent/home/front/ask", "hello")
         assert "gone.mp4 cannot be read" in (await until(lambda: sub.on("/answer")))[0].json["error"]
@@ -675,19 +750,17 @@ async def test_a_lost_camera_is_told_in_the_answer_and_in_its_state(loaded, brok
     sub.close()
 
 
-async def test_a_model_that_stops_ends_the_command_with_its_sentence(loaded, broker, scene, tmp_path, gate):
+async def test_a_model_that_stops_ends_the_command_with_its_sentence(broker, scene, tmp_path, gate):
     gate.trouble = EngineStopped("the model has stopped: it fell over")
-    with Engine(loaded, spares=2, length=512) as engine:
-        running = asyncio.create_task(
-            Watch(told(broker, tmp_path, {"front": {"source": scene}}), engine, "nano").run(asyncio.Event())
-        )
-        sub = Sub(broker, "agent/home/status")
-        await until(lambda: sub.got)
-        broker.pub("agent/home/front/ask", "hello")
-        with pytest.raises(EngineStopped, match="it fell over"):
-            await asyncio.wait_for(running, SOON)
-        await until(lambda: sub.got[-1].payload == b"offline")
-        sub.close()
+    it = WatchService(told(broker, tmp_path, {"front": {"source": scene}}), gate, "nano")
+    running = asyncio.create_task(it.run(asyncio.Event()))
+    sub = Sub(broker, "agent/home/status")
+    await until(lambda: sub.got)
+    broker.pub("agent/home/front/ask", "hello")
+    with pytest.raises(EngineStopped, match="it fell over"):
+        await asyncio.wait_for(running, SOON)
+    await until(lambda: sub.got[-1].payload == b"offline")
+    sub.close()
 
 
 async def test_pictures_that_come_over_mqtt_are_looked_at(loaded, broker, tmp_path):
@@ -695,19 +768,44 @@ async def test_pictures_that_come_over_mqtt_are_looked_at(loaded, broker, tmp_pa
     async with attending(loaded, told(broker, tmp_path, {"front": {"topic": "bell/jpeg"}})) as it:
         await until(lambda: sub.on("home/status"))
         broker.pub("bell/jpeg", PICTURE.read_bytes())
-        await until(lambda: it._cameras["front"].newest())
+        await until(lambda: it.cameras["front"].newest())
         broker.pub("agent/home/front/ask", QUESTION)
         assert (await until(lambda: sub.on("/answer")))[0].json["answer"] == ANSWER
     sub.close()
 
 
-async def test_schedules_and_other_topics_ask_too(loaded, broker, scene, tmp_path, gate):
+async def test_a_snapshot_that_was_retained_before_the_start_is_a_picture_with_its_age(broker, tmp_path, gate):
+    sub = Sub(broker, "agent/home/#")
+    broker.pub("bell/jpeg", PICTURE.read_bytes(), "-r")
+    trigger = {"on": "topic", "topic": "bell/jpeg", "camera": "front"}
+    async with serving(told(broker, tmp_path, {"front": {"topic": "bell/jpeg"}}, trigger=[trigger]), gate) as it:
+        await until(lambda: [got for got in sub.on("front/health") if got.json["state"] == "live"])
+        assert sub.on("front/health")[-1].json["why"] == "the camera has given an older picture, and none since"
+        came = it.cameras["front"].newest().at
+        broker.pub("agent/home/front/ask", {"question": "who", "id": "old"})
+        old = (await until(lambda: sub.on("/answer")))[0].json
+        assert old["answer"] == "answer to who" and old["id"] == "old", "and the picture itself asked nothing"
+        assert old["retained"] is True and old["frames"] == [round(came, 3)]
+        assert abs(old["age_s"] - (old["at"] - came)) < 0.01
+        broker.stop()
+        broker.start()
+        await until(lambda: it.connection.connections == 2)
+        broker.pub("agent/home/front/ask", {"question": "who", "id": "older"})
+        older = (await until(lambda: [got.json for got in sub.on("/answer") if got.json["id"] == "older"]))[0]
+        assert older["frames"] == old["frames"], "given again, it is no younger"
+        broker.pub("bell/jpeg", PICTURE.read_bytes(), "-r")
+        new = (await until(lambda: [got.json for got in sub.on("/answer") if got.json["id"] is None]))[0]
+        assert "retained" not in new and new["frames"][0] > came
+    sub.close()
+
+
+async def test_schedules_and_other_topics_ask_too(broker, scene, tmp_path, gate):
     sub = Sub(broker, "agent/home/#")
     triggers = [
         {"on": "topic", "topic": "bell/+", "camera": "front", "field": "action", "equals": "press", "question": "Who rings?"},
         {"on": "schedule", "camera": "front", "every_s": 1, "question": "All well?"},
     ]
-    async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene}}, trigger=triggers)):
+    async with serving(told(broker, tmp_path, {"front": {"source": scene}}, trigger=triggers), gate):
         await until(lambda: sub.on("home/status"))
         broker.pub("bell/front", {"action": "hold"})
         broker.pub("bell/front", {"action": "press"})
@@ -730,10 +828,10 @@ PLATFORMS = {
 }
 
 
-async def test_home_assistant_is_told_a_device_for_each_camera_and_again_when_it_is_born(loaded, broker, scene, tmp_path, gate):
+async def test_home_assistant_is_told_a_device_for_each_camera_and_again_when_it_is_born(broker, scene, tmp_path, gate):
     sub = Sub(broker, "homeassistant/device/#", "agent/home/#")
     cameras = {"Front door": {"source": scene, "label": "Haustür"}, "back": {"source": scene}}
-    async with attending(loaded, told(broker, tmp_path, cameras)):
+    async with serving(told(broker, tmp_path, cameras), gate):
         devices = await until(lambda: [*found] if len(found := sub.on("/config")) == 2 else None)
         ids: list[str] = []
         for got in devices:
@@ -776,8 +874,8 @@ HOME = ROOT / "build" / "homeassistant" / "bin" / "python"
 )
 def test_home_assistants_own_schemas_accept_it(wrong):
     cameras = {"Front door": {"source": "x", "label": "Haustür"}, "back": {"source": 0}}
-    config = msgspec.convert({"camera": cameras}, Config)
-    payloads = [discovery.device(config, camera, "home", "agent/home", "nano")[1] for camera in cameras]
+    told = config.parse({"camera": cameras, "node": "home"}, "it")
+    payloads = [discovery.device(told, camera, "nano")[1] for camera in cameras]
     if wrong:
         part, key, value = wrong
         payloads[1]["cmps"][part][key] = value
@@ -794,9 +892,7 @@ def test_home_assistants_own_schemas_accept_it(wrong):
 # ---- without a broker
 
 
-def test_once_asks_without_a_broker(scene, capsys, monkeypatch, tmp_path):
-    from agent.__main__ import main
-
+def test_once_asks_without_a_broker(scene, capsys):
     assert main(["watch", "--camera", f"front={scene}", "--once", "front", QUESTION]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{ANSWER}\nmark      orange square at [")
@@ -813,20 +909,20 @@ async def test_how_long_an_answer_takes(loaded, broker, scene, tmp_path, capsys)
     first, final, outside = [], [], []
     async with attending(loaded, told(broker, tmp_path, {"front": {"source": scene, "quick": True, "retain": False}})):
         await until(lambda: sub.on("home/status"))
-        asking = mqtt.Line(mqtt.Broker(port=broker.port), "asker", [], mqtt.Publication("asker/gone", b""), lambda message: None)
-        line = asyncio.create_task(asking.run())
+        will = Publication("asker/gone", b"")
+        asking = MqttConnection(BrokerConfig(port=broker.port), "asker", [], will, lambda message: None)
+        connection = asyncio.create_task(asking.run())
         for n in range(20):
             begun, seen = time.perf_counter(), len(sub.on("/answer"))
-            await asking.publish(
-                mqtt.Publication("agent/home/front/ask", json.dumps({"question": QUESTION, "id": str(n)}).encode())
-            )
+            body = json.dumps({"question": QUESTION, "id": str(n)}).encode()
+            await asking.publish(Publication("agent/home/front/ask", body))
             await until(lambda seen=seen: len(sub.on("/answer")) == seen + 1)
             first.append((time.perf_counter() - begun) * 1000)
             await until(lambda seen=seen: len(sub.on("/answer")) == seen + 2)
             final.append((time.perf_counter() - begun) * 1000)
             models = sum(got.json["timings_ms"]["model"] for got in sub.on("/answer")[-2:])
             outside.append(1 - models / final[-1])
-        line.cancel()
+        connection.cancel()
     lines = []
     for name, times in (("ask → first line", first), ("ask → answer", final)):
         p95 = statistics.quantiles(times, n=20)[18]

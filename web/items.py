@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from agent import events
-from streams.files import check_picture
 from streams.frames import RATE, MediaError
+from streams.pictures import check_picture
 from web.audio import Format, Resampler, Samples
 from web.given import ID, Refused, choice, data, mapping, sequence, text
 

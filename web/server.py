@@ -28,6 +28,7 @@ from websockets.typing import Subprotocol
 from agent.engine import Engine, EngineStopped
 from agent.session import Session
 from agent.settings import Settings
+from agent.suggestions import Suggestions
 from model.cache import NoRow
 from model.vad import Vad
 from streams.voice import Voice
@@ -37,6 +38,7 @@ from web.metrics import Metrics
 from web.protocol import EXTENSIONS
 
 PATH = "/v1/realtime"
+SUGGESTIONS = "/suggestions.json"
 STATIC = Path(__file__).parent / "static"
 MESSAGE = 8 << 20  # bytes of one: a telephone's photo in base64
 FRAMES = 4  # messages that are read ahead
@@ -86,7 +88,7 @@ class Door:
         self.stopping = asyncio.Event()
         self._sockets = 0
         self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
-        self._files = _files(options.static)
+        self._files = {**_files(options.static), SUGGESTIONS: (b'{"loading": true}', "application/json")}
         if engine:
             self.enter(engine)
 
@@ -94,6 +96,7 @@ class Door:
         """Conversations can begin."""
         self.engine = engine
         self.metrics.watch(engine)
+        self._files |= _suggested(engine.loaded.suggestions)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
@@ -271,7 +274,19 @@ def _files(folder: Path) -> dict[str, tuple[bytes, str]]:
     """All there is, by address: nothing that a client says becomes a path."""
     found = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":
             kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
             found[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes(), kind
     return {**found, "/": found["/index.html"]} if "/index.html" in found else found
+
+
+def _suggested(given: Suggestions | None) -> dict[str, tuple[bytes, str]]:
+    """What the model's checkpoint suggests to try, for the page: null where it suggests nothing."""
+    if given is None:
+        return {SUGGESTIONS: (b"null", "application/json")}
+    told = {"about": given.about, "picture": "suggestions/picture", "questions": given.questions}
+    kind = mimetypes.guess_type(given.picture.name)[0] or "application/octet-stream"
+    return {
+        SUGGESTIONS: (json.dumps(told).encode(), "application/json"),
+        "/suggestions/picture": (given.picture.read_bytes(), kind),
+    }

@@ -24,8 +24,8 @@ from model.cache import Room
 from model.gemma import CheckpointError
 from model.sampling import Generation, draw
 from model.weights import free_memory
-from streams.files import decode_picture
 from streams.frames import FRAME, RATE, MediaError
+from streams.pictures import decode_picture
 
 LENGTH = 4096  # positions of a row
 PICTURES, LARGE, STEPS = 8, 280, 40  # shown to one while another talks; positions of each at most; steps before the first

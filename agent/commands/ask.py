@@ -11,10 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-import cv2
-
 from agent import ask, marks, recording, script
-from agent.ask import Answer, Part
+from agent.ask import AskResult, QuestionPart
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.engine import Engine
@@ -24,15 +22,17 @@ from agent.tape import Setting
 from model.pixels import BUDGETS
 from model.vad import Vad
 from streams.frames import MediaError
+from streams.opencv import cv2
+from streams.pictures import decode_picture
 from streams.voice import open_voice
 
 
-class _Part(argparse.Action):
-    """--text, --image, --audio and --video keep the order in which they were given."""
+class _AppendPart(argparse.Action):
+    """--text, --image, --audio and --video keep the order in which they are given."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, value: object, option: str | None = None) -> None:
         assert option is not None
-        namespace.parts = [*(namespace.parts or []), Part(option.removeprefix("--"), str(value))]  # type: ignore[arg-type]
+        namespace.parts = [*(namespace.parts or []), QuestionPart(option.removeprefix("--"), str(value))]  # type: ignore[arg-type]
 
 
 def add(commands: Commands) -> None:
@@ -44,11 +44,14 @@ def add(commands: Commands) -> None:
     asking.add_argument("--system", metavar="T", help="system prompt")
     for kind, metavar, what in (
         ("text", "T", "typed words"),
-        ("image", "F", "a picture: png, jpeg, webp"),
-        ("audio", "F", "a sound file: wav, flac, ogg, mp3"),
-        ("video", "F", "a video file, of which 32 frames are looked at"),
+        ("image", "F", "a picture: png, jpeg, webp, heic or avif, of up to 32 MiB and 67 megapixels"),
+        ("audio", "F", "a sound file, or the sound of a video: wav, flac, ogg, mp3, m4a, webm and others, of up to an hour"),
+        ("video", "F", "a video: mp4, mov, webm, mkv, avi or mpeg, of which 32 pictures are looked at and the sound is heard"),
     ):
-        asking.add_argument(f"--{kind}", action=_Part, dest="parts", metavar=metavar, help=f"{what}; repeatable, order counts")
+        asking.add_argument(
+            f"--{kind}", action=_AppendPart, dest="parts", metavar=metavar, help=f"{what}; repeatable, order counts"
+        )
+    asking.add_argument("--no-sound", action="store_true", help="leave the sound of a --video out")
     asking.add_argument("--budget", type=int, choices=BUDGETS, help="soft tokens of a picture (default: the checkpoint's)")
     asking.add_argument(
         "--max-tokens", type=options.positive, default=256, metavar="N", help="length of the answer (default 256)"
@@ -73,33 +76,34 @@ def _ask(given: argparse.Namespace) -> int:
     looking = any(part.kind in ("image", "video") for part in given.parts)
     if given.mark_image and not looking:
         raise MediaError("--mark-image needs a picture: give an --image or a --video")
-    media = ask.read(given.parts)
+    question = ask.read(given.parts, soundtracks=not given.no_sound)
     begun = perf_counter()
     loaded = options.load(given, budget=given.budget)
     load_ms = (perf_counter() - begun) * 1000
-    said = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
-    said = {name: value for name, value in said.items() if value is not None}
+    options_given = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    chosen = {name: value for name, value in options_given.items() if value is not None}
     try:
-        how = replace(loaded.generation, greedy=given.greedy or (loaded.generation.greedy and not said), **said)
+        sampling = replace(loaded.generation, greedy=given.greedy or (loaded.generation.greedy and not chosen), **chosen)
     except ValueError as wrong:
         raise MediaError(str(wrong)) from wrong
     answer = asyncio.run(
         ask.ask(
             loaded,
-            media,
-            how=how,
+            question,
+            sampling=sampling,
             system=given.system,
             budget=given.budget,
-            most=given.max_tokens,
+            max_tokens=given.max_tokens,
             seed=given.seed,
             thinking=given.thinking,
             real_time=given.real_time,
-            say=(lambda text: None) if given.json else _say,
+            on_text=(lambda text: None) if given.json else _print_text,
         )
     )
     answer.timings_ms["load"] = load_ms
     if given.mark_image:
-        picture = [shown.pixels for medium in media for shown in medium.pictures][-1]
+        assert question.last_picture
+        picture = decode_picture(question.last_picture, "the picture")
         _write_picture(given.mark_image, marks.draw(picture, answer.marks)[:, :, ::-1])
     if given.json:
         print(json.dumps(answer.as_json()))
@@ -141,7 +145,7 @@ def _play(given: argparse.Namespace) -> int:
     return 0
 
 
-def _report(answer: Answer, marked: Path | None) -> None:
+def _report(answer: AskResult, marked: Path | None) -> None:
     print()
     if answer.thought:
         print(f"\nthought   {answer.thought.strip()}")
@@ -169,5 +173,5 @@ def _write_picture(path: Path, bgr: object) -> None:
         raise MediaError(f"{path} cannot be written as a picture; its folder must exist and its name end in .png or .jpg")
 
 
-def _say(text: str) -> None:
+def _print_text(text: str) -> None:
     print(text, end="", flush=True)

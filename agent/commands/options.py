@@ -31,6 +31,13 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help=DEVICE)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=positive, metavar="N", help=THREADS)
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), help="hold the layers' matrices in so many bits (default: as the files)"
+    )
+    parser.add_argument("--head-weights", choices=("int8", "int4"), help="the same for the head (default: the embedding table)")
+    parser.add_argument(
+        "--config-from", metavar="DIR|HUB_ID", help="config.json and tokenizer.json, for GGUF files that come without"
+    )
 
 
 def load(
@@ -47,7 +54,8 @@ def load(
         told(done / total)
         _progress(done, total)
 
-    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads, rows, budget=budget)
+    small = {"quantized": given.weights, "head": given.head_weights, "config_from": given.config_from}
+    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads, rows, budget=budget, **small)
 
 
 def _progress(done: int, total: int) -> None:

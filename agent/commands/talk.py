@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TextIO
+from urllib.parse import urljoin
 
 from agent import recording, replay
 from agent.commands import options
@@ -16,6 +19,7 @@ from agent.commands.options import Commands
 from agent.engine import Engine
 from agent.session import Session
 from agent.settings import Settings
+from agent.suggestions import trying
 from agent.talk import devices, door, keys
 from agent.talk.terminal import Terminal
 from agent.tape import Setting
@@ -24,15 +28,16 @@ from model.vad import Vad
 from streams import portaudio
 from streams.frames import MediaError
 from streams.voice import open_voice
-from web.caller import Caller
+from web.caller import Caller, address
 
+ASKING = 3.0  # seconds that a server may take to say what can be tried
 LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end", "live": "live"}
 
 
 def add(commands: Commands) -> None:
     talking = commands.add_parser("talk", help="with this machine's microphone and speaker", description=door.__doc__)
     options.model(talking)
-    _ends(talking)
+    _device_options(talking)
     talking.add_argument("--server", metavar="WS", help="talk to a running attend serve, ws://host:8765, which has the model")
     talking.add_argument("--token-file", type=Path, metavar="F", help="with --server: a file with the server's token")
     talking.add_argument(
@@ -49,7 +54,7 @@ def add(commands: Commands) -> None:
     talking.set_defaults(run=_talk)
 
     listing = commands.add_parser("devices", help="microphones, speakers and cameras", description=devices.__doc__)
-    _ends(listing)
+    _device_options(listing)
     listing.add_argument("--check", action="store_true", help="try those that talk would take: hear, say and see something")
     listing.set_defaults(run=_devices)
 
@@ -59,38 +64,40 @@ def add(commands: Commands) -> None:
     replaying.set_defaults(run=_replay)
 
 
-def _ends(parser: argparse.ArgumentParser) -> None:
+def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mic", metavar="NAME", help="number or part of the name of a microphone (see attend devices)")
     parser.add_argument("--speaker", metavar="NAME", help="the same of a speaker")
     parser.add_argument("--camera", metavar="SOURCE", help="number of a camera, a video, a picture, or an rtsp:// address")
 
 
 def _talk(given: argparse.Namespace) -> int:
-    held: _There | _Here = _There(given) if given.server else _Here(given)
+    backend: _RemoteBackend | _LocalBackend = _RemoteBackend(given) if given.server else _LocalBackend(given)
 
-    async def hold(out: TextIO) -> str | None:
+    async def converse(out: TextIO) -> str | None:
         async with AsyncExitStack() as stack:
             view = stack.enter_context(Terminal(out, lively=out.isatty() and not given.plain))
             camera = given.camera if given.look != "off" else None
-            ends = await stack.enter_async_context(door.ends(view, given.mic, given.speaker, camera, held.spoken))
-            tracks = door.Tracks.begin(given.record, held.head()) if given.record else None
-            if tracks:
-                stack.callback(tracks.close)
-            conversation = stack.enter_context(held.conversation(tracks))
-            talk = door.Talk(view, ends, tracks, given.say, given.marks)
+            opened = await stack.enter_async_context(door.open_devices(view, given.mic, given.speaker, camera, backend.spoken))
+            files = door.RecordingFiles.begin(given.record, backend.head()) if given.record else None
+            if files:
+                stack.callback(files.close)
+            conversation = stack.enter_context(backend.conversation(files))
+            talk = door.RoomConversation(view, opened, files, given.say, given.marks)
             if given.push_to_talk:
                 stack.enter_context(keys.pressed(b" ", talk.key))
             stack.enter_context(keys.interrupted(talk.stop))
-            view.note(door.advice(ends))
+            view.note(door.advice(opened))
+            for line in backend.suggestions:
+                view.note(line)
             await talk.run(conversation)
             return talk.failed
 
     with keys.own_terminal() as out:
-        failed = asyncio.run(hold(out))
+        failed = asyncio.run(converse(out))
     return 1 if failed else 0
 
 
-class _There:
+class _RemoteBackend:
     """A conversation at a server. Raises MediaError for what only the server can decide."""
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -100,21 +107,34 @@ class _There:
         token = options.token(given.token_file) if given.token_file else None
         self.spoken = given.voice != "none"
         self._url, self._caller = given.server, Caller(given.server, token, self.spoken, given.push_to_talk)
+        self.suggestions = _suggested(given.server)
 
     def head(self) -> dict[str, object]:
         return {"model": self._url}
 
     @contextmanager
-    def conversation(self, tracks: door.Tracks | None) -> Iterator[door.Conversation]:
+    def conversation(self, files: door.RecordingFiles | None) -> Iterator[door.ConversationBackend]:
         yield self._caller
 
 
-class _Here:
+def _suggested(url: str) -> list[str]:
+    """What the server's model suggests to try; nothing where that cannot be learned, since the conversation tells why."""
+    page = urljoin(address(url).replace("ws", "http", 1), "../")
+    try:
+        with urllib.request.urlopen(urljoin(page, "suggestions.json"), timeout=ASKING) as answer:
+            told = json.loads(answer.read(1 << 16))
+        return [told["about"], trying(tuple(told["questions"]), urljoin(page, told["picture"]))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+class _LocalBackend:
     """A conversation with a model of this process."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model, self.voice = given.model, open_voice(given.voice)
         self.spoken, self.loaded = self.voice is not None, options.load(given)
+        self.suggestions = self.loaded.suggestions.lines() if self.loaded.suggestions else []
         how = replace(self.loaded.generation, greedy=self.loaded.generation.greedy or given.greedy)
         manners, setting = Manners(hands_free=not given.push_to_talk), Setting(given.system)
         self.settings = Settings(manners=manners, setting=setting, camera=LOOKS[given.look], how=how)
@@ -124,12 +144,12 @@ class _Here:
         return recording.head(self.model, self.settings, self.settings.how, self.voice)
 
     @contextmanager
-    def conversation(self, tracks: door.Tracks | None) -> Iterator[door.Conversation]:
+    def conversation(self, files: door.RecordingFiles | None) -> Iterator[door.ConversationBackend]:
         with Engine(self.loaded) as engine:
-            voice = recording.LoggedVoice(self.voice, tracks.log) if self.voice and tracks else self.voice
+            voice = recording.LoggedVoice(self.voice, files.log) if self.voice and files else self.voice
             session = Session(engine, Vad(), voice, self.settings)
-            if tracks:
-                tracks.session = session
+            if files:
+                files.session = session
             yield session
 
 
@@ -150,11 +170,11 @@ def _replay(given: argparse.Namespace) -> int:
     given.model = given.model or log.head["model"]
     loaded = options.load(given)
 
-    async def hold() -> list[replay.Compared]:
+    async def compare() -> list[replay.Compared]:
         with Engine(loaded) as engine:
             return await replay.replay(log, engine)
 
-    compared = asyncio.run(hold())
+    compared = asyncio.run(compare())
     for number, one in enumerate(compared, 1):
         print(f"{number}  {'the same' if one.same else 'not the same'} {len(one.then)} ids: {one.text.strip()}")
     return 0 if all(one.same for one in compared) else 1

@@ -13,16 +13,17 @@ from typing import Any
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.engine import Engine, total_rows
-from agent.watch import config, door
+from agent.watch import config, service
+from agent.watch.visual_qa import VisualQA
 from model.pixels import BUDGETS
 
 
 def add(commands: Commands) -> None:
-    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=door.__doc__)
+    watching = commands.add_parser("watch", help="questions about cameras, over MQTT", description=service.__doc__)
     options.model(watching)
     watching.add_argument("--config", type=Path, metavar="F", help=f"TOML; an example: {config.EXAMPLE}")
     watching.add_argument("--camera", action="append", metavar="NAME=SOURCE", help="a camera, without a file or beside it")
-    watching.add_argument("--broker", metavar="HOST[:PORT]", help="default 127.0.0.1:1883")
+    watching.add_argument("--broker", metavar="HOST[:PORT]", help="or mqtt://HOST or mqtts://HOST; default 127.0.0.1:1883")
     watching.add_argument("--once", nargs=2, metavar=("CAMERA", "QUESTION"), help="ask without a broker and print the answer")
     watching.add_argument("--json", action="store_true", help="with --once: print one JSON object")
     watching.set_defaults(run=_watch)
@@ -30,19 +31,19 @@ def add(commands: Commands) -> None:
 
 def _watch(given: argparse.Namespace) -> int:
     told = config.read(given.config, *_given(given))
-    spares, budget = told.at_once + 1, BUDGETS[-1]  # one for what is watched for; any message may ask for large pictures
+    spares, budget = told.at_once + 1, BUDGETS[-1]  # one for monitors; any message may ask for large pictures
     loaded = options.load(given, rows=total_rows(1, spares), budget=budget)
 
     async def ask_once() -> dict[str, Any]:
         with Engine(loaded, spares=1, budget=budget) as engine:
-            return await door.once(told, engine, given.model, *given.once)
+            return await service.ask_once(told, VisualQA(engine, told.system), given.model, *given.once)
 
     async def stay() -> None:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         with Engine(loaded, spares=spares, budget=budget) as engine:
-            await door.Watch(told, engine, given.model).run(stop)
+            await service.WatchService(told, VisualQA(engine, told.system), given.model).run(stop)
 
     if given.once:
         answer = asyncio.run(ask_once())
@@ -57,7 +58,7 @@ def _watch(given: argparse.Namespace) -> int:
 
 def _given(given: argparse.Namespace) -> tuple[dict[str, str], str | None]:
     cameras = dict(camera.partition("=")[::2] for camera in given.camera or ())
-    if not all(name and source for name, source in cameras.items()):
+    if not all(name and source and "://" not in name for name, source in cameras.items()):  # the = of ?usr=… is not the one
         raise config.ConfigError("--camera wants NAME=SOURCE, as in --camera front=rtsp://10.0.0.5/stream")
     if not given.config and not cameras:
         raise config.ConfigError("there is no camera: give --config attend.toml or --camera NAME=SOURCE")

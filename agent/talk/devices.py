@@ -1,4 +1,4 @@
-"""The microphones, speakers and cameras of this machine, what they can do, and whether they do it."""
+"""attend devices: the microphones, speakers and cameras of this machine, and whether they work."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import numpy as np
 from agent.talk.door import open_camera
 from agent.talk.terminal import meter
 from streams import portaudio
+from streams.address import display
 from streams.frames import FRAME, RATE, MediaError
 from streams.portaudio import Device, SoundError
 from streams.sound import Microphone, Speaker
 from streams.voice import Voice
 
-SECONDS = 3  # that a microphone is listened to, and a camera is waited for
+SECONDS = 3  # how long a microphone is listened to, and a camera waited for
 SENTENCE = "This is attend. You should hear me now."
 
 
 def cameras() -> list[str]:
-    """Device files; whether they give pictures, only opening tells. Elsewhere than on Linux cameras are not listed."""
+    """Device files of cameras, which may or may not give pictures. Empty on systems other than Linux."""
     found = sorted(Path("/dev").glob("video*"), key=lambda path: (len(path.name), path.name))
     return [str(path) for path in found] if sys.platform == "linux" else []
 
@@ -51,7 +52,7 @@ def lines(found: Sequence[Device], cameras: Sequence[str]) -> Iterator[str]:
 async def check(
     found: Sequence[Device], mic: str | None, speaker: str | None, camera: str | None, voice: Voice | None, out: TextIO
 ) -> int:
-    """Tries each; 1 if one of them does not work."""
+    """Tries each device and prints what came of it. Returns the exit code: 1 if one of them does not work."""
     wrong = 0
     for trial in (
         _listen(found, mic, out),
@@ -122,6 +123,6 @@ async def _look(source: str, out: TextIO) -> None:
         shot = await asyncio.to_thread(camera.newest, SECONDS)
         if shot is None:
             raise MediaError(camera.health.why)
-        print(f"{'camera':<12}{source}: a picture of {len(shot.jpeg):,} bytes", file=out, flush=True)
+        print(f"{'camera':<12}{display(source)}: a picture of {len(shot.jpeg):,} bytes", file=out, flush=True)
     finally:
         await asyncio.to_thread(camera.close)

@@ -1,7 +1,7 @@
-"""The door of this machine: its microphone, its speaker and perhaps its camera, and a terminal.
+"""A conversation through this machine's microphone, speaker, camera and terminal.
 
-The microphone is the clock: with each of its frames go what the keys, the camera and the speaker have to say. It gives frames
-without end, silence where the device is away, so a conversation goes on whatever happens to the devices.
+The microphone is the clock: keys, camera pictures and what was played are handed on with its next frame. It gives frames
+without end, silence while the device is unplugged, so a conversation goes on whatever happens to the devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from agent import events, marks
@@ -25,45 +24,47 @@ from agent.recording import Log, Recording, beside
 from agent.session import Session
 from agent.talk.terminal import Terminal
 from streams import portaudio
-from streams.camera import PUSHED, Camera, Health, Shot
-from streams.echo import Echo
-from streams.files import decode_picture
+from streams.address import check_source
+from streams.camera import Camera, Health, Shot
+from streams.echo import EchoCanceller
 from streams.frames import FRAME, Audio, MediaError
+from streams.opencv import cv2
+from streams.pictures import decode_picture, load_picture
 from streams.sound import Microphone, Speaker
 
-LOOK = 0.5  # seconds between pictures of the camera
-LOSSES = 250  # frames between two words about sound that was lost
+CAMERA_INTERVAL = 0.5  # seconds between pictures of the camera
+LOSS_NOTES = 250  # frames between two notes about lost sound
 PENDING = 64  # inputs that may wait for the next frame
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif")
 
 
-class Conversation(Protocol):
-    """A `Session` of this process, or one of a server (agent/client.py)."""
+class ConversationBackend(Protocol):
+    """A `Session` of this process, or the client in web/ of a session at a server."""
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What a person speaks into, hears from and is seen by. None: there is none."""
+class Devices:
+    """The open devices. None: there is none of this kind."""
 
     microphone: Microphone
     speaker: Speaker | None = None
-    echo: Echo | None = None
+    echo: EchoCanceller | None = None
     camera: Camera | None = None
 
 
 @dataclass
-class Tracks:
-    """What is written down. `session`: whose ids are logged."""
+class RecordingFiles:
+    """The files of --record: sound and log. `session`: the one whose token ids are logged; None at a server."""
 
     recording: Recording
     log: Log
     session: Session | None = None
 
     @classmethod
-    def begin(cls, path: Path, head: Mapping[str, Any]) -> Tracks:
-        """The wav `path`, and its log with this first line. Raises MediaError where they cannot be written."""
+    def begin(cls, path: Path, head: Mapping[str, Any]) -> RecordingFiles:
+        """Opens the wav at `path`, and its log with `head` as the first line. Raises MediaError where they cannot be written."""
         if path.suffix != ".wav":
             raise MediaError(f"{path} cannot be the recording: its name must end in .wav")
         return cls(Recording(path), Log(beside(path), head))
@@ -74,21 +75,21 @@ class Tracks:
 
 
 @dataclass
-class Played:
-    """What was sent to the speaker and not yet heard."""
+class PlaybackQueue:
+    """Sound that was sent to the speaker and was not played yet."""
 
     queue: deque[events.Said] = field(default_factory=deque)
     taken: int = 0  # samples of the first that were
 
-    def said(self, said: events.Said) -> None:
+    def append(self, said: events.Said) -> None:
         if self.queue and (self.queue[-1].answer, self.queue[-1].sample + len(self.queue[-1].pcm)) != (said.answer, said.sample):
             self.queue.clear()  # the rest was cleared, and nobody heard it
         if not self.queue:
             self.taken = 0
         self.queue.append(said)
 
-    def upto(self, answer: int, sample: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Pieces, each with its rate, that were heard since the last call."""
+    def played(self, answer: int, sample: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The pieces [samples], each with its rate, that were played since the last call; `sample`: where the speaker is."""
         while self.queue and self.queue[0].answer == answer:
             said = self.queue[0]
             end = min(sample - said.sample, len(said.pcm))
@@ -101,20 +102,20 @@ class Played:
             self.taken = 0
 
 
-class Talk:
-    """One conversation. `opening` is said first; `folder`: where pictures with marks go. None: there is none of it."""
+class RoomConversation:
+    """One conversation. `opening` is spoken first; `folder`: where pictures with marks are written. Each may be None."""
 
     def __init__(
         self,
         terminal: Terminal,
-        ends: Ends,
-        tracks: Tracks | None = None,
+        devices: Devices,
+        files: RecordingFiles | None = None,
         opening: str | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.terminal, self.microphone, self.speaker = terminal, ends.microphone, ends.speaker
-        self.echo, self.camera = ends.echo, ends.camera
-        self._tracks, self._folder = tracks, folder
+        self.terminal, self.microphone, self.speaker = terminal, devices.microphone, devices.speaker
+        self.echo, self.camera = devices.echo, devices.camera
+        self._files, self._folder = files, folder
         self._pending: deque[Input] = deque(maxlen=PENDING)
         if opening:
             self._pending.append(events.Say(opening))
@@ -122,15 +123,15 @@ class Talk:
         self.failed: str | None = None  # why it is over
         self._answer: int | None = None
         self._reported: tuple[int, int] | None = None
-        self._played = Played()
-        self._frames = self._told = self._lost = 0
+        self._playback = PlaybackQueue()
+        self._frames = self._next_note = self._lost = 0
         self._looked: dict[int, bytes] = {}  # the newest picture that was
         self._marks: dict[int, list[Mark]] = {}  # of the answer, by picture
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, conversation: Conversation) -> None:
-        """Until `stop`, or until the conversation fails."""
-        for work in (self.speaker and self.speaker.stay(), self.camera and self._look(self.camera)):
+    async def run(self, conversation: ConversationBackend) -> None:
+        """Returns after `stop`, or when the conversation fails (`failed` says why)."""
+        for work in (self.speaker and self.speaker.keep_open(), self.camera and self._watch_camera(self.camera)):
             if work:
                 self._spawn(work)
         try:
@@ -149,7 +150,7 @@ class Talk:
         await self.microphone.close()
 
     def key(self) -> None:
-        """Push to talk: a key opens the turn, and the next one closes it. (A terminal does not tell when a key is let go.)"""
+        """Push to talk: a key press opens the turn, and the next one closes it, as a terminal does not report key releases."""
         self._pressed = not self._pressed
         self._pending.append(events.Press() if self._pressed else events.Release())
 
@@ -163,17 +164,17 @@ class Talk:
             self.terminal.hear(frame)
             self._count_losses()
             while self._pending:
-                yield self._given(self._pending.popleft())
-            yield self._given(Audio(frame, self._frames * FRAME))
+                yield self._logged(self._pending.popleft())
+            yield self._logged(Audio(frame, self._frames * FRAME))
             self._frames += 1
             if heard := self._heard():
-                yield self._given(heard)
-            if self._tracks:
-                self._tracks.recording.hear(frame)
+                yield self._logged(heard)
+            if self._files:
+                self._files.recording.hear(frame)
 
-    def _given(self, item: Input) -> Input:
-        if self._tracks:
-            self._tracks.log.input(item)
+    def _logged(self, item: Input) -> Input:
+        if self._files:
+            self._files.log.input(item)
         return item
 
     def _heard(self) -> events.Heard | None:
@@ -182,18 +183,18 @@ class Talk:
             return None
         self._reported = heard
         self.terminal.heard(*heard)
-        for rate, pcm in self._played.upto(*heard):
-            if self._tracks:
-                self._tracks.recording.play(rate, pcm)
+        for rate, pcm in self._playback.played(*heard):
+            if self._files:
+                self._files.recording.play(rate, pcm)
         return events.Heard(*heard)
 
     def _count_losses(self) -> None:
         lost = self.microphone.overflows + self.microphone.dropped
-        if lost > self._lost and self._frames >= self._told:
+        if lost > self._lost and self._frames >= self._next_note:
             self.terminal.note(f"sound of the microphone was lost {lost - self._lost} times: this machine is too busy")
-            self._lost, self._told = lost, self._frames + LOSSES
+            self._lost, self._next_note = lost, self._frames + LOSS_NOTES
 
-    async def _look(self, camera: Camera) -> None:
+    async def _watch_camera(self, camera: Camera) -> None:
         last: Shot | None = None
         while True:
             shot = await asyncio.to_thread(camera.newest)
@@ -201,19 +202,19 @@ class Talk:
                 last = shot
                 self._pending = deque([item for item in self._pending if not isinstance(item, events.Show)], PENDING)
                 self._pending.append(events.Show(shot.jpeg, live=True))
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(CAMERA_INTERVAL)
 
     # -- out
 
     async def _emit(self, event: Event) -> None:
-        if self._tracks:
-            self._tracks.log.event(event, self._tracks.session)
+        if self._files:
+            self._files.log.event(event, self._files.session)
         match event:
             case events.Answering():
                 self._answer, self._marks = event.answer, {}
             case events.Said() if self.speaker:
                 self.speaker.play(event.answer, event.sample, event.pcm, event.rate)
-                self._played.said(event)
+                self._playback.append(event)
             case events.Cleared() if self.speaker:
                 self.speaker.clear()
             case events.Failed():
@@ -226,10 +227,10 @@ class Talk:
                 self._answer = None
                 for picture, found in self._marks.items():
                     if self._folder and picture in self._looked:
-                        self._spawn(self._draw(self._folder, self._looked[picture], found), "drawing")
+                        self._spawn(self._draw_marks(self._folder, self._looked[picture], found), "drawing")
         self.terminal.tell(event)
 
-    async def _draw(self, folder: Path, picture: bytes, found: list[Mark]) -> None:
+    async def _draw_marks(self, folder: Path, picture: bytes, found: list[Mark]) -> None:
         path = folder / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}.png"
 
         def write() -> bool:
@@ -251,18 +252,21 @@ class Talk:
 
 
 @asynccontextmanager
-async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera: str | None, spoken: bool) -> AsyncIterator[Ends]:
-    """This machine's, by name; without a voice there is no speaker. Raises SoundError and MediaError."""
+async def open_devices(
+    terminal: Terminal, mic: str | None, speaker: str | None, camera: str | None, spoken: bool
+) -> AsyncIterator[Devices]:
+    """Opens this machine's devices by name or number; without a voice (`spoken` False) there is no speaker. Raises SoundError and
+    MediaError."""
     found = await asyncio.to_thread(portaudio.devices)
     microphone = Microphone(portaudio.choose(found, "microphone", mic), terminal.note)
-    echo = Echo() if spoken else None
+    echo = EchoCanceller() if spoken else None
     loud = Speaker(portaudio.choose(found, "speaker", speaker), terminal.note, echo.far if echo else None) if spoken else None
     eye = open_camera(camera, terminal.note) if camera is not None else None
     try:
         await microphone.open()
         if loud:
             await loud.open()
-        yield Ends(microphone, loud, echo, eye)
+        yield Devices(microphone, loud, echo, eye)
     finally:
         await microphone.close()
         if loud:
@@ -272,9 +276,9 @@ async def ends(terminal: Terminal, mic: str | None, speaker: str | None, camera:
 
 
 def open_camera(source: str, note: Callable[[str], None]) -> Camera:
-    """A device's number, a video, an address, or a picture file, which is what a camera would see that never moves.
+    """A device's number, a video, an address, or a picture file, which acts as a camera that always sees the same.
 
-    `note` is told on the loop that calls this. Raises MediaError for what can never be a camera."""
+    `note` is called on the running loop. Raises MediaError for what cannot be a camera."""
     loop = asyncio.get_running_loop()
 
     def changed(health: Health) -> None:
@@ -283,25 +287,23 @@ def open_camera(source: str, note: Callable[[str], None]) -> Camera:
 
     if not source.lower().endswith(PICTURES) or "://" in source:
         return Camera(int(source) if source.isdecimal() else source, changed=changed)
-    try:
-        picture = Path(source).read_bytes()
-    except OSError as error:
-        raise MediaError(f"{source} cannot be read: {error.strerror}") from error
+    check_source(source)
+    picture = load_picture(source)
     decode_picture(picture, source)
-    camera = Camera(PUSHED)
+    camera = Camera(None)
     camera.push(picture)
     return camera
 
 
-def advice(ends: Ends) -> str:
-    """What is open, and what is best done about echo."""
-    heard = f"listening to {ends.microphone.device}"
-    if ends.speaker is None or ends.echo is None:
+def advice(devices: Devices) -> str:
+    """One line: the devices in use, and what helps against echo."""
+    heard = f"listening to {devices.microphone.device}"
+    if devices.speaker is None or devices.echo is None:
         return f"{heard}; answers are written"
-    if ends.microphone.device.cancels:
+    if devices.microphone.device.cancels:
         how = "the system takes its echo out"
-    elif ends.echo.cancels:
+    elif devices.echo.cancels:
         how = "its echo is taken out; a headset is better still"
     else:
         how = "a headset is best: beside a loudspeaker one must speak up to interrupt"
-    return f"{heard}, speaking to {ends.speaker.device}: {how}"
+    return f"{heard}, speaking to {devices.speaker.device}: {how}"

@@ -1,4 +1,4 @@
-"""What the terminal is beside its lines: keys as they are pressed, Ctrl-C, and a place where libraries write their troubles."""
+"""The terminal's input and signals: single keys, Ctrl-C, and standard error kept free of what C libraries print."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from streams.frames import MediaError
 try:
     import termios
     import tty
-except ImportError:  # not a Unix: there are no keys to be had
+except ImportError:  # not a Unix: single keys cannot be read
     termios = None  # type: ignore[assignment]
 
 
 @contextmanager
 def pressed(keys: bytes, tell: Callable[[], None]) -> Iterator[None]:
-    """`tell` is called on the loop for each of these keys. Raises MediaError where standard input can give none."""
+    """Calls `tell` on the running loop for each press of one of `keys`. Raises MediaError where standard input is no terminal."""
     loop, file = asyncio.get_running_loop(), sys.stdin.fileno()
     if termios is None or not os.isatty(file):
         raise MediaError("--push-to-talk needs a terminal whose keys it can hear")
@@ -44,7 +44,7 @@ def pressed(keys: bytes, tell: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def interrupted(stop: Callable[[], Awaitable[None]]) -> Iterator[None]:
-    """Ctrl-C calls `stop`, which is to end all cleanly; the second one ends the process at once."""
+    """The first Ctrl-C calls `stop`, which ends the conversation cleanly; the second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Future[None]] = []
 
@@ -74,8 +74,8 @@ def _leave() -> None:
 
 @contextmanager
 def own_terminal() -> Iterator[TextIO]:
-    """Standard output. What C libraries write to standard error meanwhile goes nowhere: PortAudio and ALSA tell there, line
-    by line, what is told here in one sentence. Python's own standard error stays."""
+    """Standard output. What C libraries write to standard error meanwhile is discarded: PortAudio and ALSA print many lines there
+    about what is reported here in one sentence. Python's own standard error stays."""
     errors, real = sys.stderr, os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

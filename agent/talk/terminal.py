@@ -1,6 +1,6 @@
-"""A conversation in a terminal: finished lines above, and below them, with rich, one calm line that lives.
+"""A conversation in a terminal: finished lines above, and below them one status line that is redrawn (rich).
 
-Without a terminal, or with --plain, words are printed as they are heard and nothing is ever taken back.
+Without a terminal, or with --plain, words are printed as they are heard and no line is redrawn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STYLES = {"you": "bold", "attend": "bold cyan", "mark": "yellow", "times": "dim"
 
 
 class Terminal:
-    """`lively`: with the line that lives. `times`: the times of each turn are told."""
+    """`lively`: with the status line. `times`: the latency of each turn is printed."""
 
     def __init__(self, out: IO[str], lively: bool, times: bool = True) -> None:
         self._out, self._times = out, times
@@ -33,11 +33,11 @@ class Terminal:
         self.state = "listening"
         self.level = 0.0  # of the microphone, sinking slowly
         self._answer: int | None = None
-        self._text, self._shown = "", 0  # of the answer: written, and how many characters of it were told
+        self._text, self._shown = "", 0  # of the answer: its text so far, and how many characters of it were shown
         self._words: list[events.Spoken] = []
-        self._heard = 0  # its sample that was heard
-        self._sound = False  # it has some
-        self._later: list[tuple[str, str]] = []  # lines that wait until the answer's is over
+        self._heard = 0  # the sample up to which it was played
+        self._sound = False  # it has sound
+        self._later: list[tuple[str, str]] = []  # lines that wait until the answer's line is complete
         self._begun = False  # the answer's line
         self._live = Live(get_renderable=self._bottom, console=self._console, refresh_per_second=REFRESH, transient=True)
 
@@ -56,7 +56,7 @@ class Terminal:
     # -- what is told
 
     def hear(self, frame: np.ndarray) -> None:
-        """Of the microphone."""
+        """A frame [samples] of the microphone, for the level meter."""
         self.level = max(float(np.sqrt(np.mean(frame * frame))), self.level * 0.7)
 
     def note(self, message: str) -> None:
@@ -91,7 +91,7 @@ class Terminal:
                 self.note(event.message)
 
     def heard(self, answer: int, sample: int) -> None:
-        """Of its sound so much was played."""
+        """The sound of `answer` was played up to `sample`."""
         if answer == self._answer:
             self._heard = sample
             self._grow()
@@ -99,7 +99,7 @@ class Terminal:
     # -- lines
 
     def _reached(self) -> int:
-        """Characters of the answer that can be told: words that have begun to sound; without words, all that is written."""
+        """How many characters of the answer are shown: words that have begun to sound; without word times, all of the text."""
         if not self._words:
             return 0 if self._sound else len(self._text)
         return max((word.end for word in self._words if word.sample <= self._heard and self._heard), default=0)
@@ -150,14 +150,14 @@ class Terminal:
 
 
 def meter(level: float) -> str:
-    """Of sound whose root mean square this is."""
+    """A level meter, for sound with this root mean square."""
     decibels = 20 * math.log10(max(level, 1e-6))
     full = round(METER * (min(max(decibels, FLOOR), LOUD) - FLOOR) / (LOUD - FLOOR))
     return "▮" * full + "▯" * (METER - full)
 
 
 def words(mark: Mark) -> str:
-    """Where it is, for who cannot see it."""
+    """A mark in words: its label, where it is in the picture, and its box."""
     top, left, bottom, right = mark.box
     down, across = (top + bottom) / 2, (left + right) / 2
     vertical = "at the top" if down < 333 else "at the bottom" if down > 667 else "in the middle"
@@ -167,7 +167,7 @@ def words(mark: Mark) -> str:
 
 
 def times(event: events.Timed) -> str:
-    """Of a turn: how long was waited for, and then for what."""
+    """The latency of a turn: the silence that ended it, first token, first sound."""
     stages = event.stages
     silence = [f"{-stages['speech_end']:.0f} ms of silence ended the turn"] if "speech_end" in stages else []
     named = (("first_token", "first token"), ("first_sound", "first sound"))

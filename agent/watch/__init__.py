@@ -1,1 +1,1 @@
-"""Questions about cameras over MQTT."""
+"""Questions about cameras, over MQTT. README.md says what is where."""

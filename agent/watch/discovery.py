@@ -1,18 +1,19 @@
-"""What Home Assistant is told, so that each camera is a device there. Pure."""
+"""Home Assistant's MQTT discovery: each camera is a device there. Pure."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from agent.watch.config import Config, escaped
+from agent.watch.config import WatchConfig, identifier
 
-STATE = 250  # characters of an answer in a state, of which Home Assistant takes 255
 EVENTS = ("answered", "failed", "busy", "began", "ended", "camera")
 
 
-def device(config: Config, camera: str, node: str, base: str, model: str) -> tuple[str, dict[str, Any]]:
-    """Topic and payload of one camera's device. `base`: agent/<node>; `node`: as a part of identifiers."""
-    uid, at, label = f"attend_{node}_{escaped(camera)}", f"{base}/{escaped(camera)}", config.camera[camera].label or camera
+def device(config: WatchConfig, camera: str, model: str) -> tuple[str, dict[str, Any]]:
+    """Topic and payload that announce one camera."""
+    uid, at = f"attend_{identifier(config.node)}_{identifier(camera)}", config.at(camera)
+    label = config.camera[camera].label or camera
+    # a state has at most 255 characters; all of the answer is in the attributes
     shown = "{{ (value_json.answer or value_json.error or '') | string | truncate(250, true, '…') }}"
     parts: dict[str, dict[str, Any]] = {
         "answer": {
@@ -41,7 +42,7 @@ def device(config: Config, camera: str, node: str, base: str, model: str) -> tup
         "dev": {"ids": [uid], "name": label, "mf": "attend", "mdl": model},
         "o": {"name": "attend"},
         "cmps": parts,
-        "avty": [{"topic": f"{base}/status"}, {"topic": f"{at}/status"}],
+        "avty": [{"topic": f"{config.base}/status"}, {"topic": f"{at}/status"}],
         "avty_mode": "all",
     }
     return f"{config.discovery}/device/{uid}/config", payload

@@ -7,85 +7,75 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 
-from agent.watch.asked import Query, stamp, triggered
-from agent.watch.config import Config, Frigate, Schedule, Topic, Trigger
+from agent.watch import frigate
+from agent.watch.config import FrigateTrigger, ScheduleTrigger, TopicTrigger, WatchConfig
+from agent.watch.requests import CameraQuestion, message_key, triggered
 from streams.mqtt import Message
+from streams.topics import matches
 
 LARGEST = 1 << 20  # bytes of a message
+ENDED = 1_000  # of Frigate's objects and reviews that have ended; the latest are remembered
 
 
-class _After(Struct):
-    """Of a Frigate message what is asked for: the fields of its events and of its reviews."""
-
-    id: str
-    camera: str
-    start_time: float | None = None
-    label: str | None = None
-    score: float | None = None
-    top_score: float | None = None
-    false_positive: bool | None = None
-    current_zones: tuple[str, ...] = ()
-    entered_zones: tuple[str, ...] = ()
-    severity: str | None = None
-    data: dict[str, Any] | None = None
-
-
-class _Event(Struct):
-    type: str
-    after: _After
-
-
-def topics(config: Config) -> list[str]:
-    """What has to be subscribed to."""
-    found = [f"{t.topic}/{t.of}" if isinstance(t, Frigate) else t.topic for t in config.trigger if not isinstance(t, Schedule)]
+def topics(config: WatchConfig) -> list[str]:
+    """The topic filters to subscribe to."""
+    found = []
+    for trigger in config.trigger:
+        if isinstance(trigger, FrigateTrigger):
+            found.append(f"{trigger.topic}/{trigger.of}")
+        elif isinstance(trigger, TopicTrigger):
+            found.append(trigger.topic)
     return [*dict.fromkeys(found)]
-
-
-def matches(pattern: str, topic: str) -> bool:
-    """Whether a topic is one that a filter with + and # means."""
-    wanted, given = pattern.split("/"), topic.split("/")
-    for n, level in enumerate(wanted):
-        if level == "#":
-            return not (n == 0 and topic.startswith("$"))
-        if n >= len(given) or level not in ("+", given[n]):
-            return False
-    return len(wanted) == len(given)
 
 
 @dataclass
 class Triggers:
-    config: Config
-    _fired: dict[int, float] = field(default_factory=dict)  # when each did so last
+    config: WatchConfig
+    _fired: dict[int, float] = field(default_factory=dict)  # when each trigger did so last, by its number
+    _ended: dict[tuple[str, str], None] = field(default_factory=dict)  # topic and id, the latest last
 
-    def take(self, message: Message, now: float) -> list[Query]:
-        """The questions that a message asks. What stays at the broker is old news and asks none."""
+    def take(self, message: Message, now: float) -> list[CameraQuestion]:
+        """The questions that a message asks. A retained message is from before, and asks none."""
         if message.retained or len(message.payload) > LARGEST:
             return []
         out = []
         for number, trigger in enumerate(self.config.trigger):
-            query = None
-            if isinstance(trigger, Frigate) and message.topic == f"{trigger.topic}/{trigger.of}":
-                query = _frigate(trigger, number, message.payload, self.config, now)
-            elif isinstance(trigger, Topic) and matches(trigger.topic, message.topic) and _holds(trigger, message.payload):
-                key = f"trigger {number}/{stamp(message, now)}"
-                query = triggered(trigger, key, now, {"topic": message.topic}, self.config, now)
-            if query:
-                out.append((number, trigger, query))
-        return [query for number, trigger, query in out if self._may(number, trigger, now)]
+            question = None
+            if isinstance(trigger, FrigateTrigger) and message.topic == f"{trigger.topic}/{trigger.of}":
+                question = self._frigate(trigger, number, message, now)
+            elif isinstance(trigger, TopicTrigger) and matches(trigger.topic, message.topic) and _holds(trigger, message.payload):
+                key = f"trigger {number}/{message_key(message, now)}"
+                question = triggered(trigger, key, now, {"topic": message.topic}, self.config, now)
+            if question and not (trigger.cooldown_s and now - self._fired.get(number, -1e18) < trigger.cooldown_s):
+                out.append(question)
+        return out
 
-    def _may(self, number: int, trigger: Trigger, now: float) -> bool:
-        return not trigger.cooldown_s or now - self._fired.get(number, -1e18) >= trigger.cooldown_s
+    def fired(self, question: CameraQuestion, now: float) -> None:
+        """A question of `take` was new, and was accepted: the trigger's cooldown begins."""
+        self._fired[int(question.key.split("/")[0].removeprefix("trigger "))] = now
 
-    def fired(self, query: Query, now: float) -> None:
-        """It was news: its trigger rests now."""
-        self._fired[int(query.key.split("/")[0].removeprefix("trigger "))] = now
+    def _frigate(self, trigger: FrigateTrigger, number: int, message: Message, now: float) -> CameraQuestion | None:
+        detection = frigate.parse(message.payload, trigger.of)
+        if detection is None:
+            return None
+        if detection.ended:
+            self._ended[message.topic, detection.id] = None
+            if len(self._ended) > ENDED:
+                del self._ended[next(iter(self._ended))]
+        if (message.topic, detection.id) in self._ended or not _meets(trigger, detection):
+            return None
+        cause = {"frigate": trigger.of, "id": detection.id[:100], "label": detection.label, "zones": sorted(detection.zones)[:20]}
+        if trigger.of == "reviews":
+            cause |= {"labels": sorted(detection.labels)[:20]}
+        key = f"trigger {number}/{detection.id[:200]}"
+        return triggered(trigger, key, detection.start_time or now, cause, self.config, now)
 
-    def scheduled(self, number: int, now: float) -> tuple[float, Query]:
-        """When a schedule is due next after now, and what it asks then."""
+    def scheduled(self, number: int, now: float) -> tuple[float, CameraQuestion]:
+        """When a schedule is due next after now, and its question then."""
         trigger = self.config.trigger[number]
-        assert isinstance(trigger, Schedule)
+        assert isinstance(trigger, ScheduleTrigger)
         due = now + trigger.every_s if trigger.every_s else min(_next(clock, now) for clock in trigger.at)
         return due, triggered(trigger, f"trigger {number}/{due}", due, {"schedule": due}, self.config, due)
 
@@ -97,40 +87,27 @@ def _next(clock: str, now: float) -> float:
     return (due if due > here else due + timedelta(days=1)).timestamp()
 
 
-def _frigate(trigger: Frigate, number: int, payload: bytes, config: Config, now: float) -> Query | None:
-    try:
-        event = msgspec.json.decode(payload, type=_Event, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    after, data = event.after, event.after.data or {}
-    labels = {after.label} if trigger.of == "events" else {*_strings(data.get("objects"))}
-    zones = {*after.current_zones, *after.entered_zones} if trigger.of == "events" else {*_strings(data.get("zones"))}
-    if event.type == "end" or after.camera != (trigger.frigate_camera or trigger.camera) or after.false_positive:
-        return None
-    if trigger.labels and not labels & {*trigger.labels}:
-        return None
-    if trigger.zones and not zones & {*trigger.zones}:
-        return None
-    if trigger.severity and after.severity != trigger.severity:
-        return None
-    if trigger.min_score and max(after.score or 0, after.top_score or 0) < trigger.min_score:
-        return None
-    cause = {"frigate": trigger.of, "id": after.id[:100], "label": after.label, "zones": sorted(zones)[:20]}
-    return triggered(trigger, f"trigger {number}/{after.id[:200]}", after.start_time or now, cause, config, now)
+def _meets(trigger: FrigateTrigger, detection: frigate.Detection) -> bool:
+    """Whether Frigate's message says that something goes on, and all conditions hold of it."""
+    return (
+        detection.ongoing
+        and detection.camera == (trigger.frigate_camera or trigger.camera)
+        and not detection.false_positive
+        and (not trigger.labels or not detection.labels.isdisjoint(trigger.labels))
+        and (not trigger.zones or not detection.zones.isdisjoint(trigger.zones))
+        and (trigger.severity is None or detection.severity == trigger.severity)
+        and detection.score >= trigger.min_score
+    )
 
 
-def _strings(value: object) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _holds(trigger: Topic, payload: bytes) -> bool:
+def _holds(trigger: TopicTrigger, payload: bytes) -> bool:
     value: Any
     try:
         value = msgspec.json.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         value = payload.decode(errors="replace")
     for name in filter(None, trigger.field.split(".")):
-        if isinstance(value, list) and name.isdigit() and int(name) < len(value):
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
             value = value[int(name)]
         elif isinstance(value, dict) and name in value:
             value = value[name]

@@ -7,8 +7,9 @@ tinted grey from paint: grain is therefore never absent, and the tint of the lig
 import colorsys
 import functools
 
-import cv2
 import numpy as np
+
+from streams.opencv import cv2
 
 from .world import Scene, Thing
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import cv2
 import numpy as np
 
 from agent.bench.crowd import Question
@@ -12,6 +11,7 @@ from agent.marks import Mark, parse
 from agent.script import Turn
 from model.nano import draw, exam, speech, world
 from streams.frames import RATE
+from streams.opencv import cv2
 
 KINDS = ("count", "describe", "exists", "colour", "where")  # the answer to the second, the longest, is interrupted
 CUT = 2  # words of it are heard before the next question begins

@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 
 from streams.espeak import RATE as ESPEAK_RATE
-from streams.espeak import Espeak, Settings
+from streams.espeak import Espeak, EspeakSettings
 
 RATE = 16000
 
@@ -72,7 +72,7 @@ def clean(text: str, rng: np.random.Generator, held_out: bool = False) -> Uttera
     return Utterance(text, sound, tuple(words))
 
 
-def draw_voice(rng: np.random.Generator, held_out: bool = False) -> Settings:
+def draw_voice(rng: np.random.Generator, held_out: bool = False) -> EspeakSettings:
     variants = HELD_OUT if held_out else training_variants()
     variant = variants[rng.integers(len(variants))]
     return {

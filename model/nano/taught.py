@@ -113,11 +113,12 @@ def _look(block: Block, x: Tensor, reach: Reach, batch: Batch) -> tuple[Tensor, 
     """How much of what a head looks at rests on the patches of the things that are being written about: left to itself it
     knew what was asked and what is where, and did not learn to bring them together."""
     attention, count = block.attention, x.shape[1]
-    size = attention.layer.head_dim
+    size, qkv = attention.layer.head_dim, attention.qkv
+    assert isinstance(qkv, Tensor)  # nothing is trained in eight bits
     y = rms_norm(x, block.eps, block.input_norm)
 
     def turned(head: int, norm: Tensor) -> Tensor:
-        own = F.linear(y, attention.qkv[head * size : (head + 1) * size])
+        own = F.linear(y, qkv[head * size : (head + 1) * size])
         return rotate(rms_norm(own, attention.eps, norm)[:, :, None], reach.cos, reach.sin)[:, :, 0]
 
     assert reach.mask is not None

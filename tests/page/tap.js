@@ -1,21 +1,23 @@
-// Put into the page before its own scripts: records what the microphone gives and what is given to the output, side by side.
+// Put into the page before its own scripts. With `window.recorder`, the source of tap-worklet.js, it records what the microphone
+// gives and what is given to the output, side by side, in the audio thread, which loses nothing however busy the page is.
 (() => {
-  const connect = AudioNode.prototype.connect;
+  const { connect } = AudioNode.prototype;
+  const { addModule } = AudioWorklet.prototype;
   const pieces = [];
-  let recorder, merger, rate;
+  let merger, rate;
+  AudioWorklet.prototype.addModule = async function (...given) {
+    if (window.recorder) await addModule.call(this, URL.createObjectURL(new Blob([window.recorder], { type: "text/javascript" })));
+    return addModule.apply(this, given);
+  };
   const tap = (context) => {
     if (merger?.context === context) return merger;
     rate = context.sampleRate;
+    window.audio = context;
     merger = context.createChannelMerger(2);
-    recorder = context.createScriptProcessor(4096, 2, 1);
-    recorder.onaudioprocess = ({ inputBuffer }) => {
-      const both = new Float32Array(2 * inputBuffer.length);
-      const [left, right] = [inputBuffer.getChannelData(0), inputBuffer.getChannelData(1)];
-      for (let n = 0; n < left.length; n++) [both[2 * n], both[2 * n + 1]] = [left[n], right[n]];
-      pieces.push(both);
-    };
+    if (!window.recorder) return merger;
+    const recorder = new AudioWorkletNode(context, "tap", { numberOfOutputs: 0, channelCount: 2, channelCountMode: "explicit" });
+    recorder.port.onmessage = ({ data }) => pieces.push(data);
     connect.call(merger, recorder);
-    connect.call(recorder, context.destination);
     return merger;
   };
   AudioNode.prototype.connect = function (to, ...more) {
@@ -29,15 +31,22 @@
     for (let at = 0; at < bytes.length; at += 32768) text += String.fromCharCode(...bytes.subarray(at, at + 32768));
     return btoa(text);
   };
-  window.sink = () => merger?.context.sinkId;
-  window.tapped = async () => {
+  const recorded = () => {
     const all = new Float32Array(pieces.reduce((sum, { length }) => sum + length, 0));
     let at = 0;
     for (const piece of pieces) {
       all.set(piece, at);
       at += piece.length;
     }
-    return { rate, pcm: base64(new Uint8Array(all.buffer)) };
+    return all; // microphone and output in turns
+  };
+  window.sink = () => merger?.context.sinkId;
+  window.tapped = async () => ({ rate, pcm: base64(new Uint8Array(recorded().buffer)) });
+  // Whether something was said to the microphone, and nothing in the half second since.
+  window.spoken = () => {
+    const heard = recorded().filter((_, n) => n % 2 === 0);
+    const last = heard.findLastIndex((sample) => Math.abs(sample) > 0.02);
+    return last >= 0 && heard.length - last > rate / 2;
   };
   // A blob's bytes by way of a canvas: the page's policy lets nobody fetch it.
   window.fetched = async (source) => {

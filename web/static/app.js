@@ -1,12 +1,13 @@
 // @ts-check
-/** The page: elements to a `Talk`, and what it says to elements. */
+/** The page: what is clicked and typed goes to a `VoiceClient`, and its state and messages are shown. */
 
 import { read } from "./camera.js";
 import { ask, remember, remembered } from "./choices.js";
+import { VoiceClient } from "./client.js";
 import { draw } from "./marks.js";
-import { Talk } from "./talk.js";
-import { Transcript } from "./transcript.js";
 import { Notice } from "./notice.js";
+import { SuggestionBox } from "./suggestions.js";
+import { TranscriptView } from "./transcript.js";
 
 const LIVE = 4000; // milliseconds that a mark stays on the live picture
 
@@ -28,13 +29,20 @@ const status = element("status", HTMLParagraphElement);
 const hello = element("hello", HTMLDivElement);
 
 const choices = remembered();
-const transcript = new Transcript(element("turns", HTMLOListElement), element("said", HTMLDivElement));
+const transcript = new TranscriptView(element("turns", HTMLOListElement), element("said", HTMLDivElement));
 const notice = new Notice(element("notice", HTMLDivElement));
+const suggestions = new SuggestionBox(element("suggestions", HTMLElement), {
+  show: give,
+  async ask(question, picture) {
+    if (!client.shown) await give(picture);
+    await client.type(question);
+  },
+});
 let asking = false; // the browser asks for permission
 const gone = new Set(); // devices that are wanted and not there
 let spoke = 0; // marks of the last answer that are on the live picture
 
-const talk = new Talk(video, choices, {
+const client = new VoiceClient(video, choices, {
   state: render,
   change(entry) {
     hello.hidden = true;
@@ -43,20 +51,21 @@ const talk = new Talk(video, choices, {
   },
   gone: (entry) => transcript.remove(entry),
   level(level, whose) {
-    if (whose === "agent" || talk.mood !== "speaking") start.style.setProperty("--level", Math.min(1, level * 2.5).toFixed(2));
+    if (whose === "agent" || client.activity !== "speaking") start.style.setProperty("--level", Math.min(1, level * 2.5).toFixed(2));
   },
   lost(device) {
     gone.add(device);
     notice.say(`The ${device} is gone. This page goes on with it as soon as there is one again.`, "gone");
     render();
   },
-  trouble: (sentence) => notice.say(sentence, "trouble"),
+  audible: (audible) => (audible ? notice.clear("silent") : notice.silent(() => void take("microphone", () => client.reopen(), begin))),
+  error: (sentence) => notice.say(sentence, "error"),
 });
 
 // -- start and stop
 
 async function begin() {
-  talk.connect();
+  client.connect();
   notice.clear();
   if (!window.isSecureContext || !navigator.mediaDevices) {
     notice.insecure();
@@ -71,10 +80,10 @@ async function begin() {
 }
 
 /** The microphone. */
-const hear = () => take("microphone", () => talk.listen(), begin);
+const hear = () => take("microphone", () => client.listen(), begin);
 
 /** The camera. */
-const open = () => take("camera", () => talk.camera.use(choices.camera), open);
+const open = () => take("camera", () => client.camera.use(choices.camera), open);
 
 /** @param {"microphone" | "camera"} device @param {() => Promise<void>} use @param {() => Promise<void>} again */
 async function take(device, use, again) {
@@ -82,31 +91,32 @@ async function take(device, use, again) {
     await use();
     if (gone.delete(device)) notice.clear("gone");
   } catch (error) {
-    if (error instanceof DOMException && error.name === "NotFoundError") gone.add(device);
+    if (error instanceof Error && ["NotFoundError", "OverconstrainedError"].includes(error.name)) gone.add(device);
     notice.refused(device, error, () => void again());
   }
   render();
 }
 
 start.addEventListener("click", () => {
-  if (talk.wire.state.kind === "off") return void begin();
-  talk.stop();
+  if (client.socket.state.kind === "off") return void begin();
+  client.stop();
   notice.clear();
 });
 
-mute.addEventListener("click", () => talk.mute(!talk.muted));
+mute.addEventListener("click", () => client.mute(!client.muted));
 
 look.addEventListener("click", () => {
   choices.look = !choices.look;
   remember(choices);
-  if (!choices.look) talk.camera.close();
-  else if (talk.wire.state.kind !== "off" && navigator.mediaDevices) void open();
+  if (!choices.look) client.camera.close();
+  else if (client.socket.state.kind !== "off" && navigator.mediaDevices) void open();
   render();
 });
 
 navigator.mediaDevices?.addEventListener("devicechange", () => {
-  if (talk.wire.state.kind === "off" || asking) return;
-  if (gone.has("microphone")) void hear();
+  if (client.socket.state.kind === "off" || asking) return;
+  if (!client.audible) void take("microphone", () => client.reopen(), begin);
+  else if (gone.has("microphone")) void hear();
   if (gone.has("camera") && choices.look) void open();
 });
 
@@ -117,17 +127,17 @@ element("typing", HTMLFormElement).addEventListener("submit", (event) => {
   const words = text.value.trim();
   if (!words) return;
   text.value = "";
-  void talk.type(words);
+  void client.type(words);
 });
 
 /** @param {Blob | null | undefined} picture */
 async function give(picture) {
   if (!picture) return;
   try {
-    talk.shown = await read(picture);
+    client.shown = await read(picture);
     text.focus();
   } catch (error) {
-    notice.say(error instanceof Error ? error.message : String(error), "trouble");
+    notice.say(error instanceof Error ? error.message : String(error), "error");
   }
   render();
 }
@@ -135,7 +145,7 @@ async function give(picture) {
 button("give").addEventListener("click", () => file.click());
 file.addEventListener("change", () => void give(file.files?.[0]).then(() => (file.value = "")));
 button("unshow").addEventListener("click", () => {
-  talk.shown = null;
+  client.shown = null;
   render();
 });
 addEventListener("paste", (event) => void give([...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"))));
@@ -150,13 +160,13 @@ addEventListener("drop", (event) => {
 let unmuted = false; // for as long as the space bar is held
 
 function down() {
-  if (choices.press) talk.press();
-  else if (talk.muted) [unmuted] = [true, talk.mute(false)];
+  if (choices.press) client.press();
+  else if (client.muted) [unmuted] = [true, client.mute(false)];
 }
 
 function up() {
-  if (choices.press) void talk.release();
-  else if (unmuted) [unmuted] = [false, talk.mute(true)];
+  if (choices.press) void client.release();
+  else if (unmuted) [unmuted] = [false, client.mute(true)];
 }
 
 /** @param {EventTarget | null} target whether a key there means something else */
@@ -165,7 +175,7 @@ function elsewhere(target) {
 }
 
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !element("settings", HTMLDialogElement).open) talk.interrupt();
+  if (event.key === "Escape" && !element("settings", HTMLDialogElement).open) client.interrupt();
   if (event.code !== "Space" || elsewhere(event.target)) return;
   event.preventDefault();
   if (!event.repeat) down();
@@ -179,59 +189,59 @@ hold.addEventListener("pointerdown", (event) => {
 for (const end of ["pointerup", "pointercancel"]) hold.addEventListener(end, up);
 
 button("configure").addEventListener("click", () =>
-  ask(choices, talk.server, () => {
-    const { kind } = talk.wire.state;
-    if (kind === "open") void talk.configure();
-    if (talk.microphone?.stream) void hear();
-    if (talk.camera.stream) void open();
+  ask(choices, client.server, () => {
+    const { kind } = client.socket.state;
+    if (kind === "open") void client.configure();
+    if (client.microphone?.stream) void hear();
+    if (client.camera.stream) void open();
     render();
   }),
 );
 
 // -- what is to be seen
 
-/** Marks stand on the live picture for a moment too. @param {import("./conversation.js").Answered} entry */
+/** Marks stand on the live picture for a moment too. @param {import("./conversation.js").AssistantMessage} entry */
 function onto(entry) {
-  if (talk.conversation.answer !== entry || entry.marks.length === spoke) return;
+  if (client.conversation.answer !== entry || entry.marks.length === spoke) return;
   spoke = entry.marks.length;
-  live.replaceChildren(...(talk.camera.stream ? entry.marks.map(({ mark }, number) => draw(mark, number)) : []));
+  live.replaceChildren(...(client.camera.stream ? entry.marks.map(({ mark }, number) => draw(mark, number)) : []));
   for (const mark of live.querySelectorAll("button")) [mark.tabIndex, mark.disabled] = [-1, true]; // those in the conversation answer
   setTimeout(() => entry.marks.length === spoke && (live.replaceChildren(), (spoke = 0)), LIVE);
 }
 
-const MOODS = { listening: "Listening", hearing: "Hearing you", thinking: "Thinking", speaking: "Speaking" };
+const ACTIVITIES = { listening: "Listening", hearing: "Hearing you", thinking: "Thinking", speaking: "Speaking" };
 
 /** @returns {[string, string]} name of the state, and words for it */
-function mood() {
-  const { state } = talk.wire;
+function pageState() {
+  const { state } = client.socket;
   if (asking) return ["asking", "Waiting for your permission"];
   if (state.kind !== "open") return [state.kind, { off: "", connecting: "Connecting", loading: "Loading the model", busy: "Waiting", lost: "Not connected", token: "Not let in" }[state.kind]];
-  const { mood } = talk;
-  if (mood !== "listening") return [mood, MOODS[mood]];
-  if (!talk.microphone?.stream) return ["typing", "Type your question"];
-  if (talk.muted) return ["muted", "Muted"];
-  return ["listening", choices.press ? "Hold to talk" : MOODS.listening];
+  const { activity } = client;
+  if (activity !== "listening") return [activity, ACTIVITIES[activity]];
+  if (!client.microphone?.stream || !client.audible) return ["typing", "Type your question"];
+  if (client.muted) return ["muted", "Muted"];
+  return ["listening", choices.press ? "Hold to talk" : ACTIVITIES.listening];
 }
 
 function render() {
-  const [state, words] = mood();
-  const on = talk.wire.state.kind !== "off";
+  const [state, words] = pageState();
+  const on = client.socket.state.kind !== "off";
   document.body.dataset.state = state;
   if (status.textContent !== words) status.textContent = words;
-  notice.wire(talk.wire.state, () => talk.wire.start());
-  if (talk.server?.voice === "none" && on) notice.once("This server has no voice: answers come as text.");
+  notice.connection(client.socket.state, () => client.socket.start());
+  if (client.server?.voice === "none" && on) notice.once("This server has no voice: answers come as text.");
   label(start, on ? "stop" : "mic", on ? "Stop" : "Start");
-  label(mute, talk.muted ? "mic-off" : "mic");
-  mute.setAttribute("aria-pressed", String(talk.muted));
-  mute.disabled = !talk.microphone?.stream;
+  label(mute, client.muted ? "mic-off" : "mic");
+  mute.setAttribute("aria-pressed", String(client.muted));
+  mute.disabled = !client.microphone?.stream;
   label(look, choices.look ? "camera" : "camera-off");
   look.setAttribute("aria-pressed", String(choices.look));
-  hold.hidden = !choices.press || !talk.microphone?.stream;
-  hold.setAttribute("aria-pressed", String(talk.pressed));
-  document.body.classList.toggle("sees", talk.camera.stream !== null);
-  document.body.classList.toggle("given", talk.shown !== null);
-  shown.hidden = button("unshow").hidden = !talk.shown;
-  if (talk.shown && shown.src !== talk.shown.url) shown.src = talk.shown.url;
+  hold.hidden = !choices.press || !client.microphone?.stream;
+  hold.setAttribute("aria-pressed", String(client.pressed));
+  document.body.classList.toggle("sees", client.camera.stream !== null);
+  document.body.classList.toggle("given", client.shown !== null);
+  shown.hidden = button("unshow").hidden = !client.shown;
+  if (client.shown && shown.src !== client.shown.url) shown.src = client.shown.url;
 }
 
 /** @param {HTMLElement} button @param {string} icon @param {string} [words] */
@@ -248,4 +258,5 @@ video.addEventListener("resize", () => {
   if (view && video.videoWidth) view.style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
 });
 render();
+void suggestions.load();
 if (!window.isSecureContext) notice.insecure();

@@ -8,7 +8,7 @@ const QUALITY = 0.85;
 
 /** @typedef {{id: string, data: string, url: string, width: number, height: number}} Frame `data`: as data: URI; `url`: to show */
 
-export class Camera {
+export class Webcam {
   /** @type {MediaStream | null} */ stream = null;
 
   /** @param {HTMLVideoElement} video @param {() => void} lost */

@@ -1,11 +1,11 @@
 // @ts-check
-/** What the user chooses: kept in this browser, asked for in the dialog. */
+/** The settings: kept in this browser, changed in the dialog. */
 
 import { CHOOSES_SPEAKER } from "./sound.js";
 
 const NAME = "attend";
 
-/** @typedef {import("./talk.js").Choices & {look: boolean}} Choices */
+/** @typedef {import("./client.js").Choices & {look: boolean}} Choices */
 
 /** @returns {Choices} */
 export function remembered() {
@@ -32,7 +32,7 @@ export function remember(choices) {
 }
 
 /**
- * @param {Choices} choices changed in place @param {import("./talk.js").Server | null} server
+ * @param {Choices} choices changed in place @param {import("./client.js").Server | null} server
  * @param {() => void} changed
  */
 export async function ask(choices, server, changed) {

@@ -1,15 +1,15 @@
 // @ts-check
-/** What was said, seen and answered, out of the server's events. Pure: no page, no sound, no clock. */
+/** The conversation as the page knows it, computed from the server's events. Pure: no elements, no sound, no clock. */
 
 /** @typedef {import("./camera.js").Frame} Frame */
-/** @typedef {import("./wire.js").Event} Event */
+/** @typedef {import("./socket.js").Event} Event */
 /** @typedef {{box: [number, number, number, number], label: string}} Mark top, left, bottom, right in thousandths */
 /** @typedef {{start: number, end: number, ms: number}} Word characters of the text, and where it begins in the sound */
 /** @typedef {{stages: Record<string, number>, waiting: number}} Times milliseconds after the turn's end */
 /** @typedef {{start: number, end: number | null, sent: number}} Speech milliseconds of the sound that was sent */
 
 /**
- * @typedef {object} Asked what the user said
+ * @typedef {object} UserMessage what the user said
  * @property {"user"} who
  * @property {string} id
  * @property {string | null} text null until it is known
@@ -19,32 +19,33 @@
  */
 
 /**
- * @typedef {object} Answered
+ * @typedef {object} AssistantMessage
  * @property {"agent"} who
  * @property {string} id
  * @property {string} text
- * @property {"open" | "said" | "cut" | "failed"} state
+ * @property {"open" | "said" | "interrupted" | "failed"} state
  * @property {boolean} aloud
  * @property {Word[]} words
  * @property {number} samples of its sound that came
- * @property {number} reached characters whose word was begun
- * @property {number} whole characters of words that were heard to the end
+ * @property {number} shownTo characters whose word was begun
+ * @property {number} heardTo characters of words that were heard to the end
  * @property {{frame: Frame | null, mark: Mark}[]} marks
- * @property {Asked | null} to
+ * @property {UserMessage | null} to
  * @property {Times | null} times
  * @property {number | null} silence milliseconds from the user's last word to the first sound, measured here
  */
 
-/** @typedef {Asked | Answered} Entry */
+/** @typedef {UserMessage | AssistantMessage} Entry */
 
 const FRAMES = 64; // that were sent and may still be looked at
-const TOLD = 12; // entries that a new session is told of an earlier one
+const HISTORY = 12; // entries of an earlier session that a new one is told
 
-export class Conversation {
+export class ConversationState {
   /** @type {Entry[]} */ entries = [];
   /** @type {Map<string, Frame>} */ #frames = new Map();
   /** @type {string | null} the response in progress */ response = null;
-  /** @type {Answered | null} of the last response */ answer = null;
+  /** @type {AssistantMessage | null} of the last response */ answer = null;
+  #silent = false; // sound is not played: words do not wait until they are heard
 
   /** @param {{change: (entry: Entry) => void, gone: (entry: Entry) => void}} on */
   constructor(on) {
@@ -71,7 +72,7 @@ export class Conversation {
     this.#add({ who: "user", id: "", text: null, state: "open", frames: [], speech: { start: ms, end: null, sent: ms } });
   }
 
-  /** @param {number | null} ms null: it was a mere tap */
+  /** @param {number | null} ms null: the press was too short, and is discarded */
   released(ms) {
     const entry = this.#pressed();
     if (!entry?.speech) return;
@@ -80,7 +81,7 @@ export class Conversation {
     this.on.change(entry);
   }
 
-  /** What the user says now was sent as far as `ms`. @param {number} ms */
+  /** Of the user's speech the sound up to `ms` was sent. @param {number} ms */
   taken(ms) {
     const entry = this.entries.findLast(({ who }) => who === "user");
     if (entry?.who !== "user" || entry.speech?.end !== null) return;
@@ -91,41 +92,52 @@ export class Conversation {
   /** @param {string} item @param {number} ms @param {boolean} idle the loudspeaker has nothing more */
   heard(item, ms, idle) {
     const entry = this.#answered(item);
-    if (!entry || entry.state === "cut") return;
+    if (!entry || entry.state === "interrupted") return;
     const over = idle && entry.state !== "open";
-    this.#reach(entry, over ? Infinity : ms);
+    this.#advance(entry, over ? Infinity : ms);
     this.on.change(entry);
   }
 
-  /** The answer is over here and now: `ms` of it were heard. @param {number} ms @returns {Answered | null} */
-  cut(ms) {
+  /** Sound is not played (any more): words are shown as they come, and count as heard. @param {boolean} silent */
+  silence(silent) {
+    this.#silent = silent;
+    if (!silent) return;
+    for (const entry of this.entries) {
+      if (entry.who !== "agent" || entry.state === "interrupted") continue;
+      this.#advance(entry, Infinity);
+      this.on.change(entry);
+    }
+  }
+
+  /** The user interrupted the answer after `ms` of it were played. @param {number} ms @returns {AssistantMessage | null} */
+  interrupted(ms) {
     const entry = this.answer;
     if (!entry || entry.state !== "open") return null;
-    if (entry.aloud) this.#reach(entry, ms);
-    entry.state = "cut";
+    if (entry.aloud) this.#advance(entry, ms);
+    entry.state = "interrupted";
     this.on.change(entry);
     return entry;
   }
 
-  /** The session is lost: what was open is over. @param {number} ms */
+  /** The session is lost: open messages are closed, and `ms` of the answer were played. @param {number} ms */
   lost(ms) {
     this.response = null;
-    this.cut(ms);
+    this.interrupted(ms);
     for (const entry of this.entries.filter(({ state }) => state === "open")) {
       if (entry.who === "user" && entry.text === null) this.#remove(entry);
     }
   }
 
-  /** What a new session is told of this conversation, as items. */
-  retold() {
-    const told = this.entries.slice(-TOLD).map(({ who, text, ...entry }) => {
-      const words = "whole" in entry && entry.state === "cut" ? [...(text ?? "")].slice(0, entry.whole).join("") : text;
+  /** The end of this conversation as items, for a new session after the socket was lost. */
+  history() {
+    const history = this.entries.slice(-HISTORY).map(({ who, text, ...entry }) => {
+      const words = "heardTo" in entry && entry.state === "interrupted" ? [...(text ?? "")].slice(0, entry.heardTo).join("") : text;
       const type = who === "user" ? "input_text" : "output_text";
       const role = who === "user" ? "user" : "assistant";
       return words?.trim() ? { type: "message", role, content: [{ type, text: words.trim() }] } : null;
     });
-    while (told.length && told.at(-1)?.role !== "assistant") told.pop(); // a question without its answer would be asked again
-    return told.filter((item) => item !== null);
+    while (history.length && history.at(-1)?.role !== "assistant") history.pop(); // a question without its answer would be asked again
+    return history.filter((item) => item !== null);
   }
 
   // -- what the server says
@@ -164,7 +176,7 @@ export class Conversation {
     }
   }
 
-  /** Of an item nothing after `ms` was played, and what comes belongs at an earlier word. @param {string} item @param {number} ms */
+  /** After attend.cleared: of this item nothing after `ms` was played, and it goes on from an earlier word. @param {string} item @param {number} ms */
   unplayed(item, ms) {
     const entry = this.#answered(item);
     if (entry) entry.words = entry.words.filter((word) => word.ms <= ms);
@@ -194,7 +206,7 @@ export class Conversation {
 
   #cleared() {
     const entry = this.entries.findLast(({ who, text }) => who === "user" && text === null);
-    if (entry && !("whole" in entry) && !entry.frames.length) this.#remove(entry);
+    if (entry && !("heardTo" in entry) && !entry.frames.length) this.#remove(entry);
   }
 
   /** @param {Event} event */
@@ -220,7 +232,7 @@ export class Conversation {
     if (type !== "message") return;
     const to = this.entries.findLast(({ who }) => who === "user");
     this.answer = {
-      who: "agent", id, text: "", state: "open", aloud: false, words: [], samples: 0, reached: 0, whole: 0, marks: [],
+      who: "agent", id, text: "", state: "open", aloud: false, words: [], samples: 0, shownTo: 0, heardTo: 0, marks: [],
       to: to?.who === "user" ? to : null, times: null, silence: null,
     };
     this.#add(this.answer);
@@ -232,7 +244,7 @@ export class Conversation {
     if (entry?.state !== "open") return;
     entry.text += delta;
     entry.aloud = aloud;
-    if (!aloud) entry.reached = entry.whole = [...entry.text].length;
+    if (!aloud || this.#silent) entry.shownTo = entry.heardTo = [...entry.text].length;
     this.on.change(entry);
   }
 
@@ -258,7 +270,7 @@ export class Conversation {
     if (response.id === this.response) this.response = null;
     const entry = this.answer;
     if (entry?.state !== "open") return;
-    entry.state = response.status === "cancelled" ? "cut" : response.status === "failed" ? "failed" : "said";
+    entry.state = response.status === "cancelled" ? "interrupted" : response.status === "failed" ? "failed" : "said";
     this.on.change(entry);
   }
 
@@ -271,23 +283,23 @@ export class Conversation {
 
   // -- the rest
 
-  /** @param {Answered} entry @param {number} ms */
-  #reach(entry, ms) {
+  /** @param {AssistantMessage} entry @param {number} ms */
+  #advance(entry, ms) {
     const { words } = entry;
     const length = [...entry.text].length;
-    let reached = 0;
-    let whole = 0;
-    if (ms === Infinity) reached = whole = length;
+    let shownTo = 0;
+    let heardTo = 0;
+    if (ms === Infinity) shownTo = heardTo = length;
     else if (words.length) {
       words.forEach((word, n) => {
-        if (word.ms <= ms) reached = word.end;
-        if ((words[n + 1]?.ms ?? Infinity) <= ms) whole = word.end;
+        if (word.ms <= ms) shownTo = word.end;
+        if ((words[n + 1]?.ms ?? Infinity) <= ms) heardTo = word.end;
       });
     } else if (entry.samples) {
-      reached = whole = Math.floor((length * ms * 24) / entry.samples); // a voice that does not know its words
+      shownTo = heardTo = Math.floor((length * ms * 24) / entry.samples); // a voice without word times: in proportion
     }
-    entry.reached = Math.min(length, Math.max(entry.reached, reached));
-    entry.whole = Math.min(length, Math.max(entry.whole, whole));
+    entry.shownTo = Math.min(length, Math.max(entry.shownTo, shownTo));
+    entry.heardTo = Math.min(length, Math.max(entry.heardTo, heardTo));
   }
 
   #pressed() {

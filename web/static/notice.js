@@ -1,9 +1,9 @@
 // @ts-check
-/** One thing at a time that stands in the way, in words that say what to do. */
+/** The line that says what is wrong and what to do about it, one at a time. */
 
-/** @typedef {"wire" | "gone" | "refused" | "trouble" | "insecure" | "once"} Cause */
+/** @typedef {"connection" | "gone" | "refused" | "error" | "insecure" | "silent" | "once"} Cause */
 
-const PASSING = 12_000; // milliseconds that what went wrong and is over stays
+const PASSING = 12_000; // milliseconds that a passing error is shown
 
 export class Notice {
   /** @type {Cause | null} */ #cause = null;
@@ -33,9 +33,9 @@ export class Notice {
     this.box.hidden = false;
     this.token.hidden = this.loaded.hidden = true;
     this.remedy.hidden = !remedy;
-    this.dismiss.hidden = cause === "wire";
+    this.dismiss.hidden = cause === "connection";
     if (remedy) [this.remedy.textContent, this.remedy.onclick] = remedy;
-    if (cause === "trouble" || cause === "once") this.#timer = setTimeout(() => this.clear(cause), PASSING);
+    if (cause === "error" || cause === "once") this.#timer = setTimeout(() => this.clear(cause), PASSING);
   }
 
   /** @param {Cause} [cause] only what was said for this */
@@ -62,9 +62,18 @@ export class Notice {
     );
   }
 
+  /** @param {() => void} again */
+  silent(again) {
+    this.say(
+      "This browser plays no sound at the moment: is a loudspeaker connected? Answers are shown as text, and the microphone is not heard.",
+      "silent",
+      ["Try again", again],
+    );
+  }
+
   /** @param {"microphone" | "camera"} device @param {unknown} error of getUserMedia @param {() => void} again */
   refused(device, error, again) {
-    const name = error instanceof DOMException ? error.name : "";
+    const name = error instanceof Error ? error.name : "";
     const instead = device === "microphone" ? "You can type." : "You can give pictures.";
     const why =
       name === "NotAllowedError"
@@ -77,31 +86,31 @@ export class Notice {
     this.say(why, "refused", ["Try again", again]);
   }
 
-  /** @param {import("./wire.js").State} state @param {() => void} again */
-  wire(state, again) {
+  /** @param {import("./socket.js").State} state @param {() => void} again */
+  connection(state, again) {
     const key = JSON.stringify(state);
     if (key === this.#state) return;
     this.#state = key;
     switch (state.kind) {
       case "loading":
-        if (this.loaded.hidden || this.box.hidden) this.say("The model is being loaded. This page goes on by itself.", "wire"); // read out once
+        if (this.loaded.hidden || this.box.hidden) this.say("The model is being loaded. This page goes on by itself.", "connection"); // read out once
         this.loaded.hidden = false;
         if (state.loaded) this.loaded.value = state.loaded; // before, nobody knows how long it takes
         else this.loaded.removeAttribute("value");
         return;
       case "busy": {
         const before = state.before === 1 ? "One is before you." : `${state.before} are before you.`;
-        return this.say(`All places are taken. ${state.before ? before : "You are next."} This page goes on by itself.`, "wire");
+        return this.say(`All places are taken. ${state.before ? before : "You are next."} This page goes on by itself.`, "connection");
       }
       case "lost":
-        return this.say(`${state.why} The next try is in ${state.seconds} s.`, "wire", ["Try now", again]);
+        return this.say(`${state.why} The next try is in ${state.seconds} s.`, "connection", ["Try now", again]);
       case "token":
-        this.say("This server wants a token. Its owner has it.", "wire");
+        this.say("This server wants a token. Its owner has it.", "connection");
         this.token.hidden = false;
         return;
       case "off":
       case "open":
-        this.clear("wire");
+        this.clear("connection");
     }
   }
 }

@@ -1,7 +1,7 @@
 // @ts-check
 /** A turn's time line: what was heard, when it was in the model, when the turn ended, what came after it. */
 
-/** @typedef {import("./conversation.js").Answered} Answered */
+/** @typedef {import("./conversation.js").AssistantMessage} AssistantMessage */
 
 export const FRAME = 40; // milliseconds of a position
 const AFTER = 450; // milliseconds of the answer that are shown
@@ -16,7 +16,7 @@ const AFTER = 450; // milliseconds of the answer that are shown
  * @property {number} waiting positions that were not in the model at the turn's end
  */
 
-/** @param {Answered} entry @returns {Strip | null} null: nothing was measured */
+/** @param {AssistantMessage} entry @returns {Strip | null} null: nothing was measured */
 export function strip({ to, times, silence }) {
   if (!times) return null;
   const { speech_end: ended = 0, first_token, first_sound } = times.stages;
@@ -41,7 +41,7 @@ export function round(ms) {
   return ms < 995 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
 }
 
-/** @param {Answered} entry @returns {HTMLElement | null} */
+/** @param {AssistantMessage} entry @returns {HTMLElement | null} */
 export function draw(entry) {
   const times = strip(entry);
   if (!times) return null;

@@ -5,10 +5,10 @@ import { draw, named } from "./marks.js";
 import * as timeline from "./timeline.js";
 
 /** @typedef {import("./conversation.js").Entry} Entry */
-/** @typedef {import("./conversation.js").Asked} Asked */
-/** @typedef {import("./conversation.js").Answered} Answered */
+/** @typedef {import("./conversation.js").UserMessage} UserMessage */
+/** @typedef {import("./conversation.js").AssistantMessage} AssistantMessage */
 
-export class Transcript {
+export class TranscriptView {
   /** @type {Map<Entry, HTMLLIElement>} */ #items = new Map();
 
   /** @param {HTMLOListElement} list @param {HTMLElement} live what is read out */
@@ -48,7 +48,7 @@ export class Transcript {
     return this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 80;
   }
 
-  /** @param {HTMLElement} item @param {Answered} entry */
+  /** @param {HTMLElement} item @param {AssistantMessage} entry */
   #answered(item, entry) {
     const text = part(item, "p", "text");
     words(text, entry);
@@ -74,7 +74,7 @@ export class Transcript {
     if (entry.state === "open" || item.dataset.said || !entry.text) return;
     if (entry.who === "user" && entry.speech === null) return; // who typed it knows it
     item.dataset.said = "yes";
-    const heard = entry.who === "agent" && entry.state === "cut" ? [...entry.text].slice(0, entry.whole).join("") : entry.text;
+    const heard = entry.who === "agent" && entry.state === "interrupted" ? [...entry.text].slice(0, entry.heardTo).join("") : entry.text;
     const line = document.createElement("p");
     line.textContent = `${entry.who === "user" ? "You said" : "attend"}: ${heard}${heard === entry.text ? "" : " (interrupted)"}`;
     this.live.append(line);
@@ -82,7 +82,7 @@ export class Transcript {
   }
 }
 
-/** @param {HTMLElement} item @param {Asked} entry */
+/** @param {HTMLElement} item @param {UserMessage} entry */
 function asked(item, entry) {
   item.classList.toggle("open", entry.state === "open");
   const text = part(item, "p", "text");
@@ -119,7 +119,7 @@ function taking(strip, frames) {
 /** @type {WeakMap<HTMLElement, {text: string, marks: number, at: number, place: number}>} what stands there, and where its last word begins */
 const written = new WeakMap();
 
-/** A span for each word; what names a mark is a button. @param {HTMLElement} text @param {Answered} entry */
+/** A span for each word; what names a mark is a button. @param {HTMLElement} text @param {AssistantMessage} entry */
 function words(text, entry) {
   const marks = entry.marks.map(({ mark }) => mark);
   const before = written.get(text);
@@ -155,11 +155,11 @@ function words(text, entry) {
     }
     written.set(text, { text: entry.text, marks: marks.length, ...begun });
   }
-  const cut = entry.state === "cut";
+  const interrupted = entry.state === "interrupted";
   for (const word of text.querySelectorAll("span")) {
     const at = Number(word.dataset.at);
-    word.classList.toggle("coming", !cut && at >= entry.reached);
-    word.classList.toggle("unheard", cut && at >= entry.whole);
+    word.classList.toggle("coming", !interrupted && at >= entry.shownTo);
+    word.classList.toggle("unheard", interrupted && at >= entry.heardTo);
   }
 }
 

@@ -1,10 +1,10 @@
 // @ts-check
 /**
- * The two ends of the sound, in the audio thread: `capture` makes wire frames of what the microphone gives, `playback` plays what
+ * Sound in and out, in the audio thread: `capture` makes frames of 40 ms of what the microphone gives, `playback` plays what
  * the server sends. One file without imports, as not every browser lets a worklet import.
  */
 
-const FRAME = 640; // samples of a wire frame: 40 ms, one position of the model
+const FRAME = 640; // samples of a frame: 40 ms, one position of the model
 const PHASES = 256;
 const PREFILL = 0.06; // seconds that are there before playing begins
 const PATIENCE = 0.15; // seconds after which what is there is played, however little
@@ -16,7 +16,7 @@ const LOUD = 0.004; // of full scale: what is heard as sound
 const REPORT = 0.05; // seconds
 
 /** A stream from one rate to another, by a windowed sinc of twelve crossings on either side (under 1 ms of delay). */
-class Resampler {
+class SincResampler {
   /** @param {number} from @param {number} to samples a second */
   constructor(from, to) {
     const scale = Math.min(1, to / from) * 0.94;
@@ -59,12 +59,12 @@ class Resampler {
   }
 }
 
-/** Out: `{pcm, level, at}`: a frame as Int16 at the wire's rate, its loudest sample, and when it was complete (context time). */
-class Capture extends AudioWorkletProcessor {
+/** Out: `{pcm, level, at}`: a frame as Int16 at the rate that is sent, its loudest sample, and when it was complete (context time). */
+class CaptureProcessor extends AudioWorkletProcessor {
   /** @param {{processorOptions: {rate: number}}} options */
   constructor(options) {
     super();
-    this.resampler = new Resampler(sampleRate, options.processorOptions.rate);
+    this.resampler = new SincResampler(sampleRate, options.processorOptions.rate);
     this.frame = new Int16Array(FRAME);
     this.filled = 0;
     this.level = 0;
@@ -96,12 +96,12 @@ class Capture extends AudioWorkletProcessor {
  * is played any more. Out: `{item, sample, level, idle}`: so much of the item was played; `{item, first}`: when its first sound
  * was (context time).
  */
-class Playback extends AudioWorkletProcessor {
+class PlaybackProcessor extends AudioWorkletProcessor {
   /** @param {{processorOptions: {rate: number}}} options */
   constructor(options) {
     super();
     this.rate = options.processorOptions.rate;
-    this.resampler = new Resampler(this.rate, sampleRate);
+    this.resampler = new SincResampler(this.rate, sampleRate);
     /** @type {{item: string, from: number, pcm: Float32Array, at: number}[]} */
     this.queue = [];
     this.tail = new Float32Array(0); // of what was flushed
@@ -138,7 +138,7 @@ class Playback extends AudioWorkletProcessor {
     this.epoch = epoch;
     this.queue = [];
     this.playing = false;
-    this.resampler = new Resampler(this.rate, sampleRate);
+    this.resampler = new SincResampler(this.rate, sampleRate);
     this.report();
   }
 
@@ -188,5 +188,5 @@ class Playback extends AudioWorkletProcessor {
   }
 }
 
-registerProcessor("capture", Capture);
-registerProcessor("playback", Playback);
+registerProcessor("capture", CaptureProcessor);
+registerProcessor("playback", PlaybackProcessor);

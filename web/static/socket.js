@@ -1,5 +1,5 @@
 // @ts-check
-/** The socket: opened, opened again when it is lost, and what stands in the way said as a state. Knows nothing of conversations. */
+/** The websocket: it is opened again when it is lost, and `state` says what it waits for. Knows nothing of conversations. */
 
 const ADDRESS = "v1/realtime?extensions=camera,marks,timeline,playback,queue";
 const FIRST = 500; // milliseconds until the next try, doubled each time
@@ -12,7 +12,7 @@ const FULL = 1 << 20; // bytes that wait to be sent, beyond which sound is dropp
  *   | {kind: "lost", seconds: number, why: string} | {kind: "token"}} State
  */
 
-export class Wire {
+export class RealtimeSocket {
   /** @type {State} */ state = { kind: "off" };
   /** @type {WebSocket | null} */ #socket = null;
   #tries = 0;

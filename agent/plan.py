@@ -1,0 +1,251 @@
+"""What a machine can run, worked out before anything is loaded: memory of weights and rows, and milliseconds a step.
+
+A step reads the layers' weights once for all its rows, and of each row the keys and values of what it may see; decoding is bound
+by that reading, so bytes over bandwidth is its floor. On a CPU several positions of one row in a pass are bound by arithmetic,
+which is measured where the machine is at hand. All of it is arithmetic until `attend bench model` measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from model import weights
+from model.cache import Cache
+from model.gemma import Config
+from model.quantized import Form, QuantizedLinear, nbytes, quantize
+
+GIB = 1 << 30
+CONTEXT = int(0.9 * GIB)  # of a GPU: CUDA's own, a pass's activations, and its graphs
+OVERHEAD = 1.25  # a step over its floor: the aim on a GPU, not measured there
+FRAME_MS = 40.0  # a listener's frames come so often
+SHARE = 0.8  # of that time a step may take: the rest is answers, pictures and what comes late
+MOST_ROWS = 64
+LENGTHS = (8192, 4096, 2048, 1024)  # of a row, the first that fits is taken
+TYPICAL = 1100  # positions in a row: the policy "transcripts" keeps 400 ahead of a live turn
+CHUNK = 8  # frames that a CPU takes at once: what came in 320 ms
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory` bytes free for the model, `bandwidth` bytes a second, `kind` "cuda", "cpu" or "mps". `position_ms`: of a CPU,
+    milliseconds that a thousand million weights take for one position of a chunk, by form (None: bfloat16), on all its cores."""
+
+    name: str
+    kind: str
+    memory: int
+    bandwidth: float
+    position_ms: dict[Form | None, float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rows` conversations of `length` positions; 0: it does not fit. `one_ms`, `all_ms`: a step of one row, of all."""
+
+    machine: Machine
+    form: Form | None
+    weights: int  # bytes
+    row: int  # bytes
+    rows: int
+    spares: int
+    length: int
+    one_ms: float
+    all_ms: float
+    listen_ms: float  # what 40 ms of all listeners take: on a GPU a step, on a CPU their frames in chunks of eight
+
+    @property
+    def total(self) -> int:
+        """Bytes that all of it takes."""
+        return self.weights + (self.rows + self.spares) * self.row + (CONTEXT if self.machine.kind == "cuda" else 0)
+
+    @property
+    def keeps_up(self) -> bool:
+        return self.rows > 0 and self.listen_ms <= SHARE * FRAME_MS
+
+
+def spares(rows: int) -> int:
+    """Rows for forks: transcripts, guesses, answers beside the conversation."""
+    return max(1, rows // 4)
+
+
+def weight_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+    """Memory of all weights, the layers' matrices in `form`."""
+    return _layers(config, form, dtype) + _others(config, dtype)
+
+
+def step_bytes(config: Config, form: Form | None, dtype: torch.dtype, rows: int = 1, positions: int = TYPICAL) -> int:
+    """What a step of speaking rows reads: the layers and the head once, and of each row what it may see."""
+    seen = sum(
+        2 * (min(positions, config.window) if layer.sliding else positions) * layer.kv_heads * layer.head_dim
+        for layer in config.layers
+    )
+    head = config.vocab_size * config.hidden_size * dtype.itemsize
+    return _layers(config, form, dtype) + head + rows * seen * dtype.itemsize
+
+
+def make(
+    config: Config,
+    machine: Machine,
+    form: Form | None,
+    *,
+    slack: int,
+    rows: int | None = None,
+    length: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """The plan for a form of the weights. `rows` None: as many as fit and can be kept up with, at most 64; `length` None: the
+    longest of `LENGTHS` with which at least one row fits."""
+    held = weight_bytes(config, form, dtype)
+    room = machine.memory - held - (CONTEXT if machine.kind == "cuda" else 0)
+    choice, size, count = LENGTHS[-1], 0, 0
+    for choice in (length,) if length else LENGTHS:
+        size = Cache.bytes_per_row(config, min(choice, config.max_positions), slack, dtype)
+        count = next((n for n in range(rows or MOST_ROWS, 0, -1) if (n + spares(n)) * size <= room), 0)
+        if count and (rows is None or count == rows):
+            break
+    if rows is not None and count < rows:
+        count = 0
+    plan = Plan(machine, form, held, size, count, spares(count) if count else 0, choice, 0, 0, 0)
+    plan = _timed(plan, config, dtype)
+    while rows is None and plan.rows > 1 and not plan.keeps_up:
+        plan = _timed(replace(plan, rows=plan.rows - 1, spares=spares(plan.rows - 1)), config, dtype)
+    return plan
+
+
+def _timed(plan: Plan, config: Config, dtype: torch.dtype) -> Plan:
+    machine = plan.machine
+
+    def step(rows: int) -> float:
+        return 1000 * OVERHEAD * step_bytes(config, plan.form, dtype, rows) / machine.bandwidth
+
+    listen = step(max(1, plan.rows))
+    if machine.position_ms is not None:  # a CPU: each row's frames are a chunk of their own
+        alone = max(step(1) / CHUNK, machine.position_ms[plan.form] * _matrix_numbers(config) / 1e9)
+        listen = alone * max(1, plan.rows)
+    return replace(plan, one_ms=step(1), all_ms=step(max(1, plan.rows)), listen_ms=listen)
+
+
+def _layers(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+    numbers = [place.shape for place in weights.layout(config).values() if place.parameter.startswith("blocks.")]
+    matrices = [shape for shape in numbers if len(shape) == 2]
+    plain = sum(math.prod(shape) for shape in numbers if len(shape) != 2 or form is None) * dtype.itemsize
+    return plain + (sum(nbytes(*shape, form) for shape in matrices) if form else 0)
+
+
+def _others(config: Config, dtype: torch.dtype) -> int:
+    places = weights.layout(config).values()
+    return sum(math.prod(place.shape) for place in places if not place.parameter.startswith("blocks.")) * dtype.itemsize
+
+
+def _matrix_numbers(config: Config) -> int:
+    shapes = [place.shape for place in weights.layout(config).values() if place.parameter.startswith("blocks.")]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+# ---- this machine
+
+
+def measure(device: torch.device, threads: int) -> Machine:
+    """Takes about a second. Memory that is free now, and the bandwidth of reading 256 MiB over and over."""
+    free = weights.free_memory(device) or 0
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return Machine(name, "cuda", free, _bandwidth(device))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        speeds: dict[Form | None, float] = {form: _position_ms(form) for form in (None, "int8", "int4")}
+        return Machine(f"this machine, {threads} threads", device.type, free, _bandwidth(device), speeds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bandwidth(device: torch.device) -> float:
+    numbers = torch.zeros(1 << 26, device=device)  # 256 MiB
+    return 4 * numbers.numel() / _quickest(lambda: numbers.sum().item())
+
+
+def _position_ms(form: Form | None, outputs: int = 2048, inputs: int = 4096) -> float:
+    """Of one position in a chunk of `CHUNK`, for a thousand million weights, with matrices that do not stay in the cache."""
+    weight, x = torch.randn(outputs, inputs), torch.randn(CHUNK, inputs, dtype=torch.bfloat16)
+    held = QuantizedLinear(quantize(weight, form), torch.device("cpu")) if form else weight.to(torch.bfloat16)
+    seconds = _quickest(lambda: held(x) if isinstance(held, QuantizedLinear) else F.linear(x, held))
+    return 1000 * seconds / CHUNK * 1e9 / (outputs * inputs)
+
+
+def _quickest(run: Callable[[], object], times: int = 5) -> float:
+    took = []
+    for _ in range(times):
+        begun = perf_counter()
+        run()
+        took.append(perf_counter() - begun)
+    return min(took)
+
+
+# ---- what is printed
+
+FORMS: tuple[Form | None, ...] = (None, "int8", "int4")
+
+# Memory in GiB and bandwidth in GB/s as the makers state them; nothing here was measured.
+KNOWN = (
+    ("H100, 80 GB", "cuda", 79, 3350),
+    ("L40S or A6000, 48 GB", "cuda", 47, 768),
+    ("RTX 5090, 32 GB", "cuda", 31, 1792),
+    ("RTX 4090 or 3090, 24 GB", "cuda", 23, 936),
+    ("RTX 4080 or 5080, 16 GB", "cuda", 15, 717),
+    ("RTX 4070 or 3060, 12 GB", "cuda", 11.3, 360),
+)
+# A thread of a server's CPU with AVX512-bf16 took, for a position of the 12B (10.9 thousand million numbers in its layers'
+# matrices), 287 ms with int4 in chunks of eight and 127 ms with bfloat16 in chunks of 64. Here divided by eight cores, and by
+# 1.6 for a desktop's higher clock, which is an estimate.
+DESKTOP = Machine("desktop CPU, 8 cores, 64 GB", "cpu", 56 * GIB, 80e9, {None: 0.9, "int8": 2.4, "int4": 2.1})
+
+
+def known() -> list[Machine]:
+    return [Machine(name, kind, int(gib * GIB), 1e9 * speed) for name, kind, gib, speed in KNOWN]
+
+
+def line(plan: Plan) -> str:
+    """One row of the table."""
+    start = f"{plan.form or 'bf16':<7}{plan.weights / GIB:>9.1f} GiB"
+    if not plan.rows:
+        return f"{start}   does not fit: {_instead(plan)}"
+    memory = f"{plan.row / GIB:>9.2f} GiB{f'{plan.rows} × {plan.length:,}':>12}{plan.total / GIB:>9.1f} GiB"
+    times = f"{plan.one_ms:>10.1f} ms{plan.all_ms:>9.1f} ms{plan.listen_ms:>9.1f} ms"
+    return f"{start}{memory}{times}{'' if plan.keeps_up else '   cannot keep up with one listener'}"
+
+
+def _instead(plan: Plan) -> str:
+    needed = plan.weights + 2 * plan.row + (CONTEXT if plan.machine.kind == "cuda" else 0)
+    return f"one conversation of {plan.length:,} positions needs {needed / GIB:.1f} GiB, {plan.machine.memory / GIB:.1f} are free"
+
+
+HEADER = f"{'weights':<7}{'':>13}{'a row':>13}{'rows':>12}{'in all':>13}{'step of one':>13}{'of all':>12}{'listening':>12}"
+
+
+def table(config: Config, machine: Machine, slack: int, rows: int | None = None, length: int | None = None) -> list[str]:
+    """What one machine can run, a line for each form of the weights, and what to take of it."""
+    plans = [make(config, machine, form, slack=slack, rows=rows, length=length) for form in FORMS]
+    chosen = best(plans)
+    if chosen is None:
+        advice = "nothing of this keeps up with one listener; take a smaller model, or a machine with more of what is short"
+    elif chosen.form is None:
+        advice = f"take it as it is: {_conversations(chosen.rows)}"
+    else:
+        advice = f"take --weights {chosen.form} --rows {chosen.rows}: {_conversations(chosen.rows)}"
+    what = f"{machine.name}: {machine.memory / GIB:.1f} GiB free, {machine.bandwidth / 1e9:,.0f} GB/s"
+    return [what, HEADER, *map(line, plans), advice]
+
+
+def _conversations(rows: int) -> str:
+    return "one conversation" if rows == 1 else f"{rows} conversations at once"
+
+
+def best(plans: list[Plan]) -> Plan | None:
+    """What to run: the most exact form that keeps up, with as many rows as it has."""
+    return next((plan for plan in plans if plan.keeps_up), None)

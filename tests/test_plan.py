@@ -1,0 +1,98 @@
+"""Plans: what fits a machine, how many conversations it holds, and what is said where it holds none."""
+
+import pytest
+import torch
+
+from agent import plan
+from agent.bench.shapes import SHAPES
+from agent.plan import GIB, Machine
+from model import weights
+from model.cache import Cache
+from model.gemma import Config, Gemma
+from tests import tiny
+
+BIG = Config.from_json(SHAPES["12b"]())
+SLACK = 320
+
+
+def gpu(gib, gb_s=1000):
+    return Machine("a GPU", "cuda", int(gib * GIB), 1e9 * gb_s)
+
+
+def make(machine, form=None, **choice):
+    return plan.make(BIG, machine, form, slack=SLACK, **choice)
+
+
+def test_weights_are_counted_as_they_are_held(tmp_path):
+    checkpoint = tiny.write(tiny.RECIPES["hub"], tmp_path)
+    for form in plan.FORMS:
+        model = weights.load(checkpoint.folder, dtype=torch.bfloat16, weights=form)
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        assert held == plan.weight_bytes(model.config, form, torch.bfloat16)
+
+
+def test_the_12b_takes_what_is_published_of_it():
+    with torch.device("meta"):
+        model = Gemma(BIG).to(torch.bfloat16)
+    assert plan.weight_bytes(BIG, None, torch.bfloat16) == sum(p.nbytes for p in model.parameters())
+    assert plan.weight_bytes(BIG, "int4", torch.bfloat16) / 1e9 == pytest.approx(8.9, abs=0.3)
+
+
+def test_rows_and_their_spares_fill_what_is_left():
+    made = make(gpu(48, 100_000))
+    row = Cache.bytes_per_row(BIG, made.length, SLACK, torch.bfloat16)
+    assert made.total <= 48 * GIB < made.total + 2 * row
+
+
+def test_a_row_is_shorter_where_a_long_one_does_not_fit():
+    needs = make(gpu(80), rows=1, length=2048).total / GIB
+    made = make(gpu(needs + 0.01))
+    assert (made.rows, made.length) == (1, 2048)
+
+
+def test_no_more_rows_than_can_be_kept_up_with():
+    made = make(gpu(400, 1000))
+    assert 1 < made.rows < 64 and made.keeps_up
+    more = make(gpu(400, 1000), rows=made.rows + 1)
+    assert more.rows and not more.keeps_up
+
+
+@pytest.mark.parametrize(
+    ("gib", "form", "fits"), [(24, None, False), (24, "int8", True), (16, "int8", True), (12, "int8", False)]
+)
+def test_usual_gpus(gib, form, fits):
+    assert bool(make(gpu(gib - 0.9), form).rows) is fits
+
+
+def test_a_plan_that_does_not_fit_says_what_is_short():
+    said = plan.line(make(gpu(16)))
+    assert "does not fit" in said and "16.0 are free" in said
+    assert "does not fit" in plan.line(make(gpu(48, 100_000), rows=64))
+
+
+def test_what_to_take_is_the_most_exact_form_that_keeps_up():
+    *_, advice = plan.table(BIG, gpu(23, 936), SLACK)
+    assert advice.startswith("take --weights int8 --rows ")
+    *_, advice = plan.table(BIG, gpu(4), SLACK)
+    assert "nothing of this" in advice
+
+
+def test_a_cpu_listens_in_chunks_and_is_bound_by_arithmetic():
+    made = plan.make(BIG, plan.DESKTOP, "int4", slack=SLACK)
+    slower = Machine("slower", "cpu", 56 * GIB, 80e9, {None: 10, "int8": 10, "int4": 10})
+    assert made.keeps_up and made.one_ms > made.listen_ms
+    assert not plan.make(BIG, slower, "int4", slack=SLACK).keeps_up
+
+
+def test_this_machine_is_measured():
+    made = plan.measure(torch.device("cpu"), 1)
+    assert made.memory > 0 and 1e8 < made.bandwidth < 1e13 and set(made.position_ms) == set(plan.FORMS)
+
+
+@pytest.mark.parametrize("arguments", [["--known"], ["--memory", "24", "--bandwidth", "936"], ["--model", "nano"]])
+def test_the_command_prints_a_table(arguments, capsys):
+    from agent.__main__ import main
+
+    assert main(["plan", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\nint8") == printed.count("\nint4") >= 1 and "take" in printed
