@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 from agent import checkpoint, pools
 from agent.bench.shapes import SHAPES
 from model import threads
-from model.cache import Cache
+from model.cache import Cache, RowFull
 from model.gemma import Config, Gemma
 from model.threads import Threads
 
@@ -79,7 +79,7 @@ def test_a_pass_sets_its_threads_and_gives_them_back(monkeypatch):
         model.embed_image(torch.zeros(1, 3 * model.config.patch**2), torch.zeros(1, 2, dtype=torch.long))
     assert set(seen) == {3} and len(seen) == len(model.blocks) + 1
     assert torch.get_num_threads() == before
-    with pytest.raises(AssertionError):
+    with pytest.raises(RowFull):
         model.extend(cache, [row], torch.zeros(1, 99, model.config.hidden_size))
     assert torch.get_num_threads() == before
     model.embed_image(torch.zeros(1, 3 * model.config.patch**2), torch.zeros(1, 2, dtype=torch.long))  # as in training
