@@ -31,7 +31,10 @@ from streams.frames import RATE, Audio, Framer, MediaError
 from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
-LATER = 64  # inputs that wait until an answer is over
+LATER = 1024  # inputs that wait until an answer is over: then the session is full, and its door lets the client wait
+LATER_BYTES = 16 << 20  # of their words and pictures
+LATEST = 4 * LATER  # from a door that does not wait: what comes then is lost, and said
+AT_ONCE = 16  # of them, once it is over; then it is the turn of other conversations
 PARTS = 64  # words and pictures in one turn; more begin another
 
 
@@ -59,7 +62,8 @@ class Session:
         self._giving: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None  # until the row holds what the tape says
         self._given: deque[Reply] = deque(maxlen=8)  # of which a door may still say how much was heard
-        self._later: list[Input] = []  # until the answer is over
+        self._later: deque[Input] = deque()  # until the answer is over
+        self._resuming = False  # it is, and they are being taken
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
@@ -99,15 +103,20 @@ class Session:
         finally:
             sender.cancel()
 
+    @property
+    def full(self) -> bool:
+        """So much waits for the end of an answer that no more should come."""
+        return len(self._later) >= LATER or sum(map(events.weight, self._later)) > LATER_BYTES
+
     # -- inputs
 
     async def _read(self, inputs: AsyncIterator[Input]) -> None:
         async for item in inputs:
             try:
                 if isinstance(item, events.Show):
-                    item = await sized(item)
+                    item = await sized(item, self.engine.pictures)
                 elif isinstance(item, events.Aside) and item.past:
-                    item = replace(item, past=tuple([await sized(part) for part in item.past]))
+                    item = replace(item, past=tuple([await sized(part, self.engine.pictures) for part in item.past]))
             except MediaError as error:
                 if isinstance(item, events.Aside):
                     self._asides.refuse(item, str(error))
@@ -117,7 +126,8 @@ class Session:
             self._take(item)
         self._end_with(None)
 
-    def _take(self, item: Input) -> None:
+    def _take(self, item: Input, resumed: bool = False) -> None:
+        """`resumed`: it has waited for its turn already."""
         reply = self._reply
         if reply:
             self._turns.heard(reply.heard)
@@ -158,10 +168,11 @@ class Session:
                 self._hear_out(reply)
                 if self._turns.floor != "user":  # that turn will ask
                     self._take(item)
-            case _ if reply and not reply.told and len(self._later) == LATER:
-                self._note("too much came while an answer was given; the last of it was not taken")
-            case _ if reply and not reply.told:
-                self._later.append(item)
+            case _ if ((reply and not reply.told) or self._resuming) and not resumed:
+                if len(self._later) < LATEST:
+                    self._later.append(item)
+                else:
+                    self._note("too much came while an answer was given; the last of it was not taken")
             case events.Write():
                 if item.text.strip() and not self._part(tape.Typed(item.text)):
                     return
@@ -262,11 +273,26 @@ class Session:
                     self._cut(decision.heard)
                 case Idle():
                     self._emit(events.Quiet(decision.at))
+        if self._later and not self._resuming:
+            self._resuming = True
+            for _ in range(AT_ONCE):
+                self._resume()
+            self._resuming = self._reply is None and len(self._later) > 0
+            if self._resuming:
+                self._spawn(self._resume_rest())
+
+    def _resume(self) -> None:
+        """Takes the first of the inputs that waited until the answer was over, if it is."""
         if self._reply is None and self._later:
-            later, self._later = self._later, []
-            for item in later:
-                if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
-                    self._take(item)
+            item = self._later.popleft()
+            if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
+                self._take(item, resumed=True)
+
+    async def _resume_rest(self) -> None:
+        while self._reply is None and self._later:
+            self._resume()
+            await asyncio.sleep(0)
+        self._resuming = False
 
     def _begin(self, began: Began) -> None:
         turn, self._loud, self._over_it = self.record.open(began.start), True, False
