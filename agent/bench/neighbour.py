@@ -59,7 +59,8 @@ async def burdens(url: str, process: int | None, say: Say, kinds: dict[str, Burd
         before = _resident(process)
         for name, burden in {"nobody else is there": _none, **(kinds or KINDS)}.items():
             figures.append(Spread.of(name, name, await _beside(url, line_, burden)))
-            say(str(figures[-1]))
+            grown = f"  memory {(_resident(process) - before) / 2**20:+,.0f} MiB" if process is not None else ""
+            say(f"{figures[-1]}{grown}")
         await asyncio.sleep(1)
         for _ in range(LEAST):
             await _answer(line_)
