@@ -12,7 +12,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -49,24 +49,28 @@ async def served(model: str) -> AsyncIterator[tuple[str, int]]:
         await server.wait()
 
 
-async def burdens(url: str, process: int | None, say: Say, kinds: dict[str, Burden] | None = None) -> dict[str, Any]:
-    """Tells `say` a table, line by line, and returns all figures. `process`: the server's, where its memory can be read."""
+async def measure(model: str, say: Say) -> dict[str, Any]:
+    """Of a server with this model that runs here."""
+    async with served(model) as (url, process):
+        return await burdens(url, process, say, KINDS)
+
+
+async def burdens(url: str, process: int, say: Say, kinds: Mapping[str, Burden]) -> dict[str, Any]:
+    """Tells `say` a table, line by line, and returns all figures. `process` is the server's."""
     figures: list[Spread | Figure] = []
     say(f"{'an answer, from its question to its end':44}{'median':>14}{'p95':>12}{'p99':>12}")
-    async with _connected(url) as line_:
+    async with _connected(url) as mine:
         for _ in range(LEAST):
-            await _answer(line_)
+            await _answer(mine)
         before = _resident(process)
-        for name, burden in {"nobody else is there": _none, **(kinds or KINDS)}.items():
-            figures.append(Spread.of(name, name, await _beside(url, line_, burden)))
-            grown = f"  memory {(_resident(process) - before) / 2**20:+,.0f} MiB" if process is not None else ""
-            say(f"{figures[-1]}{grown}")
+        for name, burden in {"nobody else is there": _none, **kinds}.items():
+            figures.append(Spread.of(name, name, await _beside(url, mine, burden)))
+            say(f"{figures[-1]}  memory {(_resident(process) - before) / 2**20:+,.0f} MiB")
         await asyncio.sleep(1)
         for _ in range(LEAST):
-            await _answer(line_)
-    if process is not None:
-        figures.append(kept := Figure("kept", "memory that the server has kept", "MiB", (_resident(process) - before) / 2**20))
-        say(line(kept))
+            await _answer(mine)
+    figures.append(kept := Figure("kept", "memory that the server has kept", "MiB", (_resident(process) - before) / 2**20))
+    say(line(kept))
     return {figure.key: asdict(figure) for figure in figures}
 
 
@@ -193,8 +197,6 @@ async def _until(connection: ClientConnection, *types: str) -> dict[str, Any]:
     return event
 
 
-def _resident(process: int | None) -> int:
+def _resident(process: int) -> int:
     """Bytes."""
-    if process is None:
-        return 0
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
