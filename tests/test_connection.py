@@ -48,6 +48,14 @@ async def test_a_large_message_arrives_whole(engine, mind):
         assert [(await until(connection, "error"))[-1]["error"]["event_id"] for _ in range(2)] == ["one", "two"]
 
 
+async def test_a_message_of_a_million_values_is_refused_unread(engine):
+    async with serving(engine) as port, plain(port) as connection:
+        await until(connection, "session.created")
+        await say(connection, "nonsense", filling=[[]] * 1_000_000)
+        error = (await until(connection, "error"))[-1]["error"]
+        assert error["code"] == "invalid_json" and "more than 50,000 values" in error["message"]
+
+
 async def test_sockets_that_never_finish_their_handshake_keep_nobody_out(engine, mind):
     async with serving(engine) as port:
         slow = []
