@@ -20,9 +20,9 @@ from websockets.exceptions import ConnectionClosed
 from agent import events
 from agent.events import Event
 from agent.session import DoorStuck, Session
-from web.connection import Allowance
 from web.inbox import Inbox
 from web.protocol import Conversation
+from web.socket import Allowance
 
 if TYPE_CHECKING:
     from web.server import Door

@@ -33,9 +33,9 @@ from model.vad import Vad
 from streams.voice import Voice
 from web.access import COOKIE, Access, NotServed
 from web.client import CLOSING, Client, hang_up
-from web.connection import Connection
 from web.metrics import Metrics
 from web.protocol import EXTENSIONS
+from web.socket import Connection
 
 PATH = "/v1/realtime"
 STATIC = Path(__file__).parent / "static"

@@ -12,8 +12,8 @@ from agent.session import LATER
 from agent.tape import Typed
 from tests.serving import LOADED, SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
 from tests.test_faults import Raw
-from web.connection import FRAMES, PIECE, Allowance
 from web.server import WAITING, Door, Options
+from web.socket import FRAMES, PIECE, Allowance
 
 
 def test_an_allowance_is_of_a_second_and_says_how_long_to_wait():
