@@ -97,7 +97,7 @@ async def test_a_history_is_written_into_the_row_once_however_many_items_it_has(
         mind.says("Yes.")
         await say(connection, "response.create", response={"output_modalities": ["text"]})
         assert (await until(connection, "response.done"))[-1]["response"]["status"] == "completed"
-        assert SETTINGS.budget.row // 2 < written <= SETTINGS.budget.row + 500
+        assert 0 < written <= SETTINGS.budget.row, "of 15,000 positions only what a row holds, and that once"
         await works(port, mind)
 
 
