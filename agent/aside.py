@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -102,9 +103,13 @@ class Asides:
             record.append(entry)
 
 
-async def sized(item: events.Past) -> Any:
-    """With its size, where it is a picture. Raises MediaError for one that cannot be decoded."""
+async def sized(item: events.Past, work: Executor) -> Any:
+    """With its size, where it is a picture, which is decoded in `work`. Raises MediaError for one that cannot be decoded."""
     if not isinstance(item, events.Show):
         return item
-    height, width, _ = (await asyncio.to_thread(decode_picture, item.data, "the picture")).shape
+    height, width, _ = await asyncio.get_running_loop().run_in_executor(work, _shape, item.data)
     return replace(item, size=(height, width))
+
+
+def _shape(data: bytes) -> tuple[int, ...]:
+    return decode_picture(data, "the picture").shape

@@ -1,9 +1,9 @@
 """The one thread that owns the model: rows of many conversations, one pass at a time.
 
 A conversation holds a `Feed`. Its verbs return at once; the row does them in order. Each tick of the thread is a step, one
-position of every row that has one due (a microphone frame, the token just drawn), and then one chunk: what has piled up for
-a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for one chunk, and the
-busier the engine is, the more rows share a step. What someone waits for goes before what is done in the background.
+position of every row that has one due (a microphone frame, the token just drawn), and then at most one chunk: what has piled
+up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for one chunk, and the
+busier the engine is, the more rows share a step. Which chunk that is, and when, agent/scheduler.py decides.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from agent.checkpoint import LENGTH, Loaded, cut, new_cache, out_of_memory
 from agent.orders import Fork, Generate, Op, Reach, Rewrite, Seat, Take
+from agent.scheduler import CHUNK, Chunk, Scheduler
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
 from agent.timing import Timing
@@ -31,7 +32,6 @@ from model.sampling import Generation, draw
 from streams.frames import MediaError
 from streams.pictures import decode_picture
 
-CHUNK = 128  # positions; a picture may be longer, since it goes in at once
 FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own
 RESTART = "attend ends, so that whoever watches over it starts it again"
 FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)  # of one pass: a full row, no memory, a picture that is none
@@ -72,9 +72,9 @@ class Feed:
         that far it begins anew."""
         self._engine._order(self._seat, Rewrite(keep, view))
 
-    def fork(self) -> Feed:
-        """A second row that goes on from here, in the background. It waits while no spare row is free."""
-        child = Seat(self._seat.tell, self._seat)
+    def fork(self, background: bool = False) -> Feed:
+        """A second row that goes on from here. It waits while no spare row is free. `background`: nobody waits for it."""
+        child = Seat(self._seat.tell, self._seat, background)
         self._engine._order(self._seat, Fork(child))
         return Feed(self._engine, child)
 
@@ -116,7 +116,7 @@ class Feed:
             self._engine._release(self._seat)
 
     def _takes(self, segments: tuple[Segment, ...]) -> list[Take]:
-        takes = [Take(segment, self._engine._cut(segment)) for segment in segments if size(segment)]
+        takes = [Take(segment) for segment in segments if size(segment)]
         self._seat.asked += sum(size(take.segment) for take in takes)
         return takes
 
@@ -137,11 +137,12 @@ class Engine:
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
         self._seats: list[Seat] = []
+        self._scheduler = Scheduler()
         self._left = rows
         self._dead: EngineStopped | None = None
         self._ending = threading.Lock()
         self._ended: Future[EngineStopped] = Future()
-        self._pictures = ThreadPoolExecutor(1, "pictures")
+        self.pictures = ThreadPoolExecutor(1, "pictures")  # whoever decodes one, does it here: one core for all of them
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -169,7 +170,7 @@ class Engine:
     def close(self) -> None:
         self._orders.put(None)
         self._thread.join()
-        self._pictures.shutdown()
+        self.pictures.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -196,12 +197,9 @@ class Engine:
             self._left += 1
         self._orders.put(lambda: self._leave(seat, None))
 
-    def _cut(self, segment: Segment) -> Future[tuple[Tensor, Tensor]] | None:
-        if not isinstance(segment, Picture):
-            return None
-        work = self._pictures.submit(lambda: cut(self.loaded, decode_picture(segment.data, "the picture"), segment.budget))
-        work.add_done_callback(lambda _: self._orders.put(lambda: None))
-        return work
+    def _decode(self, take: Take, picture: Picture) -> None:
+        take.cut = self.pictures.submit(lambda: cut(self.loaded, decode_picture(picture.data, "the picture"), picture.budget))
+        take.cut.add_done_callback(lambda _: self._orders.put(lambda: None))
 
     # -- the thread
 
@@ -246,7 +244,7 @@ class Engine:
         steps, chunks = [], []
         for seat, parts in due.items():
             count = sum(stop - start for _, start, stop in parts)
-            if parts[0][0].cut:
+            if isinstance(parts[0][0].segment, Picture):
                 chunks.append((seat, parts))
             elif count == 1:
                 steps.append((seat, parts))
@@ -254,12 +252,15 @@ class Engine:
                 steps.append((seat, seat.due(1)))
             else:
                 chunks.append((seat, parts))
+        decoding = any(seat.awaited for seat, _ in steps)
         if steps:
             begun = self._timing.begin()
             self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
             self._timing.mark(lambda done: self.steps.append(done - begun))
-        if chunks:
-            self._pass([min(chunks, key=lambda chunk: (chunk[0].awaited, chunk[1][0][0].since))])
+        chunks = [chunk for chunk in chunks if not chunk[0].gone]
+        chosen = self._scheduler.choose([_chunk(seat, parts) for seat, parts in chunks], decoding)
+        if chosen is not None:
+            self._pass([chunks[chosen]])
         return moved or bool(due)
 
     def _settle(self, seat: Seat) -> bool:
@@ -273,7 +274,7 @@ class Engine:
                 case Rewrite():
                     seat.todo.popleft()
                     at = self._cut_back(seat, op.keep)
-                    takes = [Take(segment, self._cut(segment), again=True) for segment in op.view.rest(at)]
+                    takes = [Take(segment, again=True) for segment in op.view.rest(at)]
                     again = sum(size(take.segment) for take in takes)
                     seat.again += again
                     seat.taken -= again
@@ -297,6 +298,8 @@ class Engine:
                 case Generate():
                     raise AssertionError("what is generated follows something")
             moved = True
+        if (take := seat.undecoded()) and isinstance(take.segment, Picture):
+            self._decode(take, take.segment)
         return moved
 
     def _cut_back(self, seat: Seat, keep: int) -> int:
@@ -412,6 +415,8 @@ class Engine:
         if seat.gone:
             return
         seat.gone, seat.error = True, error
+        if seat.parent is None:
+            self._scheduler.forget(seat)
         if seat in self._seats:
             self._seats.remove(seat)
         if seat.row:
@@ -429,6 +434,10 @@ class Engine:
 def total_rows(rows: int, spares: int | None = None) -> int:
     """Of an engine for so many conversations, with the rows for their forks."""
     return rows + (max(1, rows // 4) if spares is None else spares)
+
+
+def _chunk(seat: Seat, parts: list[tuple[Take, int, int]]) -> Chunk:
+    return Chunk(seat.conversation, sum(stop - start for _, start, stop in parts), seat.awaited)
 
 
 def _lost(error: Exception) -> Exception:

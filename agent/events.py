@@ -179,6 +179,18 @@ Input = (
 )
 
 
+def weight(input: Input | Past) -> int:
+    """Bytes of its words and pictures, about."""
+    match input:
+        case Write() | Recall():
+            return len(input.text)
+        case Show():
+            return len(input.data)
+        case Aside():
+            return sum(map(weight, input.past or ()))
+    return 0
+
+
 # ---- events
 
 

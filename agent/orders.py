@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from agent.segments import Segment, View, size
+from agent.segments import Picture, Segment, View, size
+from agent.tape import Sound
 from model.cache import Row
 from model.sampling import Generation
 
@@ -20,7 +21,7 @@ from model.sampling import Generation
 @dataclass(eq=False)
 class Take:
     segment: Segment
-    cut: Future[tuple[Tensor, Tensor]] | None = None  # of a picture, which another thread decodes
+    cut: Future[tuple[Tensor, Tensor]] | None = None  # of a picture, once another thread decodes it
     drawn: Generate | None = None  # whose token it is
     again: bool = False  # it stood in the row before
     since: float = field(default_factory=perf_counter)
@@ -67,7 +68,8 @@ class Seat:
     """A row and what it is to do. The thread's own, but for `asked`, which the conversation counts."""
 
     tell: Callable[[Exception], None]
-    parent: Seat | None = None  # of a fork: it works in the background
+    parent: Seat | None = None  # of a fork
+    background: bool = False  # nobody waits for what it does
     row: Row | None = None
     at: int | None = None  # of a fork: the position of its parent where it begins, once the parent has come there
     todo: deque[Op] = field(default_factory=deque)
@@ -78,20 +80,36 @@ class Seat:
     error: Exception | None = None  # what it was lost to
 
     @property
-    def awaited(self) -> float:
-        """Since when somebody waits for what this row is to do; infinite where it works in the background."""
-        takes = (op.since for op in self.todo if isinstance(op, Take) and not op.again)
-        return math.inf if self.parent else next(takes, math.inf)
+    def conversation(self) -> Seat:
+        """The row that this one is a fork of, or a fork's fork."""
+        return self.parent.conversation if self.parent else self
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits for what this row is to do: it is to answer, or it is being spoken to."""
+        return not self.background and any(
+            (isinstance(op, Generate) and not op.cancelled)
+            or (isinstance(op, Take) and isinstance(op.segment, Sound) and not op.again)
+            for op in self.todo
+        )
+
+    def undecoded(self) -> Take | None:
+        """The picture that is to be decoded next: one at a time and no further ahead than the second, so that conversations
+        take turns at the decoder and decoded pictures (8 MB each) do not pile up."""
+        pictures = islice((op for op in self.todo if isinstance(op, Take) and isinstance(op.segment, Picture)), 2)
+        take = next((take for take in pictures if not (take.cut and take.cut.done())), None)
+        return take if take and take.cut is None else None
 
     def due(self, most: int) -> list[tuple[Take, int, int]]:
         """What can go into the row in one pass: takes with first and last position. A picture goes whole."""
         parts, count = [], 0
         for op in self.todo if self.row else ():
-            if not isinstance(op, Take) or count >= most or (op.cut and not op.cut.done()):
+            if not isinstance(op, Take) or count >= most:
                 break
-            if op.cut and count and count + op.left > most:
+            picture = isinstance(op.segment, Picture)
+            if picture and (not (op.cut and op.cut.done()) or (count and count + op.left > most)):
                 break
-            stop = op.done + (op.left if op.cut else min(op.left, most - count))
+            stop = op.done + (op.left if picture else min(op.left, most - count))
             parts.append((op, op.done, stop))
             count += stop - op.done
         return parts

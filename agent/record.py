@@ -1,7 +1,9 @@
 """What a conversation has been: the tape, and the row that follows it.
 
-Everything is written on the tape first. Sound goes into the row frame by frame beside it; after everything else the row is
-made to hold what the tape says, by cutting it back to what the two have in common.
+Everything is written on the tape first. Sound goes into the row frame by frame beside it, and so do the parts of an open turn.
+After everything else the row is `stale`: it follows, before something depends on it or when it has nothing else to do, by being
+cut back to what the two have in common. So a history of thousands of items is not written into the row item by item, but
+once, and only as much of it as a row holds.
 """
 
 from __future__ import annotations
@@ -74,8 +76,10 @@ class Record:
         self._held = View((), 0, 0)  # what the row holds, but for
         self._pieces: list[Segment] = []  # what was appended since
         self._length = 0  # positions of both
+        self.stale = False  # the tape says more than the row was told
         self._astray = False  # the row may hold more than that, of an answer that was stopped
-        self._gone: frozenset[Gone] = frozenset()  # has been told
+        self._gone: tuple[Gone, ...] = ()  # has been told
+        self._spent: tuple[int, ...] = ()  # has left memory
         self._views = Views(tape.entries, prompt, config.patch)
         self._turn = Turn(prompt, config.patch)  # what is in the row of the open one
 
@@ -93,12 +97,13 @@ class Record:
     def open(self, at: int) -> int:
         if self.turn is None:
             self.turn, self._turn = self.append(tape.Opened(at=at)), Turn(self.prompt, self.config.patch)
-            self.follow()
+            self.stale = True
         return self.turn
 
     def sound(self, frame: np.ndarray) -> bool:
         """A frame of the open turn; False if there is no room for it."""
         sound = tape.Sound.of(frame.reshape(-1, self.config.frame))
+        self.catch_up()
         if self._length + sound.positions > self.limit:
             self._decide()
             self.follow()
@@ -110,10 +115,10 @@ class Record:
 
     def part(self, part: tape.Typed | tape.Seen) -> int:
         index, pieces = self.append(part), self._turn.feed(part)
-        if self._length + sum(map(size, pieces)) <= self.budget.row:
+        if not self.stale and self._length + sum(map(size, pieces)) <= self.budget.row:
             self._grow(pieces)
         else:
-            self.follow()
+            self.stale = True
         return index
 
     def _grow(self, pieces: list[Segment]) -> None:
@@ -125,8 +130,7 @@ class Record:
     def close(self, entry: tape.Closed | tape.Deleted) -> None:
         """The turn is over, and nobody is asked; or it never was."""
         self.append(entry)
-        self.turn = None
-        self.follow()
+        self.turn, self.stale = None, True
 
     def ask(self) -> int:
         """The model's turn begins; `closing` is what is left to append."""
@@ -134,11 +138,11 @@ class Record:
         return self.append(tape.Asked())
 
     def recall(self, text: str, calls: Iterable[tuple[ToolCall, Any]] = ()) -> None:
-        """An answer that was given elsewhere, its calls and what came of them. The row does not follow yet."""
+        """An answer that was given elsewhere, its calls and what came of them."""
         if self.turn is not None:
             self.append(tape.Closed())
             self.turn = None
-        of = self.append(tape.Answered((), text))
+        of, self.stale = self.append(tape.Answered((), text)), True
         for call, value in calls:
             index = self.append(tape.Called(of, call.name, call.arguments))
             if not self.returned(index, value):
@@ -156,6 +160,7 @@ class Record:
         if not self.fits(result):
             return False
         self.append(result)
+        self.stale = True
         return True
 
     # -- beside it
@@ -163,6 +168,7 @@ class Record:
     def beside(self, fresh: bool = False) -> Record:
         """A record of its own in a fork of the row: it begins with all of this one but the open turn, or with an empty tape.
         Whoever asked for it releases its row."""
+        # A stale row is not made to follow here: the fork would wait for it, and it may be in the middle of an answer.
         held = self._settled()
         how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self._emit
         other = Record(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
@@ -193,7 +199,7 @@ class Record:
                 self.append(tape.Deleted(index))
         elif isinstance(entries[of], tape.Opened | tape.Answered):
             self.append(tape.Deleted(of))
-        self.follow()
+        self.stale = True
 
     def spoken(self, turn: int) -> bool:
         return any(isinstance(entry, tape.Sound) for entry in self.tape.entries[turn + 1 :])
@@ -202,9 +208,10 @@ class Record:
         """To be called as the turn ends; None if nothing was said in it. The caller releases its fork, and says `captioned`."""
         if self.turn is None or not self.spoken(self.turn):
             return None
+        self.catch_up()
         closing = [*self._turn.end(), *self.prompt.text(TRANSCRIBE), *self.prompt.close_turn()]
         self.captions += 1
-        return Caption(self.turn, self.row.fork(), tuple(closing), self.prompt.tokenizer)
+        return Caption(self.turn, self.row.fork(background=True), tuple(closing), self.prompt.tokenizer)
 
     def captioned(self, caption: Caption, text: str | None) -> None:
         """None: nobody could tell, and the sound stays what it was."""
@@ -234,6 +241,13 @@ class Record:
         """The model was stopped: it may have put more into the row than it has said."""
         self._astray = True
 
+    def catch_up(self) -> None:
+        """The row follows, if it is stale."""
+        if self.stale:
+            self.follow()
+            if self.turn is None and not self.captions:
+                self._drop()
+
     def follow(self) -> None:
         """Makes the row hold what the tape says. Raises RowFull where system prompt and open turn alone are too long."""
         target = self._target()
@@ -252,11 +266,18 @@ class Record:
         if self.policy == "transcripts" or self._length > self.budget.row * 7 // 8:
             self._decide()
         self.follow()
-        if self._held.spent:
-            self.append(tape.Dropped(self._held.spent))
-        if new := tuple(gone for gone in self._held.gone if gone not in self._gone):
-            self._emit(events.LetGo(new))
-        self._gone = frozenset(self._held.gone)
+        self._drop()
+
+    def _drop(self) -> None:
+        """What the row's view has let go of leaves memory, and is told."""
+        held = self._held
+        if held.spent and held.spent is not self._spent:
+            self.append(tape.Dropped(held.spent))
+        if held.gone is not self._gone:
+            known = frozenset(self._gone)
+            if new := tuple(gone for gone in held.gone if gone not in known):
+                self._emit(events.LetGo(new))
+        self._spent, self._gone = held.spent, held.gone
 
     def fits(self, entry: tape.Typed | tape.Seen | tape.Result | tape.Setting) -> bool:
         """Whether the row has room for this too, once what can be let go of is."""
@@ -319,4 +340,4 @@ class Record:
         self._astray = False
 
     def _hold(self, target: View) -> None:
-        self._held, self._length = target, target.positions
+        self._held, self._length, self.stale = target, target.positions, False

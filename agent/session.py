@@ -31,7 +31,10 @@ from streams.frames import RATE, Audio, Framer, MediaError
 from streams.voice import Voice
 
 TROUBLE = (RowFull, RowLost, EngineStopped, JournalError, MediaError)  # ends one conversation, with a sentence
-LATER = 64  # inputs that wait until an answer is over
+LATER = 1024  # inputs that wait until an answer is over: then the session is full, and its door lets the client wait
+LATER_BYTES = 16 << 20  # of their words and pictures
+LATEST = 4 * LATER  # from a door that does not wait: what comes then is lost, and said
+AT_ONCE = 16  # of them, once it is over; then it is the turn of other conversations
 PARTS = 64  # words and pictures in one turn; more begin another
 
 
@@ -57,8 +60,10 @@ class Session:
         self._camera: events.Show | None = None
         self._reply: Reply | None = None
         self._giving: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None  # until the row holds what the tape says
         self._given: deque[Reply] = deque(maxlen=8)  # of which a door may still say how much was heard
-        self._later: list[Input] = []  # until the answer is over
+        self._later: deque[Input] = deque()  # until the answer is over
+        self._resuming = False  # it is, and they are being taken
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out: asyncio.Queue[Event] = asyncio.Queue(self.settings.unread + 1)  # the last place is for Failed
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
@@ -98,15 +103,20 @@ class Session:
         finally:
             sender.cancel()
 
+    @property
+    def full(self) -> bool:
+        """So much waits for the end of an answer that no more should come."""
+        return len(self._later) >= LATER or sum(map(events.weight, self._later)) > LATER_BYTES
+
     # -- inputs
 
     async def _read(self, inputs: AsyncIterator[Input]) -> None:
         async for item in inputs:
             try:
                 if isinstance(item, events.Show):
-                    item = await sized(item)
+                    item = await sized(item, self.engine.pictures)
                 elif isinstance(item, events.Aside) and item.past:
-                    item = replace(item, past=tuple([await sized(part) for part in item.past]))
+                    item = replace(item, past=tuple([await sized(part, self.engine.pictures) for part in item.past]))
             except MediaError as error:
                 if isinstance(item, events.Aside):
                     self._asides.refuse(item, str(error))
@@ -116,7 +126,8 @@ class Session:
             self._take(item)
         self._end_with(None)
 
-    def _take(self, item: Input) -> None:
+    def _take(self, item: Input, resumed: bool = False) -> None:
+        """`resumed`: it has waited for its turn already."""
         reply = self._reply
         if reply:
             self._turns.heard(reply.heard)
@@ -157,10 +168,11 @@ class Session:
                 self._hear_out(reply)
                 if self._turns.floor != "user":  # that turn will ask
                     self._take(item)
-            case _ if reply and not reply.told and len(self._later) == LATER:
-                self._note("too much came while an answer was given; the last of it was not taken")
-            case _ if reply and not reply.told:
-                self._later.append(item)
+            case _ if ((reply and not reply.told) or self._resuming) and not resumed:
+                if len(self._later) < LATEST:
+                    self._later.append(item)
+                else:
+                    self._note("too much came while an answer was given; the last of it was not taken")
             case events.Write():
                 if item.text.strip() and not self._part(tape.Typed(item.text)):
                     return
@@ -178,13 +190,14 @@ class Session:
                 self._note("an earlier answer cannot be brought along while the user speaks")
             case events.Recall():
                 self.record.recall(item.text, item.calls)
-                self.record.follow()
+                self._follow()
             case events.Say() if self._turns.floor == "user":
                 self._note("nothing can be said while the user speaks")
             case events.Say():
                 self._answer(0, None, tuple(self.engine.loaded.tokenizer.encode(item.text)))
             case events.Delete():
                 self.record.delete(item.of)
+                self._follow()
 
     def _hear(self, frame: np.ndarray) -> None:
         manners, at, loud = self._turns.manners, self._turns.now, self._loud
@@ -211,6 +224,7 @@ class Session:
             return False
         turn = self.record.open(self._turns.now)
         index = self.record.part(part)
+        self._follow()
         if isinstance(part, tape.Seen):
             self._picture = index
             self._emit(events.Looked(index, turn, part.data))
@@ -235,7 +249,8 @@ class Session:
             self._note("there is no room for a system prompt and tools of this size; they stay as they are")
         elif item.setting:
             self.record.append(item.setting)
-            self.record.follow()
+            self.record.stale = True
+            self._follow()
 
     # -- turns
 
@@ -258,11 +273,26 @@ class Session:
                     self._cut(decision.heard)
                 case Idle():
                     self._emit(events.Quiet(decision.at))
+        if self._later and not self._resuming:
+            self._resuming = True
+            for _ in range(AT_ONCE):
+                self._resume()
+            self._resuming = self._reply is None and len(self._later) > 0
+            if self._resuming:
+                self._spawn(self._resume_rest())
+
+    def _resume(self) -> None:
+        """Takes the first of the inputs that waited until the answer was over, if it is."""
         if self._reply is None and self._later:
-            later, self._later = self._later, []
-            for item in later:
-                if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
-                    self._take(item)
+            item = self._later.popleft()
+            if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
+                self._take(item, resumed=True)
+
+    async def _resume_rest(self) -> None:
+        while self._reply is None and self._later:
+            self._resume()
+            await asyncio.sleep(0)
+        self._resuming = False
 
     def _begin(self, began: Began) -> None:
         turn, self._loud, self._over_it = self.record.open(began.start), True, False
@@ -288,6 +318,7 @@ class Session:
         caption = record.caption() if self.settings.captions else None
         if not ask:
             record.close(tape.Closed())
+            self._follow()
         else:
             if record.turn is not None and self.settings.camera != "off":
                 self._look()
@@ -300,6 +331,7 @@ class Session:
         assert turn is not None
         if not any(isinstance(entry, tape.Typed | tape.Seen) for entry in self.record.tape.entries[turn:]):
             self.record.close(tape.Deleted(turn))
+            self._follow()
         self._emit(events.Dismissed(turn, discarded.at))
 
     async def _caption(self, caption: Caption) -> None:
@@ -361,7 +393,8 @@ class Session:
         elif given := next((reply for reply in self._given if reply.of == item.answer), None):
             given.shorten(item.sample)
             if self._reply is None:
-                self.record.follow()
+                self.record.stale = True
+                self._follow()
 
     def _cut(self, heard: int) -> None:
         reply = self._reply
@@ -377,7 +410,22 @@ class Session:
         if not self.record.returned(item.call, item.value):
             self._note("a tool's result came that belongs to no call, or for the second time")
         elif self._reply is None:
-            self.record.follow()
+            self._follow()
+
+    # -- the row
+
+    def _follow(self) -> None:
+        """The row follows the tape as soon as it has nothing else to do. What comes meanwhile it is told at once, and nothing
+        twice: to follow item by item made an imported history 20 times as long for the engine."""
+        if self.record.stale and self._following is None:
+            self._following = self._spawn(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        while self.record.stale and (self._reply is None or self._reply.written):
+            await self.record.row.drained()
+            if self._reply is None or self._reply.written:
+                self.record.catch_up()
+        self._following = None
 
     # -- the outside
 

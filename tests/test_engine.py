@@ -456,15 +456,94 @@ async def test_a_picture_or_a_backlog_for_one_delays_anothers_step_by_at_most_on
     assert all(b - a > 1 for a, b in pairwise(missed))
 
 
-async def test_what_someone_waits_for_goes_before_what_is_done_in_the_background(passes):
+def taken(passes: list[tuple[tuple[int, ...], int]], feed: Feed) -> list[int]:
+    """After which passes of all this row had another chunk."""
+    assert feed._seat.row
+    index = feed._seat.row.index
+    return [number for number, (rows, count) in enumerate(passes) if rows == (index,) and count > 1]
+
+
+async def test_what_nobody_waits_for_goes_after_what_somebody_waits_for_and_is_not_starved_by_it(passes):
+    with Engine(LOADED, rows=2, length=2000) as engine:
+        history, asks = engine.claim(nobody), engine.claim(nobody)
+        hold = held(engine)
+        history.append(words(1000))
+        answer = asyncio.create_task(written(asks, words(1000), most=1))
+        await asyncio.sleep(0)
+        hold.set()
+        assert len(await answer) == 1
+        assert taken(passes, asks) == [0, 1, 2, 3, 5, 6, 7, 8] and taken(passes, history)[0] == 4
+        await settled(history)
+
+
+async def test_a_caption_waits_for_what_other_conversations_wait_for(passes):
     with Engine(LOADED, rows=2, length=2000) as engine:
         parent, other = engine.claim(nobody), engine.claim(nobody)
         parent.append(words(5))
         await settled(parent)
+        passes.clear()
         hold = held(engine)
-        fork = parent.fork()
-        fork.append(words(1000))
-        other.append(words(1000))
+        fork = parent.fork(background=True)
+        caption = asyncio.create_task(written(fork, words(200), most=1))
+        await asyncio.sleep(0)
+        answer = asyncio.create_task(written(other, words(200, 1), most=1))
+        await asyncio.sleep(0)
         hold.set()
-        await settled(other)
-        assert fork.waiting > 800
+        await asyncio.gather(caption, answer)
+        assert taken(passes, other) == [0, 1] and taken(passes, fork) == [2, 3]
+
+
+async def test_conversations_that_are_waited_for_take_turns_whoever_came_first(passes):
+    with Engine(LOADED, rows=3, length=2000) as engine:
+        feeds = [engine.claim(nobody) for _ in range(3)]
+        hold = held(engine)
+        answers = []
+        for feed, count in zip(feeds, (1500, 300, 20), strict=True):
+            answers.append(asyncio.create_task(written(feed, words(count), most=1)))
+            await asyncio.sleep(0)
+        hold.set()
+        await asyncio.gather(*answers)
+        long, short, shortest = (taken(passes, feed) for feed in feeds)
+        assert shortest == [2] and short[-1] <= 7 and long[-1] == len(passes) - 1
+
+
+async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_sixteen_steps_and_by_a_prompt_in_four(passes):
+    for wanted, every in ((0, 16), (1, 4)):
+        with Engine(LOADED, rows=2, length=2000) as engine:
+            speaks, loads = engine.claim(nobody), engine.claim(nobody)
+            drawn = speaks.generate(CLOSING, how=HOW, most=41)
+            await anext(drawn)
+            passes.clear()
+            hold = held(engine)
+            if wanted:
+                asked = asyncio.create_task(written(loads, words(1400), most=1))
+                await asyncio.sleep(0)
+            else:
+                loads.append(words(1400))
+            hold.set()
+            assert len([token async for token in drawn]) == 40
+            steps = [number for number, (rows, _) in enumerate(passes) if speaks._seat.row.index in rows][:40]  # type: ignore[union-attr]
+            between = [b - a - 1 for a, b in pairwise(steps)]
+            assert max(between) == 1 and 40 // every - 1 <= sum(between) <= 40 // every + 1
+            if wanted:
+                await asked
+
+
+async def test_pictures_of_a_conversation_are_decoded_one_at_a_time_and_not_far_ahead(monkeypatch):
+    """So that another's waits for one of them, and they do not pile up in memory."""
+    hold, decoded, decode = threading.Event(), list[bytes](), engine.decode_picture
+
+    def slow(data: bytes, name: str) -> Any:
+        assert hold.wait(30)
+        decoded.append(data)
+        return decode(data, name)
+
+    monkeypatch.setattr(engine, "decode_picture", slow)
+    with Engine(LOADED, rows=2, length=2000) as running:
+        many, one = running.claim(nobody), running.claim(nobody)
+        many.append(*(picture(LOADED, seed) for seed in range(6)))
+        one.append(picture(LOADED, 7))
+        both = asyncio.gather(many.drained(), one.drained())
+        running._orders.put(hold.set)  # both were ordered
+        await both
+    assert decoded.index(jpeg(7)) <= 2 and len(decoded) == 7

@@ -85,6 +85,9 @@ def by_hand(entries: Sequence[Entry], policy: Policy = "transcripts", budget: Bu
 
 async def holds(session: Session, mind: Mind, expected: View) -> bool:
     """Whether the row is a row that was fed with `expected`: the logits of what follows agree, position by position."""
+    async with asyncio.timeout(60):
+        while session.record.stale:  # it follows when it has nothing else to do
+            await asyncio.sleep(0)
     await settled(session.record.row)
     fork = session.record.row.fork()
     mind.logits.clear()

@@ -40,7 +40,7 @@ from streams.mqtt import MqttConnection, Publication
 from streams.opencv import cv2
 from streams.pictures import decode_picture
 from tests.broker import SOON, Mosquitto, Sub, certified, until
-from tests.talk import settled
+from tests.talk import written
 from tests.test_camera import Rtsp, Snapshots
 from tests.test_frigate import event_18, review_18
 
@@ -270,16 +270,17 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         engine._orders.put(partial(hold.wait, SOON))
         asking = asyncio.create_task(visual_qa.ask([shot], QUESTION))
         await asyncio.sleep(0)
-        live.append(tuple(range(20, 50)) * 20)
-        engine._pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
+        answering = asyncio.create_task(written(live, tuple(range(20, 50)) * 13, how=loaded.generation, most=1))
+        await asyncio.sleep(0)
+        engine.pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
         monkeypatch.setattr(loaded.model, "extend", counted)
         hold.set()
         assert (await asyncio.wait_for(asking, SOON)).text == ANSWER
-        await asyncio.wait_for(settled(live), SOON)
+        await asyncio.wait_for(answering, SOON)
         mine = [live._seat.row.index]
     chunks = [(rows == mine, count) for rows, count in passes if count > 1]
     first = [count for is_mine, count in chunks if is_mine]
-    assert sum(first) == 600 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
+    assert sum(first) == 390 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
     assert sum(count for _, count in chunks[len(first) :]) >= 60, "and then the picture"
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import socket
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from agent.events import Event
 from agent.session import DoorStuck, Session
 from web.inbox import Inbox
 from web.protocol import Conversation
+from web.socket import Allowance
 
 if TYPE_CHECKING:
     from web.server import Door
@@ -46,7 +46,7 @@ class Client:
         system = o.settings.setting.system or ""
         voice = o.voice if door.voice else None
         self.conversation = Conversation(name, o.model, voice, asked, o.settings.manners, system)
-        self._inbox = Inbox(lambda: session.record.row.behind > BEHIND)
+        self._inbox = Inbox(lambda: session.record.row.behind > BEHIND, lambda: session.full)
         self._unsent: asyncio.Queue[str] = asyncio.Queue(UNSENT)
         self._order = asyncio.Lock()
         self._failed: str | None = None
@@ -82,12 +82,9 @@ class Client:
         return self.connection.close_code or 1000, "the client has gone"
 
     async def _read(self) -> None:
-        allowed, last = float(EVENTS), time.monotonic()
+        allowance = Allowance(EVENTS)
         async for message in self.connection:
-            now = time.monotonic()
-            allowed, last = min(EVENTS, allowed + (now - last) * EVENTS) - 1 - len(message) / SHARE, now
-            if allowed < 0:
-                await asyncio.sleep(-allowed / EVENTS)
+            await asyncio.sleep(allowance.take(1 + len(message) / SHARE))  # be it 0: hundreds of messages may have come at once
             self.conversation.receive(message, self.door.options.clock())
             await self._hand_on()
             await self._inbox.room()

@@ -36,6 +36,7 @@ from web.access import COOKIE, Access, NotServed
 from web.client import CLOSING, Client, hang_up
 from web.metrics import Metrics
 from web.protocol import EXTENSIONS
+from web.socket import Connection
 
 PATH = "/v1/realtime"
 SUGGESTIONS = "/suggestions.json"
@@ -87,6 +88,7 @@ class Door:
         self.metrics = Metrics(self.sessions)
         self.stopping = asyncio.Event()
         self._sockets = 0
+        self._handshakes: dict[ServerConnection, None] = {}  # those that are not over, the oldest first
         self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
         self._files = {**_files(options.static), SUGGESTIONS: (b'{"loading": true}', "application/json")}
         if engine:
@@ -103,18 +105,23 @@ class Door:
         """The port. At the end conversations are told that the server goes (1012)."""
         o, door = self.options, self
 
-        class Connection(ServerConnection):
-            """Counted from the first byte on, so that nobody can open sockets without end."""
+        class Counted(Connection):
+            """From the first byte on, so that nobody can open sockets without end. Where there are too many, the oldest goes that
+            has not finished its handshake: those that send a header byte a second keep nobody out."""
 
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                door._sockets += 1
                 super().connection_made(transport)
+                door._sockets += 1
+                door._handshakes[self] = None
                 if door._sockets > (door.engine.rows if door.engine else 0) + WAITING:
                     door.metrics.refused.labels("sockets").inc()
-                    self.transport.abort()
+                    oldest = next(iter(door._handshakes))
+                    del door._handshakes[oldest]
+                    oldest.transport.abort()
 
             def connection_lost(self, exc: Exception | None) -> None:
                 door._sockets -= 1
+                door._handshakes.pop(self, None)
                 super().connection_lost(exc)
 
         try:
@@ -122,7 +129,7 @@ class Door:
                 self._talk,
                 o.access.host,
                 o.port,
-                create_connection=Connection,
+                create_connection=Counted,
                 process_request=self._request,
                 select_subprotocol=_subprotocol,
                 compression=None,
@@ -151,6 +158,7 @@ class Door:
     # -- requests
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        self._handshakes.pop(connection, None)
         access, headers = self.options.access, request.headers
         hosts, path = headers.get_all("Host"), urlsplit(request.path).path
         host = hosts[0] if len(hosts) == 1 else None

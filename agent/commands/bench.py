@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from agent.bench import alone, crowd, hours, shapes, waits
+from agent.bench import alone, crowd, hours, neighbour, shapes, waits
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.view import Policy
@@ -49,6 +49,9 @@ def add(commands: Commands) -> None:
     talking.add_argument(
         "--policy", action="append", choices=get_args(Policy), help="with --hours: under this one (default: each)"
     )
+    talking.add_argument(
+        "--noisy", action="store_true", help="instead: answers to one client of a server while another one is a burden"
+    )
     talking.set_defaults(run=_bench_session)
 
 
@@ -66,6 +69,11 @@ def _bench_session(given: argparse.Namespace) -> int:
     if given.chart and not given.chart.parent.is_dir():
         raise MediaError(f"{given.chart} cannot be written: its folder must exist")
     say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
+    if given.noisy:
+        beside = asyncio.run(neighbour.measure(given.model, say))
+        if given.json:
+            print(json.dumps(beside))
+        return 0
     if given.url:
         token = options.token(given.token_file) if given.token_file else None
         called = asyncio.run(crowd.calls(given.speakers or [1, 4, 16], lambda: Caller(given.url, token), people.person, say))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -79,6 +80,7 @@ def _serve(given: argparse.Namespace) -> int:
                 await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if loading.done():
                     engine = held.enter_context(await loading)
+                    gc.freeze()  # what is there now stays: to look through it took 100 ms, of which everybody heard
                     door.enter(engine)
                     failed = asyncio.create_task(engine.stopped())
                     await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)

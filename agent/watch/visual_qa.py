@@ -113,7 +113,7 @@ class VisualQA:
         if self._row is None:
             self._row = self.engine.claim(self._lost)
             self._row.append(tuple(self.engine.loaded.prompt.begin(self._system or None)))
-        return self._row.fork()
+        return self._row.fork(background=True)
 
     def _lost(self, _: Exception) -> None:
         if self._row:
