@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import logging
 import os
 import signal
 import ssl
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -42,7 +43,15 @@ def add(commands: Commands) -> None:
     serving.set_defaults(run=_serve)
 
 
+def _return_large_buffers() -> None:
+    """Buffers of 4 MB and more go back to the system when they are freed. glibc raises that limit to 32 MB by itself, and kept
+    200 MB of messages and pixels after a client that sent a dozen photos of 24 megapixels had gone."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+
+
 def _serve(given: argparse.Namespace) -> int:
+    _return_large_buffers()
     token, tls = options.token(given.token_file) if given.token_file else None, None
     if given.tls_cert:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
