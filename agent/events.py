@@ -345,7 +345,7 @@ class Answered:
     answer: int
     text: str
     heard: int
-    finish: Literal["stop", "length", "interrupted", "tool", "failed"]
+    finish: Literal["stop", "length", "interrupted", "failed"]
     prompt: int  # positions in the row before it
     tokens: int
 

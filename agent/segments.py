@@ -72,11 +72,6 @@ class View:
                 break
         return keep, self.rest(keep)
 
-    def after(self, other: View) -> tuple[Segment, ...] | None:
-        """What to append to a row that holds `other`; None if that is not enough."""
-        keep, rest = self.since(other)
-        return rest if keep == other.positions else None
-
     def first(self, at: int) -> View:
         """The first `at` positions, which do not end inside a picture."""
         segments: list[Segment] = []

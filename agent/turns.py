@@ -22,7 +22,7 @@ from typing import Literal
 
 from streams.frames import RATE
 
-Why = Literal["silence", "released", "committed", "meant", "long"]
+Why = Literal["silence", "released", "committed", "long"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,13 @@ class Manners:
     interruption: int = 800  # of talk over an answer: measured, "mm-hmm" takes 560 to 760 and "no, wait" 840 and more
     interrupt: bool = True  # False: talk over an answer is not heard at all (a loudspeaker without echo cancellation)
     hands_free: bool = True  # False: only `press` and `release` open and close turns
-    run: int = 30_000  # of audio in one piece, which is what the model was trained on
     longest: int = 120_000  # of one turn: a television never stops talking
     idle: int | None = None  # of silence after an answer
 
     def __post_init__(self) -> None:
         assert 0.15 < self.threshold < 1, self.threshold
         assert 0 < self.speech <= self.least <= self.interruption, self
-        assert min(self.pre_roll, self.gap, self.pause, self.silence) > 0 and self.run <= self.longest, self
+        assert min(self.pre_roll, self.gap, self.pause, self.silence) > 0, self
         assert self.idle is None or self.idle > 0, self
 
     @property
@@ -99,13 +98,6 @@ class Discarded:
 
 
 @dataclass(frozen=True, slots=True)
-class Long:
-    """Close this run of audio and open the next: 30 s are near, and this is the quietest moment on the way there."""
-
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
 class Hushed:
     """Someone talks over the answer: play nothing more until TakenUp or Interrupted."""
 
@@ -116,8 +108,7 @@ class Hushed:
 class TakenUp:
     """It was too short to be an interruption: go on with the answer from its sample `heard`.
 
-    The talk itself lies between `start` and `end`. Whoever can tell a "stop" from an "mm-hmm" by its words may say `meant`.
-    """
+    The talk itself lies between `start` and `end`."""
 
     at: int
     heard: int
@@ -143,7 +134,7 @@ class Idle:
     at: int
 
 
-Event = Began | Paused | WentOn | Ended | Discarded | Long | Hushed | TakenUp | Interrupted | Idle
+Event = Began | Paused | WentOn | Ended | Discarded | Hushed | TakenUp | Interrupted | Idle
 
 
 # ---- the machine
@@ -168,7 +159,6 @@ class Turns:
         self._end = at  # of the talk so far
         self._said = 0  # samples of talk since the onset
         self._start = at  # of the turn
-        self._run = at  # since when audio has come in one piece
         self._free = at  # nothing before belongs to the next turn, as it belongs to the last one
         self._pressed: int | None = None
         self._heard: int | None = None  # of the answer; None: there is none
@@ -202,7 +192,7 @@ class Turns:
             case State.STARTING:
                 return self._starting()
             case State.SPEAKING | State.STOPPING:
-                return self._speaking(probability)
+                return self._speaking()
 
     @property
     def _listens(self) -> bool:
@@ -232,7 +222,7 @@ class Turns:
             events += self._interrupt() + self._open(self._onset)
         return events
 
-    def _speaking(self, probability: float) -> list[Event]:
+    def _speaking(self) -> list[Event]:
         m, silence = self.manners, self.now - self._end
         if self._pressed is None and silence >= _samples(m.silence):
             return [self._close("silence")]
@@ -245,10 +235,6 @@ class Turns:
         elif self.state is State.STOPPING and self._talking:
             self.state = State.SPEAKING
             events.append(WentOn(self.now))
-        # In the last fifth of a run the bar rises from 0 to 1: a silent frame gets over it early, and at the end any frame does.
-        if probability <= 5 * (self.now - self._run) / _samples(m.run) - 4:
-            self._run = self.now
-            events.append(Long(self.now))
         return events
 
     # -- the user's other ways
@@ -278,18 +264,6 @@ class Turns:
             return [self._discard()]
         return self._let_go() if self.state is State.STARTING else []
 
-    def meant(self, talk: TakenUp) -> list[Event]:
-        """The short talk was meant for the agent after all ("stop"): it is a turn, of the frames from Began.start to Ended.end.
-
-        They may be older than `Manners.keep`: whoever wants to judge them keeps them. Nothing, if a turn came in between.
-        """
-        if self.floor == "user" or talk.start < self._free:
-            return []
-        state = self.state  # the user may be about to say more
-        events = [*self._interrupt(), *self._open(talk.start), Ended(self.now, talk.end, "meant")]
-        self.state, self._free, self._answered = state, talk.end, None
-        return events
-
     # -- the answer
 
     def answering(self) -> None:
@@ -314,7 +288,7 @@ class Turns:
     # -- transitions
 
     def _open(self, onset: int) -> list[Event]:
-        self._start = self._run = max(onset - _samples(self.manners.pre_roll), self._free)
+        self._start = max(onset - _samples(self.manners.pre_roll), self._free)
         self.state = State.SPEAKING
         return [Began(self.now, self._start)]
 

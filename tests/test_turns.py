@@ -16,7 +16,6 @@ from agent.turns import (
     Hushed,
     Idle,
     Interrupted,
-    Long,
     Manners,
     Paused,
     TakenUp,
@@ -410,42 +409,6 @@ def test_a_sentence_cut_too_early_goes_on_without_a_gap():
     assert events[1:] == [Interrupted(events[0].at + 80 * MS, heard=0), Began(events[0].at + 80 * MS, start=ended.at)]
 
 
-def test_a_stop_is_a_turn_once_somebody_has_understood_it():
-    turns = Turns()
-    turns.answering()
-    turns.heard(8000)
-    _, short = run(turns, (1000, 0), (280, 0.9), (400, 0))
-    turns.heard(16000)
-    events = turns.meant(short)
-
-    assert events == [
-        Interrupted(1680 * MS, heard=16000),
-        Began(1680 * MS, start=700 * MS),
-        Ended(1680 * MS, end=1280 * MS, why="meant"),
-    ]
-    assert turns.floor is None
-    assert turns.meant(short) == []
-
-
-def test_short_talk_is_not_meant_any_more_when_the_user_has_spoken_since():
-    turns = Turns()
-    turns.answering()
-    turns.heard(8000)
-    _, short = run(turns, (280, 0.9), (400, 0))
-    run(turns, (800, 0.9))
-    assert turns.floor == "user" and turns.meant(short) == []
-
-
-def test_a_long_turn_is_cut_at_the_quietest_frame_near_30_seconds():
-    rising = Turns(Manners(pre_roll=40, silence=2000))
-    events = run(rising, (26_000, 0.9), (40, 0.1), (6000, 0.9))
-    assert [event for event in events if isinstance(event, Long)] == [Long(26_040 * MS)]
-
-    events = run(Turns(Manners(pre_roll=40)), (70_000, 0.99))
-    cuts = [event.at // MS for event in events if isinstance(event, Long)]
-    assert names(events) == "Began Long Long" and np.diff([0, *cuts]).max() <= 30_000
-
-
 def test_a_television_gets_one_turn():
     turns = Turns(Manners(pre_roll=40, longest=120_000))
     events = run(turns, (150_000, 0.97))
@@ -504,7 +467,6 @@ class Watch:
             self.answering = self.hushed = False
         assert self.turns.floor == ("user" if self.open else "agent" if self.answering else None)
         if self.open:
-            assert self.turns.now - self.run <= self.manners.run * MS
             assert self.turns.now - self.start <= self.manners.longest * MS
 
     def check(self, event):
@@ -512,7 +474,7 @@ class Watch:
             case Began():
                 assert not self.open and (not self.answering or self.turns.floor != "agent")
                 assert self.taken <= event.start <= event.at and event.at - event.start <= self.manners.keep
-                self.open, self.paused, self.answering, self.start, self.run = True, False, False, event.start, event.start
+                self.open, self.paused, self.answering, self.start = True, False, False, event.start
             case Paused():
                 assert self.open and not self.paused and self.start <= event.end < event.at
                 self.paused = True
@@ -525,9 +487,6 @@ class Watch:
             case Discarded():
                 assert self.open and event.start == self.start
                 self.open = False
-            case Long():
-                assert self.open and event.at > self.run
-                self.run = event.at
             case Hushed():
                 assert self.answering and not self.hushed and not self.open
                 self.hushed = True
@@ -542,10 +501,10 @@ class Watch:
 
 
 SMALL = [  # short times, so that everything is reached
-    Manners(run=2000, longest=5000, idle=1000),
-    Manners(run=2000, longest=5000, interrupt=False),
-    Manners(run=2000, longest=5000, hands_free=False),
-    Manners(run=1200, longest=1200, silence=80, pre_roll=100, threshold=0.3),
+    Manners(longest=5000, idle=1000),
+    Manners(longest=5000, interrupt=False),
+    Manners(longest=5000, hands_free=False),
+    Manners(longest=1200, silence=80, pre_roll=100, threshold=0.3),
 ]
 STEPS = st.one_of(
     st.tuples(st.just("hear"), st.integers(1, 25), st.floats(0, 1)),
