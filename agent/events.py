@@ -41,6 +41,14 @@ class Show:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """A whole turn of sound at once, float32 [n] at 16 kHz in [-1, 1]. `name`: what the door calls the turn."""
+
+    samples: np.ndarray = field(repr=False)
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Press:
     """Push to talk: the turn is open until `Release`."""
 
@@ -52,14 +60,16 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The open turn is complete. `ask` False: it is kept, and nobody answers yet."""
+    """The open turn, or what waits in the input buffer, is complete. `ask` False: it is kept, and nobody answers yet. `name`:
+    what the door calls the turn that the buffer becomes."""
 
     ask: bool = True
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """What is being said now is to be forgotten."""
+    """What is being said now, and what waits in the input buffer, is to be forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,7 @@ Input = (
     Audio
     | Write
     | Show
+    | Recorded
     | Press
     | Release
     | Commit
@@ -180,12 +191,14 @@ Input = (
 
 
 def weight(input: Input | Past) -> int:
-    """Bytes of its words and pictures, about."""
+    """Bytes of its words, pictures and recordings, about."""
     match input:
         case Write() | Recall():
             return len(input.text)
         case Show():
             return len(input.data)
+        case Recorded():
+            return input.samples.nbytes
         case Aside():
             return sum(map(weight, input.past or ()))
     return 0
@@ -196,16 +209,18 @@ def weight(input: Input | Past) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The user has the floor; the turn's sound begins at `start`."""
+    """The user has the floor; the turn's sound begins at `start`. `name`: of a turn that came from the door as a whole."""
 
     turn: int
     at: int
     start: int
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The turn is over; its last word was over at `end`."""
+    """The turn that began last is over; its last word was over at `end`. It is known by this `turn` from here on: history that
+    came meanwhile stands before it."""
 
     turn: int
     at: int
@@ -376,9 +391,11 @@ class LetGo:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """Something went wrong and the conversation goes on: one sentence for a person."""
+    """Something went wrong and the conversation goes on: one sentence for a person. `refused`: something that the door gave was
+    not taken."""
 
     message: str
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

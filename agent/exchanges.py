@@ -165,3 +165,5 @@ class Exchanges:
                 reply.results.pop(of, None)
             else:
                 exchange.replies = [other for other in exchange.replies if other is not reply]
+        elif turn := next((x for x in reversed(self.known) if of in x.parts), None):
+            turn.parts.remove(of)

@@ -127,6 +127,26 @@ class Record:
         self._pieces += pieces
         self._length += sum(map(size, pieces))
 
+    def take_out(self) -> list[tape.Sound]:
+        """The sound of the open turn, which leaves it as if it had not come; a turn of sound alone is open no longer."""
+        turn, entries = self.turn, self.tape.entries
+        if turn is None:
+            return []
+        kinds = tape.Sound | tape.Typed | tape.Seen
+        parts = [(n, entry) for n, entry in enumerate(entries[turn:], turn) if isinstance(entry, kinds)]
+        sounds = [(n, entry) for n, entry in parts if isinstance(entry, tape.Sound) and entry.data]
+        if all(isinstance(entry, tape.Sound) for _, entry in parts):
+            self.close(tape.Deleted(turn))
+        elif sounds:
+            for n, _ in sounds:
+                self.append(tape.Deleted(n))
+            self._turn = Turn(self.prompt, self.config.patch)
+            for _, entry in parts:
+                if not isinstance(entry, tape.Sound):
+                    self._turn.feed(entry)
+            self.stale = True
+        return [entry for _, entry in sounds]
+
     def close(self, entry: tape.Closed | tape.Deleted) -> None:
         """The turn is over, and nobody is asked; or it never was."""
         self.append(entry)

@@ -55,6 +55,9 @@ class Session:
         self._turns, self._framer = Turns(self.settings.manners), Framer(FRAME)
         self._recent: deque[tuple[int, np.ndarray]] = deque()  # frames that may turn out to have begun a turn
         self._loud = False  # the open turn takes sound
+        self._buffer: list[np.ndarray] = []  # frames that wait for a commit
+        self._streamed = 0  # of these in the open turn, which they leave for what comes before them
+        self._asked = False  # an answer is wanted as soon as the open turn ends
         self._over_it = False  # someone talks over an answer, and it may become a turn
         self._picture: int | None = None  # the newest that was looked at: marks are on it
         self._camera: events.Show | None = None
@@ -121,7 +124,7 @@ class Session:
                 if isinstance(item, events.Aside):
                     self._asides.refuse(item, str(error))
                 else:
-                    self._note(str(error))
+                    self._note(str(error), refused=True)
                 continue
             self._take(item)
         self._end_with(None)
@@ -131,7 +134,11 @@ class Session:
         reply = self._reply
         if reply:
             self._turns.heard(reply.heard)
+        told = reply is None or (reply.told and not self._later)
+        waits = not resumed and (self._resuming or not told)  # what changes the conversation
         match item:
+            case Audio() if self._turns.manners.buffered:
+                self._append(self._framer.push(item.samples))
             case Audio():
                 for frame in self._framer.push(item.samples):
                     self._hear(frame)
@@ -145,7 +152,10 @@ class Session:
             case events.Release():
                 self._decide(self._turns.release())
             case events.Forget():
+                self._clear()
                 self._decide(self._turns.cancel())
+            case events.Commit() if self._turns.manners.buffered:
+                self._commit_buffer(item, waits)
             case events.Stop(None):
                 self._stop()
             case events.Stop(int(answer)):
@@ -166,13 +176,40 @@ class Session:
                 self._take(item)
             case events.Ask() | events.Commit(ask=True) if reply and reply.told:  # who asks again has heard enough
                 self._hear_out(reply)
-                if self._turns.floor != "user":  # that turn will ask
-                    self._take(item)
-            case _ if ((reply and not reply.told) or self._resuming) and not resumed:
-                if len(self._later) < LATEST:
-                    self._later.append(item)
-                else:
-                    self._note("too much came while an answer was given; the last of it was not taken")
+                self._ask(item)
+            case _ if waits and len(self._later) >= LATEST:
+                self._note("too much came while an answer was given; the last of it was not taken", refused=True)
+            case _ if waits:
+                self._later.append(item)
+            case _ if self._streamed or (self._turns.floor == "user" and isinstance(item, events.Recall | events.Recorded)):
+                self._before_sound(item)
+            case _:
+                self._change(item)
+
+    def _ask(self, item: Input) -> None:
+        """After an answer. Talk over its last word has become a turn, which is to be answered when it ends."""
+        if self._turns.floor == "user":
+            self._asked = True
+        else:
+            self._take(item)
+
+    def _before_sound(self, item: Input) -> None:
+        """What is being said, or waits for a commit, comes after what the door puts into the conversation now."""
+        loud, self._loud = self._loud, False
+        sounds, self._streamed = self.record.take_out(), 0
+        self._change(item)
+        if loud:
+            self.record.open(self._turns.now)
+            self._loud = True
+            for sound in sounds:
+                for frame in sound.samples:
+                    self._sound(frame)
+        self._stream()
+        self._follow()
+
+    def _change(self, item: Input) -> None:
+        """What changes the conversation, when no answer is being given."""
+        match item:
             case events.Write():
                 if item.text.strip() and not self._part(tape.Typed(item.text)):
                     return
@@ -180,14 +217,15 @@ class Session:
                     self._close(ask=True)
             case events.Show():
                 self._part(self._seen(item))
+            case events.Recorded():
+                whole = np.pad(item.samples, (0, -len(item.samples) % FRAME)).reshape(-1, FRAME)
+                self._record_turn(list(whole), item.name)
             case events.Commit():
                 self._commit(item.ask)
             case events.Ask():
                 self._commit(True)
             case events.Set():
                 self._set(item)
-            case events.Recall() if self._turns.floor == "user":
-                self._note("an earlier answer cannot be brought along while the user speaks")
             case events.Recall():
                 self.record.recall(item.text, item.calls)
                 self._follow()
@@ -211,16 +249,64 @@ class Session:
         if loud and self._loud:
             self._sound(frame)
 
-    def _sound(self, frame: np.ndarray) -> None:
-        if self.record.row.behind > self.settings.backlog or not self.record.sound(frame):
+    def _sound(self, frame: np.ndarray, live: bool = True) -> None:
+        """`live`: it may come faster than the model takes it."""
+        if (live and self.record.row.behind > self.settings.backlog) or not self.record.sound(frame):
             self.dropped += 1
+
+    # -- the input buffer
+
+    def _append(self, frames: list[np.ndarray]) -> None:
+        room = self._turns.manners.longest * RATE // 1000 // FRAME - len(self._buffer)
+        self.dropped += max(0, len(frames) - room)
+        self._buffer += frames[: max(0, room)]
+        self._turns.skip(FRAME * len(frames))
+        self._stream()
+
+    def _stream(self) -> None:
+        """What waits for a commit goes into the row meanwhile, where nothing else goes on."""
+        if self._streamed == len(self._buffer) or self._turns.floor == "user" or (self._reply and not self._reply.told):
+            return
+        self.record.open(self._turns.now)
+        for frame in self._buffer[self._streamed :]:
+            self._sound(frame)
+        self._streamed = len(self._buffer)
+
+    def _commit_buffer(self, item: events.Commit, waits: bool) -> None:
+        frames, self._buffer = self._buffer + self._framer.flush(), []
+        if not frames:
+            self._take(events.Ask()) if item.ask else None
+        elif waits:
+            self._take(events.Recorded(np.concatenate(frames), item.name))
+        else:
+            self._record_turn(frames, item.name)
+        if frames and item.ask:
+            self._take(events.Ask())
+
+    def _record_turn(self, frames: list[np.ndarray], name: str | None) -> None:
+        """A turn of its own, of which some frames may be there."""
+        end = self._turns.now
+        self._emit(events.Started(self.record.open(end), end, max(0, end - FRAME * len(frames)), name))
+        for frame in frames[self._streamed :]:
+            self._sound(frame, live=False)
+        self._streamed = 0
+        self._close(False, Ended(end, end, "committed"))
+
+    def _clear(self) -> None:
+        if self._streamed:
+            self.record.take_out()
+            self._follow()
+        self._buffer, self._streamed = [], 0
+        if self._turns.manners.buffered:
+            self._framer = Framer(FRAME)
 
     def _part(self, part: tape.Typed | tape.Seen) -> bool:
         """Whether the turn has room for it."""
         if self.record.parts == PARTS and self._turns.floor != "user":
             self.record.close(tape.Closed())
         if self.record.parts == PARTS or not self.record.fits(part):
-            self._note(f"there is no room for {'a picture' if isinstance(part, tape.Seen) else 'words'} of this size in a turn")
+            what = "a picture" if isinstance(part, tape.Seen) else "words"
+            self._note(f"there is no room for {what} of this size in a turn", refused=True)
             return False
         turn = self.record.open(self._turns.now)
         index = self.record.part(part)
@@ -246,7 +332,7 @@ class Session:
         self.settings = replace(self.settings, most=min(self.settings.most, self._most))
         self._turns.manners = self.settings.manners
         if item.setting and not self.record.fits(item.setting):
-            self._note("there is no room for a system prompt and tools of this size; they stay as they are")
+            self._note("there is no room for a system prompt and tools of this size; they stay as they are", refused=True)
         elif item.setting:
             self.record.append(item.setting)
             self.record.stale = True
@@ -260,7 +346,7 @@ class Session:
                 case Began():
                     self._begin(decision)
                 case Ended():
-                    self._close(self.settings.answers if ask is None else ask, decision)
+                    self._close(self._asked or (self.settings.answers if ask is None else ask), decision)
                 case Discarded():
                     self._dismiss(decision)
                 case Hushed() if self._reply:
@@ -280,12 +366,15 @@ class Session:
             self._resuming = self._reply is None and len(self._later) > 0
             if self._resuming:
                 self._spawn(self._resume_rest())
+        self._stream()
 
     def _resume(self) -> None:
         """Takes the first of the inputs that waited until the answer was over, if it is."""
         if self._reply is None and self._later:
             item = self._later.popleft()
-            if not (self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask)):  # that turn will ask
+            if self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask):
+                self._asked |= isinstance(item, events.Ask) or item.ask
+            else:
                 self._take(item, resumed=True)
 
     async def _resume_rest(self) -> None:
@@ -293,6 +382,7 @@ class Session:
             self._resume()
             await asyncio.sleep(0)
         self._resuming = False
+        self._stream()
 
     def _begin(self, began: Began) -> None:
         turn, self._loud, self._over_it = self.record.open(began.start), True, False
@@ -329,10 +419,11 @@ class Session:
     def _dismiss(self, discarded: Discarded) -> None:
         turn, self._loud = self.record.turn, False
         assert turn is not None
-        if not any(isinstance(entry, tape.Typed | tape.Seen) for entry in self.record.tape.entries[turn:]):
-            self.record.close(tape.Deleted(turn))
-            self._follow()
+        self.record.take_out()
+        self._follow()
         self._emit(events.Dismissed(turn, discarded.at))
+        if self._asked and self._reply is None:
+            self._close(ask=True)
 
     async def _caption(self, caption: Caption) -> None:
         text = None
@@ -351,7 +442,7 @@ class Session:
     # -- the answer
 
     def _answer(self, waiting: int, ended: Ended | None, given: tuple[int, ...] | None = None) -> None:
-        of, loaded = self.record.ask(), self.engine.loaded
+        of, loaded, self._asked = self.record.ask(), self.engine.loaded, False
         voice = self.voice if self.settings.spoken else None
         reply = Reply(of, self.record, loaded, self.settings, voice, self._picture, self._emit, given)
         reply.waiting = waiting
@@ -359,7 +450,7 @@ class Session:
             reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)
         self._reply = reply
         self._given.append(reply)
-        self._turns.answering()
+        self._turns.answering(to_speech=ended is not None)
         self._emit(events.Answering(of))
         self._giving = self._spawn(self._give(reply))
 
@@ -429,8 +520,8 @@ class Session:
 
     # -- the outside
 
-    def _note(self, message: str) -> None:
-        self._emit(events.Noted(message))
+    def _note(self, message: str, refused: bool = False) -> None:
+        self._emit(events.Noted(message, refused))
 
     def _emit(self, event: Event) -> None:
         if self._out.qsize() < self.settings.unread:

@@ -144,7 +144,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Deleted:
-    """The turn, answer or call `of` never was."""
+    """The turn, answer, call or piece of sound `of` never was."""
 
     of: int
 
@@ -155,7 +155,7 @@ Entry = Setting | Opened | Part | Closed | Asked | Answered | Heard | Called | R
 
 # ---- the tape
 
-REFERS = {Heard: Answered, Called: Answered, Result: Called, Transcript: Opened, Deleted: Opened | Answered | Called}
+REFERS = {Heard: Answered, Called: Answered, Result: Called, Transcript: Opened, Deleted: Opened | Answered | Called | Sound}
 JOINED = 320_000  # bytes of sound in one entry: 10 s
 BOUND = 256 << 20  # bytes of a journal: more than two hours of sound
 

@@ -39,6 +39,7 @@ class Manners:
     interruption: int = 800  # of talk over an answer: measured, "mm-hmm" takes 560 to 760 and "no, wait" 840 and more
     interrupt: bool = True  # False: talk over an answer is not heard at all (a loudspeaker without echo cancellation)
     hands_free: bool = True  # False: only `press` and `release` open and close turns
+    buffered: bool = False  # sound waits for a commit, as in OpenAI's input buffer, and interrupts nothing
     longest: int = 120_000  # of one turn: a television never stops talking
     idle: int | None = None  # of silence after an answer
 
@@ -162,6 +163,7 @@ class Turns:
         self._free = at  # nothing before belongs to the next turn, as it belongs to the last one
         self._pressed: int | None = None
         self._heard: int | None = None  # of the answer; None: there is none
+        self._to_speech = True  # the answer is to what was said, and not to what was typed
         self._hushed = False
         self._answered: int | None = None  # since when Idle is due
 
@@ -217,8 +219,9 @@ class Turns:
             return self._open(self._onset)
         events: list[Event] = [] if self._hushed else [Hushed(self.now)]
         self._hushed = True
-        # Before the first word is heard nobody says "mm-hmm" to it: the user is still busy with the last sentence.
-        if self._end - self._onset >= _samples(m.interruption if self._heard else m.least):
+        # Before its first word is heard nobody says "mm-hmm" to an answer: the user is still busy with the last sentence. Who
+        # typed is not: a click of the keys would cancel what was asked for.
+        if self._end - self._onset >= _samples(m.interruption if self._heard or not self._to_speech else m.least):
             events += self._interrupt() + self._open(self._onset)
         return events
 
@@ -236,6 +239,10 @@ class Turns:
             self.state = State.SPEAKING
             events.append(WentOn(self.now))
         return events
+
+    def skip(self, samples: int) -> None:
+        """Time goes on, and what was heard is not to be judged."""
+        self.now += samples
 
     # -- the user's other ways
 
@@ -266,10 +273,10 @@ class Turns:
 
     # -- the answer
 
-    def answering(self) -> None:
-        """An answer is on its way; nothing of it has been heard yet."""
+    def answering(self, to_speech: bool = True) -> None:
+        """An answer is on its way, to what was said or to what was typed; nothing of it has been heard yet."""
         assert self.floor is None, f"an answer begins while the floor is the {self.floor}'s"
-        self._heard, self._answered = 0, None
+        self._heard, self._answered, self._to_speech = 0, None, to_speech
         if self.state is State.STARTING and not self.manners.interrupt:
             self.state = State.QUIET
 

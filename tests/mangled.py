@@ -111,13 +111,13 @@ def messages(draw: st.DrawFn) -> str:
                 continue
             match draw(st.sampled_from(["other", "gone", "more"])):
                 case "other":
-                    at[key] = draw(LEAVES)
+                    at[key] = copy.deepcopy(draw(LEAVES))  # the leaves are shared by all examples
                 case "gone":
                     del at[key]
                 case "more" if isinstance(at, dict):
-                    at[draw(st.text(max_size=9))] = draw(LEAVES)
+                    at[draw(st.text(max_size=9))] = copy.deepcopy(draw(LEAVES))
                 case "more":
-                    at.append(draw(LEAVES))
+                    at.append(copy.deepcopy(draw(LEAVES)))
             break
     return draw(st.sampled_from([str, lambda text: text[:-1]]))(json.dumps(event))
 

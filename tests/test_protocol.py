@@ -23,7 +23,7 @@ from tests.realtime import CLIENTS, KINDS, Client, judged, kinds
 from tests.talk import jpeg
 from web.audio import Format, Playback, Resampler
 from web.buffer import LONGEST
-from web.items import PICTURE, SPOKEN
+from web.items import PICTURE, SOUND
 from web.protocol import Conversation
 
 RATE = 16_000
@@ -242,6 +242,7 @@ def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
     sent = c.hear(Captioned(1, "How many balls?"))
     kind = "conversation.item.input_audio_transcription"
     assert kinds(sent) == [f"{kind}.delta", f"{kind}.completed"] and sent[1]["transcript"] == "How many balls?"
+    assert sent[1]["usage"]["input_token_details"] == {"text_tokens": 0, "audio_tokens": 0}, "which @openai/agents-realtime wants"
     assert c.hear(Counted(4, 5, 36, 9, 4)) == []
     sent = c.hear(Told(4, "stop"))
     assert kinds(sent) == ["response.output_audio.delta", *AUDIO_DONE]  # what the resampler kept inside
@@ -314,7 +315,8 @@ def test_an_answer_of_no_words():
 
 def test_cancel():
     c = client()
-    assert refused(c.say("response.cancel"))["code"] == "response_cancel_not_active"
+    error = refused(c.say("response.cancel"))
+    assert error["code"] == "response_cancel_not_active" and error["message"].startswith("Cancellation failed")
     response = c.say("response.create", response={"metadata": {"a": "b"}})[0]["response"]
     assert refused(c.say("response.cancel", response_id="other"))["code"] == "response_cancel_not_active"
     assert c.say("response.cancel", response_id=response["id"]) == [] and c.inputs[-1] == events.Stop()
@@ -378,14 +380,15 @@ def test_push_to_talk():
     c = manual()
     c.say("input_audio_buffer.append", audio=pcm(0.3))
     c.say("input_audio_buffer.append", audio=pcm(0.3))
-    assert isinstance(c.inputs[0], events.Press) and all(isinstance(put, Audio) for put in c.inputs[1:])
+    assert all(isinstance(put, Audio) for put in c.inputs)
     sent = c.say("input_audio_buffer.commit")
     assert kinds(sent) == ["input_audio_buffer.committed", *ITEM]
-    assert c.inputs[-1] == events.Commit(ask=False)
+    item = sent[0]["item_id"]
+    assert c.inputs[-1] == events.Commit(ask=False, name=item)
     heard = [put for put in c.inputs if isinstance(put, Audio)]
-    assert heard[-1].end % 640 == 0 and 9600 <= heard[-1].end < 9600 + 640
+    assert heard[-1].end == 9600
     assert [put.at for put in heard] == [0, *[put.end for put in heard[:-1]]]
-    assert c.hear(Started(1, 640, 0), Stopped(1, 9600, 9600, "committed")) == []
+    assert c.hear(Started(1, 640, 0, item), Stopped(1, 9600, 9600, "committed")) == []
     c.hear(Captioned(1, "Hello."))
     assert c.say("conversation.item.retrieve", item_id=sent[0]["item_id"])[0]["item"]["content"][0]["transcript"] == "Hello."
     c.say("conversation.item.delete", item_id=sent[0]["item_id"])
@@ -405,25 +408,49 @@ def test_what_is_cleared_was_never_said():
     c = manual()
     c.say("input_audio_buffer.append", audio=pcm(0.3))
     assert kinds(c.say("input_audio_buffer.clear")) == ["input_audio_buffer.cleared"] and c.inputs[-1] == events.Forget()
-    c.hear(Started(1, 640, 0), events.Dismissed(1, 9600))
     assert refused(c.say("input_audio_buffer.commit"))
-    c.inputs.clear()
-    c.say("input_audio_buffer.append", audio=pcm(0.3))
-    assert c.inputs[0] == events.Press()
 
 
-def test_speech_while_an_answer_is_given_does_not_interrupt_it_without_turn_detection():
+def test_without_turn_detection_the_session_is_told_that_sound_waits_for_a_commit():
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"turn_detection": None}}})
+    (manners,) = [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners]
+    assert manners.buffered and not manners.hands_free
+    c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad"}}}})
+    assert not [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners][-1].buffered
+
+
+def test_a_stream_may_be_cut_in_the_middle_of_a_sample():
+    c, whole = client(), np.arange(4800, dtype="<i2").tobytes()
+    for piece in (whole[:1001], whole[1001:1002], whole[1002:6001], whole[6001:]):
+        assert c.say("input_audio_buffer.append", audio=base64.b64encode(piece).decode()) == []
+    other = client()
+    other.say("input_audio_buffer.append", audio=base64.b64encode(whole).decode())
+    heard, same = ([put.samples for put in each.inputs if isinstance(put, Audio)] for each in (c, other))
+    assert np.allclose(np.concatenate(heard), np.concatenate(same), atol=1e-6)
+
+
+def test_a_byte_that_waits_for_its_sample_is_cleared_with_the_buffer():
     c = manual()
-    c.hear(Answering(2))
-    c.inputs.clear()
-    c.say("input_audio_buffer.append", audio=pcm(0.3))
-    assert kinds(c.say("input_audio_buffer.commit"))[0] == "input_audio_buffer.committed"
-    c.say("input_audio_buffer.append", audio=pcm(0.3))
+    c.say("input_audio_buffer.append", audio=base64.b64encode(b"\x01").decode())
     c.say("input_audio_buffer.clear")
-    assert c.inputs == []
-    c.hear(answered(2, "x"))
-    held = [put for put in c.inputs if not isinstance(put, events.Set)]
-    assert held[0] == events.Press() and held[-1] == events.Commit(ask=False) and len(held) >= 3
+    c.say("input_audio_buffer.append", audio=base64.b64encode(bytes(9600)).decode())
+    assert not any(put.samples.any() for put in c.inputs if isinstance(put, Audio))
+
+
+def test_base64_as_it_comes():
+    sound = np.full(2401, -1234, "<i2").tobytes()
+    plain = base64.b64encode(sound).decode()
+    forms = [
+        plain.rstrip("="), base64.urlsafe_b64encode(sound).decode(), base64.urlsafe_b64encode(sound).decode().rstrip("="),
+        base64.encodebytes(sound).decode(), plain.replace("A", "A\r\n"),
+    ]  # fmt: skip
+    for form in forms:
+        c = client()
+        assert c.say("input_audio_buffer.append", audio=form) == [] and isinstance(c.inputs[-1], Audio)
+    content = [{"type": "input_image", "image_url": "data:image/jpeg;base64," + base64.encodebytes(JPEG).decode()}]
+    c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
+    assert c.inputs[-1] == events.Show(JPEG)
 
 
 def test_with_turn_detection_a_commit_ends_the_open_turn():
@@ -450,7 +477,7 @@ def test_leaving_push_to_talk_forgets_what_was_not_committed():
     assert events.Forget() in c.inputs
 
 
-@pytest.mark.parametrize("audio", [None, 5, "§", "AAA", base64.b64encode(b"odd").decode(), "A" * 4 * SPOKEN * 24_000])
+@pytest.mark.parametrize("audio", [None, 5, "§", "AAAAA", "AA=A" * 9 + "§", "A" * (SOUND * 4 // 3 + 8)])
 def test_audio_that_is_none(audio):
     c = client()
     refused(c.say("input_audio_buffer.append", audio=audio))
@@ -480,7 +507,8 @@ def test_items_know_their_place():
     assert [event["previous_item_id"] for event in sent] == [None] * 3
     assert c.say("conversation.item.create", item=text("z"))[0]["previous_item_id"] == "i2"
     assert refused(c.say("conversation.item.create", item=text("z"), previous_item_id="no"))["code"] == "item_not_found"
-    assert refused(c.say("conversation.item.create", item=text("z", id="i1")))["param"] == "item.id"
+    error = refused(c.say("conversation.item.create", item=text("z", id="i1")))
+    assert (error["code"], error["param"]) == ("item_create_duplicate_item_id", "item.id")
 
 
 def test_a_picture_with_words():
@@ -518,10 +546,29 @@ def test_sound_as_an_item_is_a_turn_of_its_own():
     c = client()
     content = [{"type": "input_audio", "audio": pcm(1)}]
     sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
-    assert c.inputs[1] == events.Press() and c.inputs[-1] == events.Commit(ask=False)
-    assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) == RATE
-    assert c.hear(Started(1, 640, 0), Stopped(1, RATE, RATE, "committed")) == []
     assert kinds(sent) == ITEM
+    recorded, item = c.inputs[-1], sent[0]["item"]["id"]
+    assert isinstance(recorded, events.Recorded) and recorded.name == item and len(recorded.samples) == RATE
+    assert c.hear(Started(1, 640, 0, item), Stopped(1, RATE, RATE, "committed")) == []
+    c.say("conversation.item.delete", item_id=item)
+    assert c.inputs[-1] == events.Delete(1)
+
+
+def test_sound_that_is_deleted_before_the_session_came_to_it_is_deleted_then():
+    c = client()
+    content = [{"type": "input_audio", "audio": pcm(1)}]
+    c.say("conversation.item.create", item={"type": "message", "role": "user", "id": "i", "content": content})
+    c.say("conversation.item.delete", item_id="i")
+    c.hear(Started(1, 640, 0, "i"), Stopped(1, RATE, RATE, "committed"))
+    assert c.inputs[-1] == events.Delete(1)
+
+
+def test_an_item_holds_no_more_sound_than_a_turn():
+    c = client()
+    c.say("session.update", session={"audio": {"input": {"format": {"type": "audio/pcmu"}}}})
+    content = [{"type": "input_audio", "audio": base64.b64encode(bytes(8000 * (LONGEST + 1))).decode()}]
+    error = refused(c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content}))
+    assert error["param"] == "item.content[0].audio"
 
 
 def test_history_that_a_client_brings_along():
@@ -558,7 +605,7 @@ def test_the_oldest_items_are_forgotten():
     c = client()
     for n in range(1005):
         c.say("conversation.item.create", item=text("x", id=f"i{n}"))
-    assert refused(c.say("conversation.item.retrieve", item_id="i4"))["code"] == "item_not_found"
+    assert refused(c.say("conversation.item.retrieve", item_id="i4"))["code"] == "item_retrieve_invalid_item_id"
     assert kinds(c.say("conversation.item.retrieve", item_id="i5")) == ["conversation.item.retrieved"]
 
 
@@ -567,12 +614,22 @@ def test_delete():
     c.hear(Answering(2))
     sent = c.hear(Wrote(2, "x"))
     item = sent[0]["item"]["id"]
-    assert refused(c.say("conversation.item.delete", item_id=item))
     c.hear(answered(2, "x"))
     assert kinds(c.say("conversation.item.delete", item_id=item)) == ["conversation.item.deleted"]
     assert c.inputs[-1] == events.Delete(2)
     for kind in ("delete", "retrieve", "truncate"):
-        assert refused(c.say(f"conversation.item.{kind}", item_id=item, audio_end_ms=0))["code"] == "item_not_found"
+        code = refused(c.say(f"conversation.item.{kind}", item_id=item, audio_end_ms=0))["code"]
+        assert code == f"item_{kind}_invalid_item_id"
+
+
+def test_an_item_that_is_deleted_while_it_is_written_goes_when_its_response_is_over():
+    c = client()
+    c.say("response.create")
+    item = c.hear(Answering(2), Wrote(2, "x"))[0]["item"]["id"]
+    assert c.say("response.cancel") == [] and c.say("conversation.item.delete", item_id=item) == []
+    sent = c.hear(answered(2, "x", "interrupted", 0))
+    assert kinds(sent)[-2:] == ["response.done", "conversation.item.deleted"] and sent[-1]["item_id"] == item
+    assert c.inputs[-1] == events.Delete(2)
 
 
 # ---- what was heard
@@ -719,10 +776,13 @@ def test_what_is_said_during_an_answer_that_is_not_to_be_interrupted_is_heard_af
         item={"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": pcm(1)}]},
     )
     c.say("input_audio_buffer.append", audio=pcm(0.5))
-    assert c.inputs == []
+    assert [type(put) for put in c.inputs] == [events.Recorded], "which waits in the session"
     c.hear(answered(2, "x"))
-    assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) > 1.9 * RATE
-    assert [put for put in c.inputs if not isinstance(put, Audio)] == [events.Press(), events.Commit(ask=False)]
+    assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) > 0.9 * RATE
+    c.inputs.clear()
+    c.say("response.create")
+    c.say("input_audio_buffer.append", audio=pcm(0.5))
+    assert not any(isinstance(put, Audio) for put in c.inputs), "an answer that was asked for is not to be interrupted either"
     c.hear(Answering(4))
     c.inputs.clear()
     c.say("input_audio_buffer.append", audio=pcm(0.5))
@@ -769,7 +829,8 @@ def test_a_response_beside_the_conversation_leaves_no_items():
     done = ours[-1]["response"]
     assert done["id"] == response["id"] and done["metadata"] == {"k": "v"} and done["usage"]["total_tokens"] == 10
     assert done["output"][0]["content"] == [{"type": "output_text", "text": "Two words."}]
-    assert refused(c.say("conversation.item.retrieve", item_id=done["output"][0]["id"]))["code"] == "item_not_found"
+    code = refused(c.say("conversation.item.retrieve", item_id=done["output"][0]["id"]))["code"]
+    assert code == "item_retrieve_invalid_item_id"
     assert c.hear(answered(3, "Hi."))[-1]["response"]["output"][0]["content"][0]["transcript"] == "Hi."
 
 
@@ -1021,6 +1082,13 @@ def test_words_stand_in_the_sound_as_it_is_sent():
     assert c.hear(again)[-1]["words"] == [{"start": 5, "end": 6, "audio_ms": 500}]  # taken up: the word is sent once more
     c = client()
     assert "attend.words" not in kinds(c.hear(Answering(6), Wrote(6, "Yes, a star. "), one, events.Cleared(6)))
+
+
+def test_what_merely_deserves_saying_is_no_error():
+    c, told = client(), client("espeak", "notes")
+    note, refusal = events.Noted("the voice is lost"), events.Noted("the picture is broken", refused=True)
+    assert c.hear(note) == [] and [(e["type"], e["message"]) for e in told.hear(note)] == [("attend.note", "the voice is lost")]
+    assert refused(c.hear(refusal))["message"] == "the picture is broken"
 
 
 def test_nothing_that_was_cleared_counts_as_heard():

@@ -223,6 +223,147 @@ async def test_a_tap_and_what_is_forgotten_leave_no_trace(running, mind):
         assert await holds(door.session, mind, before)
 
 
+# ---- the input buffer of a client that commits
+
+
+BUFFERED = Manners(hands_free=False, buffered=True)
+
+
+def spoken(text: str) -> np.ndarray:
+    """Whole frames: what is left of one waits for the next sample."""
+    pcm = said(text)
+    return pcm[: len(pcm) // 640 * 640]
+
+
+def frames(pcm: np.ndarray) -> Sound:
+    return Sound.of(pcm.reshape(-1, 640))
+
+
+async def append(door: Door, pcm: np.ndarray) -> None:
+    for start in range(0, len(pcm), 1600):
+        await door.put(Audio(pcm[start : start + 1600], start))
+
+
+def written(session: Session) -> list[Entry]:
+    """What is on the tape and was not taken back."""
+    entries = session.record.tape.entries
+    gone = {entry.of for entry in entries if isinstance(entry, tape.Deleted)}
+    kept = [entry for n, entry in enumerate(entries) if n not in gone and (not isinstance(entry, Sound) or entry.data)]
+    kept = [entry for entry in kept if not isinstance(entry, tape.Deleted | tape.Dropped | Transcript | tape.Heard)]
+    return [entry for n, entry in enumerate(kept) if not (isinstance(entry, Sound) and isinstance(kept[n - 1], Sound))]
+
+
+async def test_sound_that_waits_for_a_commit_is_in_the_row_as_it_comes(running, mind):
+    mind.says("red")
+    async with Door(session(running, manners=BUFFERED, captions=False)) as door:
+        await append(door, spoken(QUESTION))
+        assert names(door) == ""
+        assert await holds(door.session, mind, by_hand([Setting(), Opened(), frames(spoken(QUESTION))]))
+        await door.put(events.Commit(ask=False, name="i1"))
+        assert names(door) == "Started Stopped" and door.of(events.Started)[0].name == "i1"
+        assert await holds(door.session, mind, by_hand([Setting(), Opened(), frames(spoken(QUESTION)), Closed()]))
+        await door.put(events.Ask())
+        await door.answered(1)
+    assert [*map(type, written(door.session))][:6] == [Setting, Opened, Sound, Closed, Asked, Answered]
+
+
+async def test_sound_that_comes_after_a_commit_begins_the_next_buffer_and_interrupts_nothing(running, mind):
+    mind.says("it is red", "yes")
+    first, second = spoken(QUESTION), spoken(OBJECTION)
+    async with Door(session(running, manners=BUFFERED, captions=False, ahead=10.0, policy="verbatim")) as door:
+        await append(door, first)
+        await door.put(events.Commit(ask=False), Audio(second[:640], 0), events.Ask())
+        await append(door, second[640:])
+        await door.put(events.Commit(ask=False))
+        await append(door, spoken("nobody ever commits this"))
+        await door.until(events.Told)
+        await door.put(events.Ask())
+        await door.until(events.Told, 2)
+    assert [event.finish for event in door.of(events.Answered)][:1] == ["stop"]
+    assert [sound.data for sound in sounds(door.session) if sound.data][:2] == [frames(first).data, frames(second).data]
+    told = [type(entry) for entry in written(door.session) if not isinstance(entry, Sound)]
+    assert told[:9] == [Setting, Opened, Closed, Asked, Answered, Opened, Closed, Asked, Answered]
+
+
+async def test_what_is_in_the_buffer_stays_there_until_it_is_committed(running, mind):
+    mind.says("yes")
+    async with Door(session(running, manners=BUFFERED, captions=False, ahead=10.0, policy="verbatim")) as door:
+        await append(door, spoken(QUESTION))
+        await door.put(events.Write("who are you", ask=False))
+        assert await holds(door.session, mind, by_hand([Setting(), Opened(), Typed("who are you"), frames(spoken(QUESTION))]))
+        await door.put(events.Ask())
+        await door.until(events.Told)
+        asked = [entry for entry in written(door.session) if not isinstance(entry, Sound)]
+        assert [*map(type, asked)][:5] == [Setting, Opened, Typed, Asked, Answered]
+        await door.put(events.Commit(ask=False), events.Ask())
+        await door.until(events.Told, 2)
+    turns = [sound.data for sound in sounds(door.session) if sound.data]
+    assert turns == [frames(spoken(QUESTION)).data], "the whole of it, once"
+
+
+async def test_what_is_cleared_was_never_said_also_beside_a_picture(running, mind):
+    async with Door(session(running, manners=BUFFERED)) as door:
+        await door.put(events.Show(jpeg()))
+        await settled(door.session.record.row)
+        before = by_hand(written(door.session))
+        await append(door, spoken(QUESTION))
+        await door.put(events.Forget())
+        assert await holds(door.session, mind, before)
+        await door.put(events.Set(manners=Manners()))
+        await door.hear(np.tile([0.9, -0.9], 1920).astype(np.float32))  # a click is no turn
+        await door.quiet(1000)
+        assert await holds(door.session, mind, before)
+
+
+async def test_a_cough_beside_a_picture_leaves_the_picture_alone(running, mind):
+    async with Door(session(running, manners=Manners(hands_free=False))) as door:
+        await door.put(events.Show(jpeg()))
+        await settled(door.session.record.row)
+        before = by_hand(written(door.session))
+        await door.put(events.Press())
+        await door.quiet(80)
+        await door.put(events.Release())
+        assert names(door) == "Looked Started Dismissed"
+        assert await holds(door.session, mind, before)
+
+
+async def test_history_that_comes_while_somebody_speaks_stands_before_what_is_said(running, mind):
+    mind.hears("which one")
+    mind.says("that one")
+    call = (ToolCall("look", {"at": "left"}), "a ball")
+    async with Door(session(running, policy="verbatim")) as door:
+        await door.put(events.Write("hello", ask=False))
+        await door.hear(spoken(QUESTION))
+        half = frames(spoken(QUESTION)).positions
+        await door.put(events.Recall("I am attend."), events.Recall("", (call,)), events.Recorded(spoken(OBJECTION), "i9"))
+        await settled(door.session.record.row)
+        assert sounds(door.session)[-1].positions >= half
+        await door.answered(1)
+        assert not door.of(events.Noted)
+    told = [entry for entry in written(door.session) if not isinstance(entry, Setting)]
+    kinds = [type(entry) for entry in told]
+    assert kinds[:4] == [Opened, Typed, Closed, Answered] and told[3] == Answered((), "I am attend.")
+    assert kinds[kinds.index(tape.Result) :][:8] == [tape.Result, Opened, Sound, Closed, Opened, Sound, Asked, Answered]
+    recorded, live = door.of(events.Stopped)
+    assert [(event.name, event.turn) for event in door.of(events.Started)][1] == ("i9", recorded.turn)
+    assert {event.turn for event in door.of(events.Captioned)} == {recorded.turn, live.turn}
+
+
+async def test_who_asks_as_talk_over_the_last_word_begins_is_answered_even_if_that_is_no_turn(running, mind):
+    mind.says("one two three", "yes")
+    async with Door(session(running, ahead=10.0, answers=False, captions=False)) as door:
+        await door.put(events.Write("count"))
+        await door.until(events.Told)
+        loud = spoken(OBJECTION)
+        while not door.of(events.Cleared):
+            await door.hear(loud[:640])
+            loud = loud[640:]
+        await door.put(events.Ask())
+        if door.of(events.Answered)[0].finish == "stop":
+            await door.quiet(1500)
+        await door.until(events.Told, 2)
+
+
 async def test_nobody_answers_before_somebody_asks(running, mind):
     async with Door(session(running, answers=False)) as door:
         await door.quiet(400)

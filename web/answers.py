@@ -58,6 +58,7 @@ class Answers:
         self._brought: dict[str, ToolCall] = {}  # by the client
         self._returned: dict[int, str] = {}  # while the answer waits, by that number
         self._waits: set[int] = set()
+        self._unwanted: list[Item] = []
         self._late: list[events.Said] = []  # sound of an answer that waits for tools, and goes on in the next response
         self._tune(config, always=True)
 
@@ -71,6 +72,11 @@ class Answers:
     def busy(self) -> bool:
         """An answer is being given, be it only played."""
         return self._answer is not None
+
+    @property
+    def awaited(self) -> bool:
+        """A response is in progress in the conversation, and its answer may not have begun."""
+        return self._response is not None
 
     def update(self, config: Config) -> Config:
         """What holds of it."""
@@ -156,7 +162,8 @@ class Answers:
         found = [self.active] if id is None else [self._response, *(response for response, _ in self._asides.values())]
         response = next((response for response in found if response and id in (None, response.id)), None)
         if response is None:
-            raise Refused("there is no such response in progress", "response_cancel_not_active", "response_id")
+            wrong = "Cancellation failed: no active response found" if id is None else f"Cancellation failed: no response {id!r}"
+            raise Refused(wrong, "response_cancel_not_active", "response_id")
         response.cancelled = True
         aside = response.answer is not None and response.answer < 0
         self._wire.put(events.Stop(response.answer if aside else None))
@@ -164,7 +171,7 @@ class Answers:
     def truncate(self, item: Item, ms: int, talking: bool) -> int:
         """Of the item's sound only so much was heard; returns how much that can be. `talking`: as the user talks over it."""
         if (place := self.playback.place(item.id, ms)) is None:
-            raise Refused("only what the assistant has spoken can be truncated", param="item_id")
+            raise Refused("Only model output audio messages can be truncated", "unsupported_content_type", "item_id")
         answer, sample, heard = place
         self._wire.put(events.Truncate(answer, sample))
         if answer == self._answer:
@@ -174,6 +181,11 @@ class Answers:
         if self.playback.place(item.id, heard + 1) != place:  # not all was heard: which words, the session knows
             item.json = {**item.json, "status": "incomplete", "content": [{"type": "output_audio", "transcript": None}]}
         return heard
+
+    def unwanted(self) -> list[Item]:
+        """Items that were deleted while they were written, of responses that are over since this was asked last."""
+        found, self._unwanted = self._unwanted, []
+        return found
 
     def holds(self, item: Item) -> bool:
         return any(response.holds(item) for response in (self._response, *(r for r, _ in self._asides.values())) if response)
@@ -295,6 +307,7 @@ class Answers:
         if response:
             status, details = status_of(finish, response.cancelled)
             response.finish(status, details, self._usage(response.answer), heard)
+            self._unwanted += response.unwanted
             if not self._waits:
                 self._tune(self.config)
 
@@ -320,6 +333,7 @@ class Answers:
         response, kept = self._asides.pop(event.answer)
         status, details = status_of(event.finish, response.cancelled)
         response.finish(status, details, self._usage(event.answer))
+        self._unwanted += response.unwanted if kept else []
         if kept and event.text.strip():
             self._wire.put(events.Recall(event.text))
 

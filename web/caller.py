@@ -22,7 +22,7 @@ from agent.marks import Mark
 from streams.frames import RATE, Audio
 from web.audio import PCM, Format
 
-EXTENSIONS = "camera,marks,playback"
+EXTENSIONS = "camera,marks,playback,notes"
 OURS = Format(rate=RATE)  # what microphones give: at 24 kHz a resampler on each side would hold it back
 FRAMES = 16  # of a camera, of which the server may still say that it looked at them
 Emit = Callable[[Event], Awaitable[None]]
@@ -157,6 +157,8 @@ class Caller:
                     await emit(events.Marked(self._answer, picture, Mark(tuple(mark["box_2d"]), mark["label"])))
                 case "response.done":
                     await self._done(line, event["response"], emit)
+                case "attend.note":
+                    await emit(events.Noted(event["message"]))
                 case "error":
                     await emit(events.Noted(event["error"]["message"]))
 

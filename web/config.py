@@ -83,8 +83,8 @@ class Config:
     def manners(self, usual: Manners) -> Manners:
         given = self.detection
         if given is None:
-            return replace(usual, hands_free=False, idle=None)
-        usual = replace(usual, hands_free=True, interrupt=given["interrupt_response"])
+            return replace(usual, hands_free=False, buffered=True, idle=None)
+        usual = replace(usual, hands_free=True, buffered=False, interrupt=given["interrupt_response"])
         if given["type"] == "semantic_vad":
             return replace(usual, silence=EAGERNESS[given["eagerness"]], idle=None)
         return replace(

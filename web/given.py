@@ -112,14 +112,18 @@ def sequence(given: Any, param: str, most: int) -> list[Any]:
     return given
 
 
+URL_SAFE = str.maketrans("-_", "+/", "\t\n\r =")
+
+
 def data(given: Any, param: str, most: int) -> bytes:
-    """Base64, whose length is looked at before it is decoded."""
+    """Base64, also with line breaks, URL-safe or unpadded. Its length is looked at before it is decoded."""
     if not isinstance(given, str):
         raise Refused(f"{param} must be a string", "invalid_type", param)
+    given = given.translate(URL_SAFE)
     if len(given) > (most + 2) // 3 * 4:
         raise Refused(f"{param} holds more than {most:,} bytes", "string_above_max_length", param)
     try:
-        return base64.b64decode(given, validate=True)
+        return base64.b64decode(given + "=" * (-len(given) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise Refused(f"{param} is not base64", param=param) from None
 

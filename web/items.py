@@ -14,12 +14,13 @@ from agent import events
 from streams.frames import RATE, MediaError
 from streams.pictures import check_picture
 from web.audio import Format, Resampler, Samples
+from web.buffer import LONGEST
 from web.given import ID, Refused, choice, data, mapping, sequence, text
 
 KEPT = 1000  # items that can be retrieved; what the model keeps is the session's own policy
 PARTS = 64  # of one item
-PICTURE = 6 << 20  # bytes of a picture file: more than a telephone's photo
-SPOKEN = 60  # seconds of sound in one event
+PICTURE = 20 << 20  # bytes of a picture file: more than a telephone's photo of 50 megapixels
+SOUND = 15 << 20  # bytes of sound in one event, as the protocol has it
 URI = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,")
 
 Json = dict[str, Any]
@@ -32,6 +33,7 @@ class Item:
 
     json: Json
     of: int | None = None
+    unwanted: bool = False  # it was deleted while it was written, and goes when its response is over
 
     @property
     def id(self) -> str:
@@ -63,8 +65,6 @@ def picture(given: Any, param: str) -> bytes:
         raise Refused(
             f"{param} must be a data: URI of a PNG, JPEG or WebP picture in base64; addresses are not fetched", param=param
         )
-    if len(given) > PICTURE * 4 // 3 + 64:
-        raise Refused(f"{param} holds more than {PICTURE:,} bytes", "string_above_max_length", param)
     file = data(given[head.end() :], param, PICTURE)
     try:
         check_picture(file, f"the picture in {param}")
@@ -74,16 +74,21 @@ def picture(given: Any, param: str) -> bytes:
 
 
 def sound(given: Any, param: str, format: Format) -> Samples:
-    """float32 at the format's rate."""
-    return format.decode(data(given, param, SPOKEN * format.rate * format.width))
+    """A whole recording, as float32 at the format's rate."""
+    samples = format.decode(data(given, param, SOUND))
+    if len(samples) > LONGEST * format.rate:
+        raise Refused(f"{param} holds more than {LONGEST} seconds; a turn has no more", param=param)
+    return samples
 
 
 def given_id(given: Mapping[str, Any], known: Container[str]) -> str | None:
     if given.get("id") is None:
         return None
     id = text(given["id"], "item.id", ID)
-    if not id or id in known:
-        raise Refused(f"item.id {id!r} is taken", param="item.id")
+    if not id:
+        raise Refused("item.id is empty", param="item.id")
+    if id in known:
+        raise Refused(f"there is an item {id!r} already", "item_create_duplicate_item_id", "item.id")
     return id
 
 
@@ -141,10 +146,11 @@ class Items:
     def get(self, id: str | None) -> Item | None:
         return self._items.get(id) if id else None
 
-    def known(self, given: Any, param: str = "item_id") -> Item:
+    def known(self, given: Any, param: str = "item_id", code: str = "item_not_found") -> Item:
+        """`code`: of the error where there is none."""
         id = text(given, param, ID)
         if id not in self._items:
-            raise Refused(f"there is no item {id!r}", "item_not_found", param)
+            raise Refused(f"there is no item {id!r}", code, param)
         return self._items[id]
 
     def add(self, json: Json, of: int | None = None, after: str | None = None) -> Item:

@@ -20,10 +20,10 @@ from web import items
 from web.answers import Answers, Wire
 from web.buffer import Buffer
 from web.config import DETECTION, Config
-from web.given import ID, Refused, choice, mapping, parse, remember, text, whole
+from web.given import ID, Refused, choice, data, mapping, parse, remember, text, whole
 from web.items import Items, Json
 
-EXTENSIONS = ("camera", "marks", "timeline", "playback", "queue")  # the last is the server's affair
+EXTENSIONS = ("camera", "marks", "timeline", "playback", "notes", "queue")  # the last is the server's affair
 
 
 class Conversation:
@@ -46,13 +46,13 @@ class Conversation:
         self._about: str | None = None  # the event_id of the client's event that is being done
         config = Config(instructions, spoken=voice is not None, detection=DETECTION)
         self._items = Items(self._send)
-        self._buffer = Buffer(self.inputs.append, self._new, config.input)
+        self._buffer = Buffer(self.inputs.append, config.input)
         self._pictures: dict[int, str] = {}
         wire = Wire(name, self.inputs.append, self._send, self._new)
         self._answers = Answers(wire, self._items, self._pictures, config, voice, self._paced)
         self._turns: dict[int, str] = {}  # item of each turn
-        self._ours: set[int] = set()  # turns that the client opened itself, so that nobody need tell it
-        self._speaking: int | None = None  # the open turn
+        self._speaking: str | None = None  # item of the open turn, where the client does not commit
+        self._named = False  # the turn that began last came from the client as a whole
         self._talk: str | None = None  # item of the turn that talk over an answer may become
         self._idle: tuple[float, events.Quiet] | None = None  # since when nobody says anything, were all played
         self._shown: deque[tuple[bytes, str]] = deque(maxlen=64)  # pictures that the session has not looked at, and their ids
@@ -76,7 +76,7 @@ class Conversation:
                 case "session.update":
                     self._update(event)
                 case "input_audio_buffer.append":
-                    self._buffer.append(items.sound(event.get("audio"), "audio", self.config.input))
+                    self._buffer.append(data(event.get("audio"), "audio", items.SOUND))
                 case "input_audio_buffer.commit":
                     self._commit()
                 case "input_audio_buffer.clear":
@@ -85,13 +85,14 @@ class Conversation:
                 case "conversation.item.create":
                     self._create(event)
                 case "conversation.item.retrieve":
-                    self._send("conversation.item.retrieved", item=self._items.known(event.get("item_id")).json)
+                    self._send("conversation.item.retrieved", item=self._known(event, "retrieve").json)
                 case "conversation.item.truncate":
                     self._truncate(event)
                 case "conversation.item.delete":
                     self._delete(event)
                 case "response.create":
                     self._answers.create(mapping(event.get("response") or {}, "response"), now)
+                    self._hold_sound()
                 case "response.cancel":
                     self._answers.cancel(event.get("response_id"))
                 case "attend.camera.frame" if "camera" in self._extensions:
@@ -104,7 +105,7 @@ class Conversation:
 
     def _update(self, event: Json) -> None:
         new, was = self.config.updated(mapping(event.get("session"), "session")), self.config
-        if new.detection is None and self._speaking is not None and self._speaking not in self._ours:
+        if new.detection is None and self._speaking is not None:
             self.inputs.append(events.Forget())
         self._buffer.set(new.input, new.detection is None, new.patient)
         if new.detection != was.detection:
@@ -116,11 +117,15 @@ class Conversation:
 
     def _commit(self) -> None:
         if self.config.detection is None:
-            self._committed(self._buffer.commit())
+            self._buffer.commit(id := self._new("item"))
+            self._committed(id)
         elif self._speaking is None:
             raise Refused("nothing was said that could be committed", "input_audio_buffer_commit_empty")
         else:
             self.inputs.append(events.Commit(ask=False))
+
+    def _known(self, event: Json, what: str) -> items.Item:
+        return self._items.known(event.get("item_id"), code=f"item_{what}_invalid_item_id")
 
     def _committed(self, id: str, of: int | None = None) -> None:
         self._send("input_audio_buffer.committed", item_id=id, previous_item_id=self._items.last)
@@ -162,21 +167,22 @@ class Conversation:
     def _take(self, part: items.Part, id: str) -> None:
         if isinstance(part, events.Show):
             self._shown.append((part.data, id))
-        if isinstance(part, np.ndarray):
-            self._buffer.add(id, part)
-        else:
-            self._buffer.put(part)
+        self.inputs.append(events.Recorded(part, id) if isinstance(part, np.ndarray) else part)
 
     def _delete(self, event: Json) -> None:
-        item = self._items.known(event.get("item_id"))
+        item = self._known(event, "delete")
         if self._answers.holds(item):
-            raise Refused("the item is being written; cancel its response first", param="item_id")
+            item.unwanted = True
+        else:
+            self._drop(item)
+
+    def _drop(self, item: items.Item) -> None:
         if item.of is not None:
             self.inputs.append(events.Delete(item.of))
         self._items.delete(item)
 
     def _truncate(self, event: Json) -> None:
-        item = self._items.known(event.get("item_id"))
+        item = self._known(event, "truncate")
         index = whole(event.get("content_index", 0), "content_index", 0, 0)
         ms = whole(event.get("audio_end_ms"), "audio_end_ms", 0, 1 << 40)
         ms = self._answers.truncate(item, ms, talking=self._talk is not None)
@@ -192,7 +198,9 @@ class Conversation:
 
     def tell(self, event: Event, now: float) -> None:
         self._answers.tell(event, now)
-        self._buffer.answering = self._answers.busy
+        for item in self._answers.unwanted():
+            self._drop(item)
+        self._hold_sound()
         match event:
             case events.Started():
                 self._started(event)
@@ -215,15 +223,15 @@ class Conversation:
                 self._looked(event)
             case events.Marked() if "marks" in self._extensions:
                 self._marked(event)
-            case events.Answered() if not self._answers.busy:
-                self._buffer.answered()
             case events.Timed() if "timeline" in self._extensions:
                 self._send("attend.timeline", answer=event.answer, stages_ms=dict(event.stages), waiting=event.waiting)
             case events.Quiet():
                 self._idle = self._answers.playback.end + (self.config.idle or 0) if self.config.patient else now, event
                 self.played(now)
-            case events.Noted():
-                self.error(event.message, "server_error", "noted")
+            case events.Noted(refused=True):
+                self.error(event.message, "invalid_request_error", "invalid_value")
+            case events.Noted() if "notes" in self._extensions:
+                self._send("attend.note", message=event.message)
             case events.Failed():
                 self.error(event.message, "server_error", "session_failed")
 
@@ -234,34 +242,33 @@ class Conversation:
             self._quiet(self._idle[1])
 
     def _started(self, event: events.Started) -> None:
-        self._speaking, self._idle = event.turn, None
-        item = self._buffer.begun()
-        if item:
-            self._ours.add(event.turn)
-        elif self._talk:
+        self._idle, self._named = None, event.name is not None
+        if event.name is not None:
+            remember(self._turns, event.turn, event.name)
+            return
+        if self._talk:
             item, self._talk = self._talk, None
         else:
             item = self._new("item")
             self._send("input_audio_buffer.speech_started", audio_start_ms=_ms(event.start), item_id=item)
-        remember(self._turns, event.turn, item)
+        self._speaking = item
 
     def _stopped(self, event: events.Stopped) -> None:
-        self._speaking = None
-        id = self._turns.get(event.turn)
-        if event.turn in self._ours:
-            self._ours.discard(event.turn)
-            if item := self._items.get(id):
+        if self._named:
+            self._named = False
+            if item := self._items.get(self._turns.get(event.turn)):
                 item.of = event.turn
-        elif id:
+            else:  # it was deleted before the session came to it
+                self.inputs.append(events.Delete(event.turn))
+        elif id := self._speaking:
+            self._speaking = None
+            remember(self._turns, event.turn, id)
             self._send("input_audio_buffer.speech_stopped", audio_end_ms=_ms(event.end), item_id=id)
             self._committed(id, event.turn)
 
     def _dismissed(self, event: events.Dismissed) -> None:
-        self._speaking = None
-        item = self._turns.pop(event.turn, None)
-        if event.turn in self._ours:
-            self._ours.discard(event.turn)
-        elif item:
+        if item := self._speaking:
+            self._speaking = None
             self._send("input_audio_buffer.speech_stopped", audio_end_ms=_ms(event.at), item_id=item)
             self._send("input_audio_buffer.cleared")
 
@@ -282,7 +289,13 @@ class Conversation:
         if self.config.transcription:
             at, kind = {"item_id": item.id, "content_index": part}, "conversation.item.input_audio_transcription"
             self._send(f"{kind}.delta", **at, delta=event.text)
-            usage = {"type": "tokens", "input_tokens": 0, "output_tokens": 0, "total_tokens": 0}  # it is not a model of its own
+            usage = {  # it is not a model of its own
+                "type": "tokens",
+                "input_tokens": 0,
+                "input_token_details": {"text_tokens": 0, "audio_tokens": 0},
+                "output_tokens": 0,
+                "total_tokens": 0,
+            }
             self._send(f"{kind}.completed", **at, transcript=event.text, usage=usage)
 
     def _uncaptioned(self, event: events.Uncaptioned) -> None:
@@ -314,6 +327,13 @@ class Conversation:
         self._committed(item)
         if not (self._answers.active or self._answers.busy):
             self._answers.create({}, 0.0)
+
+    def _hold_sound(self) -> None:
+        """What is said is not to interrupt an answer, also one that was asked for and has not begun."""
+        if self._answers.busy or self._answers.awaited:
+            self._buffer.answering = True
+        elif self._buffer.answering:
+            self._buffer.answered()
 
     # -- out
 

@@ -86,6 +86,10 @@ class Response:
         place = {"response_id": self.id, "item_id": item.id, "output_index": self._items.index(item)}
         return {**place, "content_index": 0} if part else place
 
+    @property
+    def unwanted(self) -> list[Item]:
+        return [item for item in self._items if item.unwanted]
+
     def holds(self, item: Item) -> bool:
         return item in self._items
 

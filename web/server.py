@@ -41,8 +41,8 @@ from web.socket import Connection
 PATH = "/v1/realtime"
 SUGGESTIONS = "/suggestions.json"
 STATIC = Path(__file__).parent / "static"
-MESSAGE = 8 << 20  # bytes of one: a telephone's photo in base64
-FRAMES = 4  # messages that are read ahead
+MESSAGE = 52 << 20  # bytes of one: whatever OpenAI takes, 15 MiB of sound or 50 MB in all, is read, and refused in words
+FRAMES = 2  # messages that are read ahead
 AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
 WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
 MOVING = 0.2  # seconds after which those who wait look whether something has moved

@@ -1,7 +1,7 @@
 // @ts-check
 /** The websocket: it is opened again when it is lost, and `state` says what it waits for. Knows nothing of conversations. */
 
-const ADDRESS = "v1/realtime?extensions=camera,marks,timeline,playback,queue";
+const ADDRESS = "v1/realtime?extensions=camera,marks,timeline,playback,notes,queue";
 const FIRST = 500; // milliseconds until the next try, doubled each time
 const LONGEST = 10_000;
 const FULL = 1 << 20; // bytes that wait to be sent, beyond which sound is dropped: a minute late helps nobody
