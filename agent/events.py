@@ -85,12 +85,12 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
-    """An answer beside the conversation, of which tape and row keep nothing. It is told as `answer`, which is below zero and the
-    door's to choose. `past`: what it is to answer instead of the conversation, the open turn of which it does not know. Its
-    `calls` are told, and nobody waits for their results."""
+class OutOfBandResponse:
+    """A response out of band is wanted: an answer that the conversation does not keep. Its events are told as `OutOfBand` with
+    this `name`, which the door chooses. `past`: what it is to answer instead of the conversation, the open turn of which it does
+    not know. Its `calls` are told, and nobody waits for their results."""
 
-    answer: int
+    name: str
     past: tuple[Past, ...] | None = None
     setting: Setting | None = None
     most: int | None = None
@@ -100,9 +100,7 @@ class Aside:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The answer is to stop where it is; what was heard of it stays. None: the one that is being given in the conversation."""
-
-    answer: int | None = None
+    """The answer is to stop where it is; what was heard of it stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +165,15 @@ class Delete:
     of: int
 
 
+@dataclass(frozen=True, slots=True)
+class OutOfBand:
+    """What concerns the response out of band of this `name`: what the session tells of it, or Heard and Stop from the door. Its
+    answer has a number of its own."""
+
+    name: str
+    payload: Heard | Stop | Event
+
+
 Past = Write | Show | Audio | Recall | Again
 Input = (
     Audio
@@ -178,7 +185,8 @@ Input = (
     | Commit
     | Forget
     | Ask
-    | Aside
+    | OutOfBandResponse
+    | OutOfBand
     | Stop
     | Heard
     | Returned
@@ -199,7 +207,7 @@ def weight(input: Input | Past) -> int:
             return len(input.data)
         case Recorded():
             return input.samples.nbytes
-        case Aside():
+        case OutOfBandResponse():
             return sum(map(weight, input.past or ()))
     return 0
 
@@ -427,5 +435,6 @@ Event = (
     | Quiet
     | LetGo
     | Noted
+    | OutOfBand
     | Failed
 )

@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -191,13 +191,13 @@ def ids(session: Session, answer: int) -> list[int]:
 def plain(thing: Any) -> dict[str, Any]:
     """A dataclass as JSON has it, without sound and pictures."""
     assert is_dataclass(thing) and not isinstance(thing, type)
-    named = {field.name: getattr(thing, field.name) for field in fields(thing) if field.name not in ("data", "pcm")}
+    named = {field.name: getattr(thing, field.name) for field in fields(thing) if field.name not in ("data", "pcm", "samples")}
     return {name: _listed(value) for name, value in named.items()}
 
 
 def _listed(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return plain(value)
     if isinstance(value, tuple):
         return [_listed(part) for part in value]
     if isinstance(value, frozenset):

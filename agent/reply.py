@@ -27,7 +27,7 @@ VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one tha
 class Reply:
     """The answer `of`, written on the record and told with `emit`. `run` ends when all of it was heard, or read where there is
     no voice; whoever cancels it says with `cut` how much of it counts. `picture`: marks are on it. `given`: the ids it consists
-    of, where the model is not asked."""
+    of, where the model is not asked. `out_of_band`: nobody brings results of its calls, and its row is not used again."""
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Reply:
         picture: int | None,
         emit: Callable[[Event], None],
         given: tuple[int, ...] | None = None,
+        out_of_band: bool = False,
     ) -> None:
         self._given = given
         self.of, self.written, self.lost = of, False, False  # `lost`: its voice is
@@ -50,7 +51,7 @@ class Reply:
         self._speakable: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()  # bounded by the answer's length
         self._moved = asyncio.Event()  # something was made or heard, or may be sent again
         self._calls: set[int] = set()  # without a result
-        self._alone = of < 0  # beside the conversation: nobody brings results
+        self._out_of_band = out_of_band
         self.told = False  # all of it is out, and what is left is to be heard
         self._returned = asyncio.Event()
         self._prompt, self._kinds = 0, (0, 0, 0)  # positions in the row before it
@@ -151,7 +152,7 @@ class Reply:
                 index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
                 self._calls.add(index)
                 self._emit(events.Called(self.of, index, call, more))
-            if self._alone:
+            if self._out_of_band:
                 break
             while self._calls:
                 self._returned.clear()
@@ -162,7 +163,7 @@ class Reply:
         self._speakable.put_nowait(None)
         if not self._sound:
             self._all_told()
-        if not self._alone:
+        if not self._out_of_band:
             record.tidy()
 
     def _all_told(self) -> None:

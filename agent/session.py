@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from agent import events, tape
-from agent.aside import Asides, sized
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.events import Event, Input
 from agent.journal import JournalError
+from agent.out_of_band import OutOfBandResponses, sized
 from agent.record import Caption, Record
 from agent.reply import Reply
 from agent.settings import Settings
@@ -73,7 +73,7 @@ class Session:
         loaded, s = engine.loaded, self.settings
         row, config, emit = engine.claim(self._end_with), loaded.model.config, self._emit
         self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, emit)
-        self._asides = Asides(self.record, loaded, emit, self._spawn)
+        self._out_of_band = OutOfBandResponses(self.record, loaded, emit, self._spawn)
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None:
         """Until `inputs` end, or something fails: then `Failed` is the last event. What is the door's own fault is raised."""
@@ -118,11 +118,11 @@ class Session:
             try:
                 if isinstance(item, events.Show):
                     item = await sized(item, self.engine.pictures)
-                elif isinstance(item, events.Aside) and item.past:
+                elif isinstance(item, events.OutOfBandResponse) and item.past:
                     item = replace(item, past=tuple([await sized(part, self.engine.pictures) for part in item.past]))
             except MediaError as error:
-                if isinstance(item, events.Aside):
-                    self._asides.refuse(item, str(error))
+                if isinstance(item, events.OutOfBandResponse):
+                    self._out_of_band.refuse(item, str(error))
                 else:
                     self._note(str(error), refused=True)
                 continue
@@ -145,8 +145,10 @@ class Session:
             case events.Heard():
                 if reply and item.answer == reply.of:
                     reply.hear(item.sample)
-                else:
-                    self._asides.hear(item.answer, item.sample)
+            case events.OutOfBandResponse():
+                self._out_of_band.begin(item, self.settings, self.voice)
+            case events.OutOfBand():
+                self._out_of_band.take(item)
             case events.Press():
                 self._decide(self._turns.press())
             case events.Release():
@@ -154,14 +156,11 @@ class Session:
             case events.Forget():
                 self._clear()
                 self._decide(self._turns.cancel())
+                self._pass()
             case events.Commit() if self._turns.manners.buffered:
                 self._commit_buffer(item, waits)
-            case events.Stop(None):
+            case events.Stop():
                 self._stop()
-            case events.Stop(int(answer)):
-                self._asides.stop(answer)
-            case events.Aside():
-                self._asides.begin(item, self.settings, self.voice)
             case events.Returned():
                 self._return(item)
             case events.Truncate():
@@ -203,7 +202,7 @@ class Session:
             self._loud = True
             for sound in sounds:
                 for frame in sound.samples:
-                    self._sound(frame)
+                    self._sound(frame, live=False)
         self._stream()
         self._follow()
 
@@ -243,11 +242,15 @@ class Session:
         while self._recent[0][0] < at - manners.keep:
             self._recent.popleft()
         self._decide(self._turns.hear(len(frame), self._vad.hear(frame, self._listening)))
+        self._pass()
+        if loud and self._loud:
+            self._sound(frame)
+
+    def _pass(self) -> None:
+        """Talk over an answer may turn out to be none."""
         if self._over_it and self._turns.state is State.QUIET:
             self._over_it = False
             self._emit(events.Passed(self._turns.now))
-        if loud and self._loud:
-            self._sound(frame)
 
     def _sound(self, frame: np.ndarray, live: bool = True) -> None:
         """`live`: it may come faster than the model takes it."""

@@ -12,7 +12,7 @@ from openai.types.realtime import RealtimeClientEvent, RealtimeServerEvent
 from pydantic import BaseModel
 
 from agent.events import Event, Input
-from web.protocol import Conversation
+from web.protocol import RealtimeProtocol
 
 BEYOND = {"id", "object"}  # of a session: sent by OpenAI too, and not in the request that the type is
 KINDS: dict[str, type[BaseModel]] = {
@@ -45,8 +45,8 @@ def unknown(model: BaseModel) -> Iterator[str]:
 class Client:
     """Says events, hears what comes of them. `inputs` are what a session would get."""
 
-    def __init__(self, conversation: Conversation, strict: bool = True) -> None:
-        self.conversation, self.strict = conversation, strict
+    def __init__(self, protocol: RealtimeProtocol, strict: bool = True) -> None:
+        self.protocol, self.strict = protocol, strict
         self.inputs: list[Input] = []
         self.sent: list[dict[str, Any]] = []
         self.now = 0.0
@@ -56,23 +56,22 @@ class Client:
         return self.raw(json.dumps({"type": type, **fields}))
 
     def raw(self, message: str | bytes) -> list[dict[str, Any]]:
-        self.conversation.receive(message, self.now)
+        self.protocol.receive(message, self.now)
         return self._drain()
 
     def hear(self, *told: Event) -> list[dict[str, Any]]:
         for event in told:
-            self.conversation.tell(event, self.now)
+            self.protocol.tell(event, self.now)
         return self._drain()
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.conversation.played(self.now)
+        self.protocol.played(self.now)
         self._drain()
 
     def _drain(self) -> list[dict[str, Any]]:
-        out, self.inputs = self.conversation.out[:], self.inputs + self.conversation.inputs
-        self.conversation.out.clear()
-        self.conversation.inputs.clear()
+        out, inputs = self.protocol.out.take()
+        self.inputs += inputs
         for event in out:
             if self.strict and not event["type"].startswith("attend."):
                 judged(event)

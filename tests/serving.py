@@ -23,7 +23,7 @@ from agent.view import Budget
 from model.vad import Vad
 from streams.media_files import read_audio
 from tests.talk import Beeps, Mind, tiny
-from web.server import Door, Options
+from web.server import Options, Server
 
 LOADED = tiny(640)
 VAD = Vad()
@@ -42,7 +42,7 @@ async def serving(engine: Engine, voice: Any = "beeps", patience: float | None =
     given = {"port": 0, "settings": SETTINGS, "clock": fast, "voice": "beeps", **options}
     async with (
         asyncio.timeout(patience),
-        Door(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port,
+        Server(engine, VAD, Beeps() if voice == "beeps" else voice, Options(**given)).open() as port,
     ):
         yield port
 

@@ -14,7 +14,7 @@ from agent.script import Performance, Turn
 from model.nano import people
 from streams.media_files import read_audio
 from tests.serving import DEMO, TEN, serving
-from web.caller import Caller
+from web.client import RealtimeClient
 
 
 def url(port: int) -> str:
@@ -27,7 +27,7 @@ async def test_a_caller_tells_its_door_what_a_session_would(engine, mind):
     speech = read_audio(DEMO / "question.wav")
     played = Performance([Turn(b"", speech), Turn(b"", speech, interrupt=2), Turn(b"", speech, wait=0.0)], real_time=True)
     async with serving(engine, clock=time.monotonic) as port:
-        caller = Caller(url(port))
+        caller = RealtimeClient(url(port))
         await played.run(caller)
     assert caller.lost is None and not played.notes
     first, cut, last = played.exchanges
@@ -40,11 +40,11 @@ async def test_a_caller_tells_its_door_what_a_session_would(engine, mind):
 
 async def test_a_line_that_breaks_is_said_and_ends_its_conversation_alone(engine: Engine):
     played = Performance([Turn(typed="hello")])
-    caller = Caller("ws://127.0.0.1:9/v1/realtime")
+    caller = RealtimeClient("ws://127.0.0.1:9/v1/realtime")
     await played.run(caller)
     assert caller.lost and len(played.notes) == 1 and "is over" in played.notes[0]
     async with serving(engine) as port:
-        lines = [Caller(url(port)) for _ in range(3)]
+        lines = [RealtimeClient(url(port)) for _ in range(3)]
         talks = [Performance([Turn(typed="hello")]) for _ in lines]
         await asyncio.gather(*(talk.run(line) for talk, line in zip(talks, lines, strict=True)))
     assert sum(line.lost is not None for line in lines) == 1, "there is room for two"
@@ -54,7 +54,7 @@ async def test_a_line_that_breaks_is_said_and_ends_its_conversation_alone(engine
 async def test_a_small_crowd_at_a_server_is_answered(engine, mind):
     said: list[str] = []
     async with serving(engine, clock=time.monotonic) as port:
-        result = await crowd.calls([2], lambda: Caller(url(port)), lambda seed: people.person(seed)[:1], said.append)
+        result = await crowd.calls([2], lambda: RealtimeClient(url(port)), lambda seed: people.person(seed)[:1], said.append)
     figures = result["speakers"]["2"]
     assert figures["lost"]["attend"] == figures["unanswered"]["attend"] == 0
     assert figures["first_token"]["count"] <= 2 and "2 speakers, 2 questions" in said[0]

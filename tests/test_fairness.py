@@ -12,8 +12,9 @@ from agent.session import LATER
 from agent.tape import Typed
 from tests.serving import LOADED, SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
 from tests.test_faults import Raw
-from web.server import WAITING, Door, Options
-from web.socket import FRAMES, PIECE, Allowance
+from web.connection import Allowance
+from web.server import WAITING, Options, Server
+from web.socket import FRAMES, PIECE
 
 
 def test_an_allowance_is_of_a_second_and_says_how_long_to_wait():
@@ -102,7 +103,7 @@ async def test_a_history_is_written_into_the_row_once_however_many_items_it_has(
 
 
 async def test_what_comes_while_an_answer_is_given_waits_and_nothing_of_it_is_lost(engine, mind):
-    door = Door(engine, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
+    door = Server(engine, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
     async with asyncio.timeout(120), door.open() as port, plain(port) as connection:
         mind.says("One two three four five.")
         mind.stop_after(2)

@@ -26,7 +26,7 @@ from tests.broker import certified
 from tests.mangled import messages
 from tests.serving import LOADED, SETTINGS, UPGRADE, VAD, fast, free, get, plain, say, serving, text, until, works
 from tests.talk import PROMPT, TOKENIZER, Beeps, jpeg
-from web.server import Door, Options
+from web.server import Options, Server
 
 # ---- peers that are gone, or slow
 
@@ -135,7 +135,7 @@ async def test_control_tokens_in_text_are_text_wherever_they_stand(engine, mind)
     for words in ("harmless", evil):
         tool = {"type": "function", "name": "look", "description": words, "parameters": {"type": "object"}}
         mind.says("<|tool_call>call:look{}<tool_call|><|tool_response>", "Yes.")
-        door = Door(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
+        door = Server(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
         async with asyncio.timeout(60), door.open() as port, plain(port) as connection:
             await say(connection, "session.update", session={"instructions": words, "tools": [tool]})
             for role, kind in (
@@ -287,9 +287,9 @@ async def half_samples(connection: ClientConnection) -> None:
     for count in (1, 3, 4801, 480_001):
         sound = base64.b64encode(bytes(count)).decode()
         item = {"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": sound}]}
-        for type, fields in (("input_audio_buffer.append", {"audio": sound}), ("conversation.item.create", {"item": item})):
-            assert "even number of bytes" in (await wrong(connection, type, **fields))["message"]
-    for sound in ("AAA", "A===", "A A=", "\u00e4", "data:audio/wav;base64,AAAA"):
+        assert "even number of bytes" in (await wrong(connection, "conversation.item.create", item=item))["message"]
+        await say(connection, "input_audio_buffer.append", audio=sound)  # the rest of the sample may come with the next one
+    for sound in ("AAAAA", "A===", "A A A A A", "\u00e4", "data:audio/wav;base64,AAAA"):
         assert "is not base64" in (await wrong(connection, "input_audio_buffer.append", audio=sound))["message"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from agent import events
 from agent.calls import ToolCall
@@ -21,17 +23,17 @@ from streams.frames import Audio
 from tests.mangled import messages
 from tests.realtime import CLIENTS, KINDS, Client, judged, kinds
 from tests.talk import jpeg
-from web.audio import Format, Playback, Resampler
-from web.buffer import LONGEST
-from web.items import PICTURE, SOUND
-from web.protocol import Conversation
+from web.audio import LONGEST, Format, PlaybackClock, Resampler
+from web.items import PICTURE
+from web.protocol import RealtimeProtocol
+from web.schema import AUDIO
 
 RATE = 16_000
 JPEG = jpeg()
 
 
 def client(voice: str | None = "espeak", *extensions: str, strict: bool = True) -> Client:
-    return Client(Conversation("x", "nano", voice, frozenset(extensions)), strict)
+    return Client(RealtimeProtocol("x", "nano", voice, frozenset(extensions)), strict)
 
 
 def manual() -> Client:
@@ -102,6 +104,60 @@ def test_whatever_is_said_is_answered_by_the_book(said):
                 assert event["error"]["type"] == "invalid_request_error" and event["error"]["message"]
 
 
+def parameters(kind: Any, seen: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """All that a type of the `openai` package has, as an object that holds each of its fields, one after the other."""
+    found: dict[str, Any] = {}
+    for inner in (kind, *typing.get_args(kind)):
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in seen:
+            found |= {name: parameters(field.annotation, (*seen, inner)) for name, field in inner.model_fields.items()}
+        elif inner is not kind:
+            found |= parameters(inner, seen)
+    return found
+
+
+def paths(tree: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, inner in tree.items():
+        yield (*at, name)
+        yield from paths(inner, (*at, name))
+
+
+def test_every_parameter_of_the_reference_is_known():
+    """Whatever its value: what is wrong with it may be anything but that nobody knows it."""
+    elsewhere = {
+        "prompt",
+        "tracing",
+        "truncation",
+        "reasoning",
+        "tools",
+        "input",
+        "item",
+        "tool_choice",
+        "voice",
+        "noise_reduction",
+    }
+    for kind in CLIENTS:
+        for path in paths(parameters(kind)):
+            event: Any = None
+            for name in reversed(path):
+                event = {name: event}
+            name = typing.get_args(kind.model_fields["type"].annotation)[0]
+            sent = client(strict=False).say(**{"type": name, **(event if path[0] != "type" else {})})
+            unknown = [e["error"]["param"] for e in sent if e["type"] == "error" and e["error"]["code"] == "unknown_parameter"]
+            assert not unknown or elsewhere & set(path), (name, path, unknown)
+
+
+def test_what_the_reference_does_not_know_is_refused_wherever_it_stands():
+    for event, param in (
+        ({"type": "input_audio_buffer.clear", "voice": 1}, "voice"),
+        ({"type": "session.update", "session": {"audio": {"output": {"pitch": 2}}}}, "session.audio.output.pitch"),
+        ({"type": "conversation.item.create", "item": text("x", name="n")}, "item.name"),
+        ({"type": "response.create", "response": {"input": [text("x", name="n")]}}, "response.input[0].name"),
+    ):
+        error = refused(client().say(**event))
+        assert (error["code"], error["param"]) == ("unknown_parameter", param)
+        assert error["message"] == f"Unknown parameter: {param!r}"
+
+
 # ---- a session
 
 
@@ -133,7 +189,12 @@ def test_an_update_says_what_holds_and_tells_the_session():
             "tools": [tool],
             "output_modalities": ["text"],
             "max_output_tokens": 99,
-            "voice": "alloy",
+            "truncation": "disabled",
+            "tracing": "auto",
+            "include": [],
+            "reasoning": {"effort": "low"},
+            "model": "gpt-realtime",
+            "parallel_tool_calls": False,
             "audio": {
                 "input": {"transcription": {"model": "whisper-1"}, "noise_reduction": {"type": "near_field"}},
                 "output": {"voice": "marin", "speed": 1.5, "format": {"type": "audio/pcmu"}},
@@ -189,7 +250,10 @@ def test_a_part_of_turn_detection_leaves_the_rest():
         ({"instructions": "x" * 40_000}, "session.instructions"),
         ({"instructions": "\ud800"}, "session.instructions"),
         ({"output_modalities": []}, "session.output_modalities"),
-        ({"output_modalities": ["smell"]}, "session.output_modalities"),
+        ({"output_modalities": ["smell"]}, "session.output_modalities[0]"),
+        ({"voice": "alloy"}, "session.voice"),
+        ({"audio": {"input": {"format": {"type": "audio/pcm", "channels": 2}}}}, "session.audio.input.format.channels"),
+        ({"tools": [{"name": "look", "meta": {}}]}, "session.tools[0].meta"),
         ({"max_output_tokens": 0}, "session.max_output_tokens"),
         ({"max_output_tokens": True}, "session.max_output_tokens"),
         ({"tools": {}}, "session.tools"),
@@ -213,10 +277,10 @@ def test_a_part_of_turn_detection_leaves_the_rest():
 )
 def test_an_update_that_cannot_be_done_changes_nothing(session, param):
     c = client()
-    before = c.conversation.config
+    before = c.protocol.config
     error = refused(c.say("session.update", session=session, event_id="e1"))
     assert (error["event_id"], error["param"]) == ("e1", param)
-    assert c.conversation.config == before and len(c.inputs) == 1
+    assert c.protocol.config == before and len(c.inputs) == 1
 
 
 # ---- speech
@@ -350,6 +414,8 @@ def test_a_response_may_have_settings_of_its_own():
     "given",
     [
         {"conversation": "conv_1"},
+        {"temperature": 0.8},
+        {"audio": {"input": {}}},
         {"input": {}},
         {"input": [1]},
         {"input": [{"type": "item_reference", "id": "nobody"}]},
@@ -477,7 +543,7 @@ def test_leaving_push_to_talk_forgets_what_was_not_committed():
     assert events.Forget() in c.inputs
 
 
-@pytest.mark.parametrize("audio", [None, 5, "§", "AAAAA", "AA=A" * 9 + "§", "A" * (SOUND * 4 // 3 + 8)])
+@pytest.mark.parametrize("audio", [None, 5, "§", "AAAAA", "AA=A" * 9 + "§", "A" * (AUDIO * 4 // 3 + 8)])
 def test_audio_that_is_none(audio):
     c = client()
     refused(c.say("input_audio_buffer.append", audio=audio))
@@ -618,7 +684,9 @@ def test_delete():
     assert kinds(c.say("conversation.item.delete", item_id=item)) == ["conversation.item.deleted"]
     assert c.inputs[-1] == events.Delete(2)
     for kind in ("delete", "retrieve", "truncate"):
-        code = refused(c.say(f"conversation.item.{kind}", item_id=item, audio_end_ms=0))["code"]
+        code = refused(c.say(f"conversation.item.{kind}", item_id=item, **({"audio_end_ms": 0} if kind == "truncate" else {})))[
+            "code"
+        ]
         assert code == f"item_{kind}_invalid_item_id"
 
 
@@ -689,7 +757,7 @@ def test_truncations_that_are_none(more):
 
 
 def test_playback_forgets_old_items():
-    playback = Playback()
+    playback = PlaybackClock()
     for n in range(100):
         playback.send(0.0, f"i{n}", n, 0, 160, RATE)
     assert playback.place("i0", 5) is None and playback.place("i99", 5) == (99, 80, 5)
@@ -808,15 +876,21 @@ def test_silence_counts_from_the_end_of_what_is_played():
 # ---- beside the conversation
 
 
+def beside(response: dict[str, Any], *told: events.Event) -> list[events.OutOfBand]:
+    return [events.OutOfBand(response["id"], event) for event in told]
+
+
 def test_a_response_beside_the_conversation_leaves_no_items():
     c = client()
     given = {"conversation": "none", "metadata": {"k": "v"}, "instructions": "Sum up.", "output_modalities": ["text"]}
     response = c.say("response.create", response={**given, "max_output_tokens": 9})[0]["response"]
     assert response["conversation_id"] is None and response["metadata"] == {"k": "v"}
-    assert c.inputs[-1] == events.Aside(-1, None, Setting("Sum up."), 9, False)
+    name = response["id"]
+    assert c.inputs[-1] == events.OutOfBandResponse(name, None, Setting("Sum up."), 9, False)
     assert kinds(c.say("response.create"))[0] == "response.created", "the conversation goes on meanwhile"
-    c.hear(Answering(-1), Answering(3))
-    sent = c.hear(Wrote(-1, "Two words."), Wrote(3, "Hi."), Counted(-1, 7, 0, 0, 3), answered(-1, "Two words."))
+    told = beside(response, Answering(3), Wrote(3, "Two words."), Counted(3, 7, 0, 0, 3), answered(3, "Two words."))
+    c.hear(told[0], Answering(3))
+    sent = c.hear(told[1], Wrote(3, "Hi."), *told[2:])
     ours = [event for event in sent if event.get("response_id") == response["id"] or "response" in event]
     added = ["response.output_item.added", "response.content_part.added", "response.output_text.delta"]
     assert kinds(ours) == [
@@ -851,7 +925,7 @@ def test_a_response_to_items_of_its_own():
     ]  # fmt: skip
     response = c.say("response.create", response={"conversation": "none", "input": past})[0]["response"]
     aside = c.inputs[-1]
-    assert isinstance(aside, events.Aside) and aside.past and aside.setting == Setting("Be brief.")
+    assert isinstance(aside, events.OutOfBandResponse) and aside.past and aside.setting == Setting("Be brief.")
     told = [part for part in aside.past if not isinstance(part, Audio)]
     assert told == [
         events.Write("Earlier.", ask=False), events.Again(7), events.Again(9), events.Write("Now.", ask=False),
@@ -859,28 +933,28 @@ def test_a_response_to_items_of_its_own():
     ]  # fmt: skip
     assert [len(part.samples) for part in aside.past if isinstance(part, Audio)] == [RATE]
     c.say("response.cancel", response_id=response["id"])
-    assert c.inputs[-1] == events.Stop(-1)
-    done = c.hear(Answering(-1), answered(-1, "", "interrupted"))[-1]["response"]
+    assert c.inputs[-1] == events.OutOfBand(response["id"], events.Stop())
+    done = c.hear(*beside(response, Answering(9), answered(9, "", "interrupted")))[-1]["response"]
     assert done["status_details"]["reason"] == "client_cancelled"
 
 
 def test_a_response_to_items_of_its_own_may_be_kept():
     c = client()
     response = c.say("response.create", response={"input": []})[0]["response"]
-    assert c.inputs[-1] == events.Aside(-1, (), Setting(), None, True) and response["conversation_id"]
+    assert c.inputs[-1] == events.OutOfBandResponse(response["id"], (), Setting(), None, True) and response["conversation_id"]
     assert refused(c.say("response.create"))["code"] == "conversation_already_has_active_response"
-    sent = c.hear(Answering(-1), Wrote(-1, "Hi."), said(-1, 0, 0.5))
-    assert "conversation.item.added" in kinds(sent) and c.inputs[-1] == events.Heard(-1, RATE // 2)
-    c.hear(answered(-1, "Hi."))
+    sent = c.hear(*beside(response, Answering(9), Wrote(9, "Hi."), said(9, 0, 0.5)))
+    assert "conversation.item.added" in kinds(sent)
+    assert c.inputs[-1] == events.OutOfBand(response["id"], events.Heard(9, RATE // 2))
+    c.hear(*beside(response, answered(9, "Hi.")))
     assert c.inputs[-1] == events.Recall("Hi.")
 
 
 def test_not_too_many_beside_the_conversation():
     c = client()
-    for _ in range(4):
-        c.say("response.create", response={"conversation": "none"})
+    made = [c.say("response.create", response={"conversation": "none"})[0]["response"] for _ in range(4)]
     assert refused(c.say("response.create", response={"conversation": "none"}))["code"] == "too_many_responses"
-    c.hear(answered(-2, "", "failed"))
+    c.hear(*beside(made[1], answered(9, "", "failed")))
     assert kinds(c.say("response.create", response={"conversation": "none"}))[0] == "response.created"
 
 
@@ -1021,7 +1095,7 @@ def test_g711_by_the_book(kind, code, value):
 )
 def test_a_second_of_sound_stays_a_second_in_any_format(given, echo):
     c = client(strict=given.get("rate") != 16000)  # the types know 24,000 alone
-    format = Format.read(given, "f")
+    format = Format(given["type"], given.get("rate") or Format.rates(given["type"])[0])
     sent = c.say("session.update", session={"audio": {"input": {"format": given}, "output": {"format": given}}})
     assert sent[0]["session"]["audio"]["input"]["format"] == sent[0]["session"]["audio"]["output"]["format"] == echo
     wave = (0.5 * np.sin(np.arange(format.rate) * 2 * np.pi * 440 / format.rate)).astype(np.float32)

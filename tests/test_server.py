@@ -52,7 +52,7 @@ from tests.serving import (
 from tests.talk import Beeps, jpeg
 from web import server
 from web.access import Access, NotServed
-from web.server import Door, Options
+from web.server import Options, Server
 
 TOKEN = "a long secret"
 
@@ -563,7 +563,7 @@ async def test_a_fault_of_ours_ends_one_conversation_with_one_error(engine, mind
 async def test_a_server_that_goes_says_so_in_mid_answer(engine, mind):
     mind.says("One two three four five.")
     mind.stop_after(2)
-    door = Door(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
+    door = Server(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
     async with asyncio.timeout(60):
         async with door.open() as port:
             connection = await plain(port)
@@ -659,7 +659,7 @@ async def test_nano_answers_a_spoken_question_about_a_picture():
 
 async def test_what_a_client_says_was_heard_is_what_the_tape_keeps(engine, mind):
     mind.says("One two three four.")
-    door = Door(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
+    door = Server(engine, VAD, Beeps(), Options(port=0, settings=SETTINGS, clock=fast))
     async with asyncio.timeout(60), door.open() as port, plain(port) as connection:
         await say(connection, "response.create")
         item = (await until(connection, "response.done"))[-1]["response"]["output"][0]["id"]
@@ -732,7 +732,7 @@ async def test_the_log_tells_once_what_the_model_does_not_remember_any_more(engi
 
 
 async def test_who_comes_while_the_model_is_loaded_waits_for_it(engine, mind):
-    door = Door(None, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
+    door = Server(None, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
     async with asyncio.timeout(60), door.open() as port, plain(port) as stock, plain(port, "?extensions=queue") as told:
         assert (await get(port, "/healthz"))[0] == 200
         status, body = await get(port, "/readyz")
@@ -753,7 +753,7 @@ async def test_who_comes_while_the_model_is_loaded_waits_for_it(engine, mind):
 
 
 async def test_a_server_goes_also_while_its_model_is_loaded():
-    door = Door(None, VAD, None, Options(port=0, settings=SETTINGS))
+    door = Server(None, VAD, None, Options(port=0, settings=SETTINGS))
     async with asyncio.timeout(60):
         async with door.open() as port:
             waits = await plain(port, "?extensions=queue")

@@ -699,6 +699,17 @@ async def test_an_answer_may_have_to_begin_with_a_call(running, mind, tools):
 # ---- beside the conversation
 
 
+def out_of_band(door: Door, kind: type) -> list[tuple[str, Any]]:
+    return [(wrapped.name, wrapped.payload) for wrapped in door.of(events.OutOfBand) if isinstance(wrapped.payload, kind)]
+
+
+async def until_out_of_band(door: Door, count: int) -> None:
+    """Until so many of them are over."""
+    async with asyncio.timeout(60):
+        while len(out_of_band(door, events.Answered)) < count:
+            await asyncio.sleep(0)
+
+
 async def test_an_answer_beside_the_conversation_leaves_no_trace(running, mind):
     mind.says("It is red.")
     async with Door(session(running)) as door:
@@ -708,35 +719,42 @@ async def test_an_answer_beside_the_conversation_leaves_no_trace(running, mind):
         before = list(door.session.record.tape.entries)
         await door.put(events.Write("and that", ask=False))
         mind.says("Two words.", "Blue.")
-        await door.put(events.Aside(-1, setting=Setting("Sum up."), spoken=False))
-        await door.until(events.Answered, 2)
-        aside = door.of(events.Answered)[1]
-        assert (aside.answer, aside.text, aside.finish) == (-1, "Two words.", "stop")
-        await door.put(events.Aside(-2, (events.Write("a", ask=False), events.Recall("b"), events.Show(jpeg())), most=3))
-        await door.answered(3)
-        assert (door.of(events.Answered)[2].text, door.of(events.Answered)[2].finish) == ("Blu", "length")
-        assert {event.answer for event in door.of(events.Said)} == {-2, 3}
-        assert not door.of(events.Looked)
+        await door.put(events.OutOfBandResponse("one", setting=Setting("Sum up."), spoken=False))
+        await until_out_of_band(door, 1)
+        past_of_it = (events.Write("a", ask=False), events.Recall("b"), events.Show(jpeg()))
+        await door.put(events.OutOfBandResponse("two", past_of_it, most=3))
+        while not (said := out_of_band(door, events.Said)):
+            await asyncio.sleep(0)
+        await door.put(events.OutOfBand("two", events.Heard(said[0][1].answer, len(said[0][1].pcm))))
+        await until_out_of_band(door, 2)
+        over = [(name, event.text, event.finish) for name, event in out_of_band(door, events.Answered)]
+        assert over == [("one", "Two words.", "stop"), ("two", "Blu", "length")]
+        assert not door.of(events.Looked) and len(door.of(events.Answered)) == 1
         turn = [*before, Opened(), Typed("and that")]
         assert list(door.session.record.tape.entries)[: len(before)] == before
         assert await holds(door.session, mind, by_hand(turn)) and past.positions < by_hand(turn).positions
-        counts = {event.answer: event for event in door.of(events.Counted)}
-        assert counts[-2].pictures > 0 and counts[-1].pictures == counts[-1].sound == 0
-        assert counts[-1].text == by_hand([*before, Setting("Sum up."), Asked()]).positions
+        counts = dict(out_of_band(door, events.Counted))
+        assert counts["two"].pictures > 0 and counts["one"].pictures == counts["one"].sound == 0
+        assert counts["one"].text == by_hand([*before, Setting("Sum up."), Asked()]).positions
 
 
 async def test_answers_beside_the_conversation_are_stopped_and_refused_alone(running, mind):
     mind.says("word " * 30)
     mind.stop_after(2)
     async with Door(session(running, voice=None)) as door:
-        await door.put(events.Aside(-1))
-        await door.until(events.Wrote)
-        await door.put(events.Aside(-2, (events.Show(b"no picture"),)), events.Stop(-1), events.Stop(-9))
-        await door.until(events.Answered, 2)
-        assert [(event.answer, event.finish) for event in door.of(events.Answered)] == [(-2, "failed"), (-1, "interrupted")]
+        await door.put(events.OutOfBandResponse("one"))
+        while not out_of_band(door, events.Wrote):
+            await asyncio.sleep(0)
+        stops = [events.OutOfBand(name, events.Stop()) for name in ("one", "nobody")]
+        await door.put(events.OutOfBandResponse("two", (events.Show(b"no picture"),)), *stops)
+        await until_out_of_band(door, 2)
+        assert [(name, event.finish) for name, event in out_of_band(door, events.Answered)] == [
+            ("two", "failed"),
+            ("one", "interrupted"),
+        ]
         mind.go_on()
-        door.exchanges.clear()
-        assert await converses(door, mind, 3) == "It is fine."
+        assert await holds(door.session, mind, by_hand([Setting()])), "and by then the model has left the one that was stopped"
+        assert await converses(door, mind) == "It is fine."
 
 
 # ---- an answer that is told, and heard later
@@ -767,6 +785,19 @@ async def test_talk_over_an_answer_is_told_at_once_and_so_is_that_it_was_none(ru
         told = [event for event in door.events if isinstance(event, events.Cleared | events.Passed | events.Started)][1:]
         assert [type(event).__name__ for event in told] == ["Cleared", after]
         assert told[0].start is not None and abs(told[0].start - getattr(told[1], "start", told[0].start)) <= 0.2 * 16_000
+
+
+async def test_an_answer_that_is_talked_over_goes_on_as_its_door_begins_to_commit(running, mind):
+    mind.says("It is a red circle. It is large, and left of a square.")
+    async with Door(session(running, captions=False)) as door:
+        await talked_over(door, mind, said(OBJECTION)[:6400], after=2)
+        await door.put(events.Forget(), events.Set(manners=BUFFERED))
+        assert [type(event) for event in door.events if isinstance(event, events.Cleared | events.Passed)] == [
+            events.Cleared,
+            events.Passed,
+        ]
+        await door.answered(1)
+    assert door.of(events.Answered)[0].finish == "stop"
 
 
 async def test_a_turn_whose_caption_fails_is_told_apart(running, mind, monkeypatch):

@@ -1,4 +1,5 @@
-"""Sound on the wire: PCM16 and G.711 to and from samples, rates to and from ours, and what of it a client has played. Pure."""
+"""Sound on the wire: PCM16 and G.711 to and from samples, rates to and from ours, the input audio buffer, and the one ledger of
+what a client has played. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from streams.frames import RATE
-from web.given import Refused, choice, mapping
+from streams.frames import RATE, Audio
 
 Samples = NDArray[np.float32]
 KEPT = 32  # items whose sound can be truncated
@@ -29,14 +29,10 @@ class Format:
     type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
     rate: int = 24_000
 
-    @classmethod
-    def read(cls, given: Any, param: str) -> Format:
-        kind = choice(mapping(given, param).get("type"), f"{param}.type", ("audio/pcm", "audio/pcmu", "audio/pcma"))
-        rates = (24_000, RATE) if kind == "audio/pcm" else (8_000,)
-        rate = rates[0] if given.get("rate") is None else given["rate"]
-        if rate not in rates:
-            raise Refused(f"{param}.rate of {kind} must be {' or '.join(map(str, rates))}", param=f"{param}.rate")
-        return cls(kind, int(rate))  # type: ignore[arg-type]
+    @staticmethod
+    def rates(type: str) -> tuple[int, ...]:
+        """Samples a second that it may have, the usual one first."""
+        return (24_000, RATE) if type == "audio/pcm" else (8_000,)
 
     def as_json(self) -> Mapping[str, Any]:
         return {"type": self.type, **({"rate": self.rate} if self.type == "audio/pcm" else {})}
@@ -47,8 +43,7 @@ class Format:
         return 2 if self.type == "audio/pcm" else 1
 
     def decode(self, data: bytes) -> Samples:
-        if len(data) % self.width:
-            raise Refused("the audio ends in the middle of a sample: 16-bit PCM has an even number of bytes", param="audio")
+        """Samples in [-1, 1] at `rate`, of whole samples."""
         if self.type == "audio/pcm":
             pcm = np.frombuffer(data, "<i2")
         else:
@@ -110,7 +105,6 @@ class Resampler:
     """A stream from one rate to another; some milliseconds stay inside until `flush`."""
 
     def __init__(self, source: int, target: int) -> None:
-        self._rates = source, target
         self._stream = None if source == target else soxr.ResampleStream(source, target, 1, dtype="float32")
 
     def push(self, samples: Samples, last: bool = False) -> Samples:
@@ -118,19 +112,91 @@ class Resampler:
             return samples
         out: Samples = self._stream.resample_chunk(samples, last=last)
         if last:
-            self.__init__(*self._rates)  # type: ignore[misc]
+            self._stream.clear()
         return out.clip(-1, 1)
 
     def flush(self) -> Samples:
         return self.push(np.zeros(0, np.float32), last=True)
 
 
+# ---- the input audio buffer
+
+LONGEST = 110  # seconds of sound that may wait for a commit, or be an item: a turn has 120
+
+
+class BufferFull(ValueError):
+    """One sentence: what more sound would have to wait for."""
+
+
+class InputAudioBuffer:
+    """What a client appends → what a session hears. With turn detection the session judges it; without (`manual`) the session
+    keeps it until it is committed. Where talk is not to interrupt an answer, sound is held here until the answer is over."""
+
+    def __init__(self, format: Format) -> None:
+        self._format, self._resampler = format, Resampler(format.rate, RATE)
+        self.manual = False
+        self._odd = b""  # the first byte of a sample whose second one comes with the next append
+        self._at = 0  # samples that were heard
+        self._uncommitted = 0  # samples
+        self._holds = False
+        self._held: list[Audio] = []
+
+    def set(self, format: Format, manual: bool) -> None:
+        if format != self._format:
+            self._format, self._resampler, self._odd = format, Resampler(format.rate, RATE), b""
+        self.manual = manual
+
+    @property
+    def milliseconds(self) -> int:
+        """That wait for a commit."""
+        return self._uncommitted * 1000 // RATE
+
+    def append(self, data: bytes) -> list[Audio]:
+        """Of any length: a stream may be cut in the middle of a sample. Raises BufferFull."""
+        data = self._odd + data
+        whole = len(data) // self._format.width * self._format.width
+        samples = self._format.decode(data[:whole])
+        more = len(samples) * RATE // self._format.rate
+        if self.manual and self._uncommitted + more > LONGEST * RATE:
+            raise BufferFull(f"more than {LONGEST} seconds wait for a commit")
+        if self._held and self._at - self._held[0].at > LONGEST * RATE:
+            raise BufferFull(f"more than {LONGEST} seconds wait for the end of an answer")
+        self._odd = data[whole:]
+        self._uncommitted += more if self.manual else 0
+        return self._heard(self._resampler.push(samples))
+
+    def commit(self) -> list[Audio]:
+        """The last of what was appended."""
+        self._odd, self._uncommitted = b"", 0
+        return self._heard(self._resampler.flush())
+
+    def clear(self) -> None:
+        self._resampler, self._odd, self._uncommitted = Resampler(self._format.rate, RATE), b"", 0
+        self._held.clear()
+
+    def hold(self, holds: bool) -> list[Audio]:
+        """Whether what comes is to wait; what waited, where it is not."""
+        self._holds = holds
+        held, self._held = ([], self._held) if holds else (self._held, [])
+        return held
+
+    def _heard(self, samples: Samples) -> list[Audio]:
+        if not len(samples):
+            return []
+        sound = Audio(np.ascontiguousarray(samples), self._at)
+        self._at += len(samples)
+        if not self._holds:
+            return [sound]
+        self._held.append(sound)
+        return []
+
+
 # ---- what was played
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Sound of an item that is one piece of an answer: it begins `offset` seconds into the item, at `sample` of the answer."""
+class _Piece:
+    """Sound of an item without a gap in its answer: it begins `offset` seconds into the item, at `sample` of the answer."""
 
     offset: float
     sample: int
@@ -138,27 +204,27 @@ class _Stretch:
     rate: int
 
 
-class Playback:
+class PlaybackClock:
     """Clients do not say what they have played: it is counted from the moment at which sound was sent, one second a second.
 
     Seconds are of a clock that whoever calls has; samples are of the answer, which may be taken up again at an earlier word.
     """
 
     def __init__(self) -> None:
-        self._items: OrderedDict[str, tuple[int, list[_Stretch]]] = OrderedDict()  # item: answer and its sound
-        self._queue: deque[tuple[float, int, _Stretch]] = deque()  # when it begins to be played, of which answer
+        self._items: OrderedDict[str, tuple[int, list[_Piece]]] = OrderedDict()  # item: answer and its sound
+        self._queue: deque[tuple[float, int, _Piece]] = deque()  # when it begins to be played, of which answer
         self.end = 0.0  # when all is played
 
     def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> float:
         """How many seconds of the item's sound are before it."""
         begin, self.end = max(now, self.end), max(now, self.end) + count / rate
-        _, stretches = self._items.setdefault(item, (answer, []))
-        offset = stretches[-1].offset + stretches[-1].count / stretches[-1].rate if stretches else 0.0
-        self._queue.append((begin, answer, _Stretch(offset, sample, count, rate)))
-        if stretches and stretches[-1].sample + stretches[-1].count == sample:
-            stretches[-1].count += count
+        _, pieces = self._items.setdefault(item, (answer, []))
+        offset = pieces[-1].offset + pieces[-1].count / pieces[-1].rate if pieces else 0.0
+        self._queue.append((begin, answer, _Piece(offset, sample, count, rate)))
+        if pieces and pieces[-1].sample + pieces[-1].count == sample:
+            pieces[-1].count += count
         else:
-            stretches.append(_Stretch(offset, sample, count, rate))
+            pieces.append(_Piece(offset, sample, count, rate))
         while len(self._items) > KEPT:
             self._items.popitem(last=False)
         return offset
@@ -167,10 +233,10 @@ class Playback:
         """Answer and sample that were reached; None when nothing new was played."""
         reached = None
         while self._queue and self._queue[0][0] <= now:
-            begin, answer, stretch = self._queue[0]
-            played = min(stretch.count, int((now - begin) * stretch.rate))
-            reached = answer, stretch.sample + played
-            if played < stretch.count:
+            begin, answer, piece = self._queue[0]
+            played = min(piece.count, int((now - begin) * piece.rate))
+            reached = answer, piece.sample + played
+            if played < piece.count:
                 break
             self._queue.popleft()
         return reached
@@ -184,9 +250,9 @@ class Playback:
         """Answer and sample at `ms` of an item's sound, and `ms` or the sound's end where that is earlier. None: it has none."""
         if item not in self._items:
             return None
-        answer, stretches = self._items[item]
-        last = stretches[-1]
+        answer, pieces = self._items[item]
+        last = pieces[-1]
         seconds = min(ms / 1000, last.offset + last.count / last.rate)
-        stretch = next(stretch for stretch in reversed(stretches) if stretch.offset <= seconds)
-        into = min(stretch.count, round((seconds - stretch.offset) * stretch.rate))
-        return answer, stretch.sample + into, min(ms, round(seconds * 1000))
+        piece = next(piece for piece in reversed(pieces) if piece.offset <= seconds)
+        into = min(piece.count, round((seconds - piece.offset) * piece.rate))
+        return answer, piece.sample + into, min(ms, round(seconds * 1000))

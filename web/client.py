@@ -1,147 +1,215 @@
-"""One client of the server and its session.
-
-Four tasks: the session, what comes in, what goes out, and the clock of what was played. The first that ends is the end of
-all four. Every queue is bounded; who does not read or sends too much waits alone.
-"""
+"""A client of the protocol, as it stands behind `Session.run`: a conversation with a server, for a door or a measurement."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
-import logging
-import secrets
-import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
-from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosed
+import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from agent import events
-from agent.events import Event
-from agent.session import DoorStuck, Session
-from web.inbox import Inbox
-from web.protocol import Conversation
-from web.socket import Allowance
+from agent.events import Event, Input
+from agent.marks import Mark
+from streams.frames import RATE, Audio
+from web.audio import PCM, Format
 
-if TYPE_CHECKING:
-    from web.server import Door
-
-EVENTS = 500  # of a client in a second; who sends more waits, and
-SHARE = 16 << 10  # bytes count as one more
-UNSENT = 256  # events
-BEHIND = 400  # positions that may wait for the model before more sound is taken
-TICK = 0.02  # seconds
-CLOSING = 2.0  # seconds
-
-log = logging.getLogger("attend.serve")
+EXTENSIONS = "camera,marks,playback,notes"
+OURS = Format(rate=RATE)  # what microphones give: at 24 kHz a resampler on each side would hold it back
+FRAMES = 16  # of a camera, of which the server may still say that it looked at them
+Emit = Callable[[Event], Awaitable[None]]
 
 
-class Client:
-    """One client and its session."""
-
-    def __init__(self, door: Door, connection: ServerConnection, session: Session, name: str, asked: frozenset[str]) -> None:
-        self.door, self.connection, self.session, self.name = door, connection, session, name
-        o = door.options
-        system = o.settings.setting.system or ""
-        voice = o.voice if door.voice else None
-        self.conversation = Conversation(name, o.model, voice, asked, o.settings.manners, system)
-        self._inbox = Inbox(lambda: session.record.row.behind > BEHIND, lambda: session.full)
-        self._unsent: asyncio.Queue[str] = asyncio.Queue(UNSENT)
-        self._order = asyncio.Lock()
-        self._failed: str | None = None
-        raw = connection.transport.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the system takes a minute of sound at once
-
-    async def run(self) -> tuple[int, str]:
-        """Close code, and why."""
-        door, run = self.door, asyncio.create_task(self.session.run(self._inbox.inputs(), self._emit))
-        write, going = asyncio.create_task(self._write()), asyncio.create_task(door.stopping.wait())
-        tasks = [run, write, going, asyncio.create_task(self._read()), asyncio.create_task(self._play())]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        stopping = going.done()
-        if run.done() and not write.done():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSING):
-                    await self._unsent.join()
-        for task in tasks:
-            task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        trouble = next((end for end in ends if isinstance(end, Exception) and not isinstance(end, ConnectionClosed)), None)
-        if isinstance(trouble, DoorStuck):
-            door.metrics.errors.labels("unread").inc()
-            return await hang_up(self.connection, 1013, str(trouble))
-        if trouble is not None:
-            door.metrics.errors.labels("fault").inc()
-            log.error("%s fault", self.name, exc_info=trouble)
-            return await hang_up(self.connection, 1011, "something is wrong with the server; this conversation is over", "fault")
-        if self._failed is not None:
-            return await hang_up(self.connection, 1011, self._failed)
-        if stopping:
-            return await hang_up(self.connection, 1012, "the server is going")
-        return self.connection.close_code or 1000, "the client has gone"
-
-    async def _read(self) -> None:
-        allowance = Allowance(EVENTS)
-        async for message in self.connection:
-            await asyncio.sleep(allowance.take(1 + len(message) / SHARE))  # be it 0: hundreds of messages may have come at once
-            self.conversation.receive(message, self.door.options.clock())
-            await self._hand_on()
-            await self._inbox.room()
-
-    async def _emit(self, event: Event) -> None:
-        self.door.metrics.count(event)
-        self._say(event)
-        if isinstance(event, events.Failed):
-            self._failed = event.message
-        self.conversation.tell(event, self.door.options.clock())
-        await self._hand_on()
-
-    async def _play(self) -> None:
-        while True:
-            await asyncio.sleep(TICK)
-            self.conversation.played(self.door.options.clock())
-            await self._hand_on()
-
-    async def _hand_on(self) -> None:
-        """To the session and to the client, in order: those that wait for a slow reader do so in a line."""
-        async with self._order:
-            out, inputs = self.conversation.out[:], self.conversation.inputs[:]
-            self.conversation.out.clear()
-            self.conversation.inputs.clear()
-            self._inbox.put(inputs)
-            for event in out:
-                await self._unsent.put(json.dumps(event))
-
-    async def _write(self) -> None:
-        while True:
-            await self.connection.send(await self._unsent.get())
-            self._unsent.task_done()
-
-    def _say(self, event: Event) -> None:
-        door = self.door
-        match event:
-            case events.Stopped():
-                door.say("turn", self.name, turn=event.turn, ms=(event.end * 1000) // 16_000, by=event.why)
-            case events.Captioned():
-                door.say("caption", self.name, event.text, turn=event.turn)
-            case events.Answered():
-                door.say("answer", self.name, event.text, answer=event.answer, finish=event.finish, tokens=event.tokens)
-            case events.Timed():
-                door.say("times", self.name, answer=event.answer, ms={key: round(ms) for key, ms in event.stages.items()})
-            case events.LetGo():
-                door.say("let go", self.name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
-            case events.Noted() | events.Failed():
-                door.say("trouble", self.name, message=event.message)
+def address(url: str) -> str:
+    """Of the protocol at a server: `ws://host:port` is enough."""
+    scheme, host, path, query, _ = urlsplit(url)
+    more = f"extensions={EXTENSIONS}"
+    return urlunsplit((scheme, host, path if path.strip("/") else "/v1/realtime", f"{query}&{more}" if query else more, ""))
 
 
-async def hang_up(connection: ServerConnection, code: int, why: str, error: str | None = None) -> tuple[int, str]:
-    """`error`: said in an event of this code first."""
-    if error:
-        wrong = {"type": "server_error", "code": error, "message": why, "param": None, "event_id": None}
-        event = json.dumps({"type": "error", "event_id": f"event_{secrets.token_hex(4)}", "error": wrong})
-        with suppress(ConnectionClosed, TimeoutError):
-            async with asyncio.timeout(CLOSING):
-                await connection.send(event)
-    await connection.close(code, why.encode()[:120].decode(errors="ignore"))
-    return code, why
+class RealtimeClient:
+    """One conversation with the server at `url`. What it takes from its door is what a session takes, but for what the server
+    decides; what it tells is what a client can know. Times are in milliseconds after word came that the turn is over;
+    "speech_end" is when the last word left here. `spoken` False: answers are to be text alone. `keys`: only `Press` and
+    `Release` open and close turns."""
+
+    def __init__(self, url: str, token: str | None = None, spoken: bool = True, keys: bool = False) -> None:
+        self.lost: str | None = None  # why the conversation ended before its door had said everything
+        self._url, self._headers = address(url), {"Authorization": f"Bearer {token}"} if token else {}
+        self._spoken, self._keys, self._pressed = spoken, keys, False
+        self._sent: deque[tuple[int, float]] = deque(maxlen=2000)  # ends of pieces of sound, and when they went
+        self._frames: deque[tuple[str, bytes]] = deque(maxlen=FRAMES)
+        self._count = 0  # of them
+        self._numbers: dict[str, int] = {}  # of items, responses and frames
+        self._answer: int | None = None  # the one that is told or played
+        self._item, self._finish, self._kept = "", "", ""
+        self._text, self._told, self._heard = "", 0, 0  # of it: words, samples that came, samples that were played
+        self._stopped: float | None = None  # when the turn was over that no answer belongs to yet
+        self._ended = 0.0  # milliseconds before that: its last word left here
+        self._begun = 0.0  # the answer's turn was over then
+        self._stages: dict[str, float] = {}
+
+    async def run(self, inputs: AsyncIterator[Input], emit: Emit) -> None:
+        """Until `inputs` end. A server that cannot be reached, or goes, is told as Failed."""
+        try:
+            async with connect(self._url, additional_headers=self._headers, compression=None, max_size=None) as line:
+                heard: dict[str, Any] = {"format": OURS.as_json(), "transcription": {"model": "attend"}}
+                heard |= {"turn_detection": None} if self._keys else {}
+                how = {} if self._spoken else {"output_modalities": ["text"]}
+                await self._say(line, "session.update", session={"type": "realtime", "audio": {"input": heard}, **how})
+                read = asyncio.create_task(self._read(line, emit))
+                try:
+                    async for item in inputs:
+                        if read.done():
+                            await read
+                            break
+                        await self._take(line, item, emit)
+                finally:
+                    read.cancel()
+                    with suppress(asyncio.CancelledError, ConnectionClosed):
+                        await read
+        except (ConnectionClosed, InvalidHandshake, InvalidURI, OSError) as error:
+            self.lost = str(error)
+            await emit(events.Failed(f"the conversation with {self._url} is over: {error}"))
+
+    async def _say(self, line: ClientConnection, type: str, **fields: Any) -> None:
+        await line.send(json.dumps({"type": type, **fields}))
+
+    async def _take(self, line: ClientConnection, item: Input, emit: Emit) -> None:
+        match item:
+            case Audio() if self._pressed or not self._keys:
+                audio = base64.b64encode(OURS.encode(item.samples)).decode()
+                await self._say(line, "input_audio_buffer.append", audio=audio)
+                self._sent.append((item.at + len(item.samples), time.monotonic()))
+            case events.Press():
+                self._pressed = True
+                if self._answer is not None:
+                    await self._say(line, "response.cancel")
+                    await emit(events.Cleared(self._answer))
+                await emit(events.Started(-1, 0, 0))
+            case events.Release():
+                self._pressed = False
+                self._stopped, self._ended = time.monotonic(), 0.0
+                await self._say(line, "input_audio_buffer.commit")
+                await self._say(line, "response.create")
+                await emit(events.Stopped(-1, 0, 0, "released"))
+            case events.Show(live=True):
+                self._count += 1
+                self._frames.append((f"frame{self._count}", item.data))
+                await self._say(line, "attend.camera.frame", frame_id=f"frame{self._count}", image_url=_uri(item.data))
+            case events.Show():
+                await self._create(line, {"type": "input_image", "image_url": _uri(item.data)})
+            case events.Write():
+                await self._create(line, {"type": "input_text", "text": item.text})
+                if item.ask:
+                    await self._say(line, "response.create")
+            case events.Heard(answer, sample) if answer == self._answer:
+                self._heard = sample
+                await self._over(emit)
+
+    async def _create(self, line: ClientConnection, part: dict[str, Any]) -> None:
+        await self._say(line, "conversation.item.create", item={"type": "message", "role": "user", "content": [part]})
+
+    async def _read(self, line: ClientConnection, emit: Emit) -> None:
+        async for message in line:
+            event = json.loads(message)
+            match event["type"]:
+                case "input_audio_buffer.speech_started":
+                    await emit(events.Started(self._number(event["item_id"]), 0, event["audio_start_ms"] * RATE // 1000))
+                case "input_audio_buffer.speech_stopped":
+                    await self._stop(event, emit)
+                case "input_audio_buffer.cleared":  # it was no turn
+                    self._stopped = None
+                    await emit(events.Passed(0))
+                case "conversation.item.input_audio_transcription.completed":
+                    await emit(events.Captioned(self._number(event["item_id"]), event["transcript"]))
+                case "response.created":
+                    await self._begin(event["response"]["id"], emit)
+                case "response.output_audio_transcript.delta" | "response.output_text.delta" if self._answer is not None:
+                    self._reached("first_token")
+                    self._text += event["delta"]
+                    await emit(events.Wrote(self._answer, event["delta"]))
+                case "response.output_audio.delta" if self._answer is not None:
+                    self._reached("first_sound")
+                    pcm = PCM.decode(base64.b64decode(event["delta"]))
+                    said = events.Said(self._answer, self._told, pcm, PCM.rate)
+                    self._item, self._told = event["item_id"], self._told + len(pcm)
+                    await emit(said)
+                case "attend.words" if self._answer is not None:
+                    words = [events.Spoken(word["start"], word["end"], _samples(word["audio_ms"])) for word in event["words"]]
+                    await emit(events.Said(self._answer, self._told, np.zeros(0, np.float32), PCM.rate, tuple(words)))
+                case "attend.cleared" if self._answer is not None:
+                    await emit(events.Cleared(self._answer))
+                case "attend.camera.looked":
+                    if data := next((data for name, data in self._frames if name == event["frame_id"]), None):
+                        await emit(events.Looked(self._number(event["frame_id"]), -1, data))
+                case "attend.mark" if self._answer is not None:
+                    mark, frame = event["mark"], event["frame_id"]
+                    picture = self._number(frame) if frame is not None else None
+                    await emit(events.Marked(self._answer, picture, Mark(tuple(mark["box_2d"]), mark["label"])))
+                case "response.done":
+                    await self._done(line, event["response"], emit)
+                case "attend.note":
+                    await emit(events.Noted(event["message"]))
+                case "error":
+                    await emit(events.Noted(event["error"]["message"]))
+
+    async def _stop(self, event: dict[str, Any], emit: Emit) -> None:
+        end, now = event["audio_end_ms"] * RATE // 1000, time.monotonic()
+        left = next((at for sample, at in self._sent if sample >= end), now)
+        self._stopped, self._ended = now, (left - now) * 1000
+        await emit(events.Stopped(self._number(event["item_id"]), 0, end, "silence"))
+
+    async def _begin(self, response: str, emit: Emit) -> None:
+        self._answer = self._number(response)
+        self._text, self._finish, self._kept, self._told, self._heard, self._item = "", "", "", 0, 0, ""
+        self._stages = {} if self._stopped is None else {"speech_end": self._ended}
+        self._begun, self._stopped = self._stopped or 0.0, None
+        await emit(events.Answering(self._answer))
+
+    async def _done(self, line: ClientConnection, response: dict[str, Any], emit: Emit) -> None:
+        if self._answer is None:
+            return
+        self._finish = {"completed": "stop", "incomplete": "length", "cancelled": "interrupted"}.get(response["status"], "failed")
+        parts = [part for item in response["output"] for part in item.get("content", ())]
+        self._kept = "".join(part.get("transcript") or part.get("text") or "" for part in parts)
+        if self._finish == "interrupted":
+            if self._item:  # the server has counted what was played, and here it is known
+                ms = min(self._heard, self._told) * 1000 // PCM.rate
+                where = {"item_id": self._item, "content_index": 0, "audio_end_ms": ms}
+                await self._say(line, "conversation.item.truncate", **where)
+            self._heard = self._told
+        await self._over(emit)
+
+    async def _over(self, emit: Emit) -> None:
+        """The answer is over once all of it came and was played."""
+        if self._answer is None or not self._finish or self._heard < self._told:
+            return
+        answer, self._answer = self._answer, None
+        finish: Any = self._finish
+        kept = len(self._kept) if self._finish == "interrupted" else len(self._text)
+        await emit(events.Answered(answer, self._text, kept, finish, 0, 0))
+        await emit(events.Timed(answer, self._stages, 0))
+
+    def _reached(self, stage: str) -> None:
+        if self._stages:
+            self._stages.setdefault(stage, (time.monotonic() - self._begun) * 1000)
+
+    def _number(self, id: str) -> int:
+        return self._numbers.setdefault(id, len(self._numbers) + 1)
+
+
+def _uri(picture: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+
+
+def _samples(ms: float) -> int:
+    return round(ms * PCM.rate / 1000)

@@ -1,6 +1,6 @@
-"""What a client may set of a session (`session.update`) and of one response, what of it we do, and how we say so.
+"""What holds of a session: what `session.update` and `response.create` change of it, and how it is echoed.
 
-What we cannot do is not echoed: `session.updated` tells what holds.
+What a client may choose nothing of (voice, speed, noise reduction, …) is echoed as it is: `session.updated` tells what holds.
 """
 
 from __future__ import annotations
@@ -10,19 +10,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import msgspec
+from msgspec import UNSET
+
 from agent.calls import declaration
 from agent.tape import Setting
 from agent.turns import Manners
 from web.audio import PCM, Format
-from web.given import Refused, choice, mapping, number, sequence, text, truth, whole
+from web.schema import (
+    AudioFormat,
+    FunctionTool,
+    InvalidRequest,
+    ResponseOptions,
+    ResponseParams,
+    SessionOptions,
+    ToolChoice,
+    Transcription,
+    TurnDetection,
+    checked,
+)
 
-TOOLS = 128
 TOOL = 16_384  # characters of one tool's declaration
-MOST = 4096  # tokens of a response, as the protocol has it
+MAX_TOKENS = 4096  # of a response, as the protocol has it
 
 # A model that tells from the words whether a sentence is complete is not there yet; eagerness says how long a pause may be.
 EAGERNESS = {"low": 1000, "medium": 500, "auto": 500, "high": 300}  # ms
-DETECTION: Mapping[str, Any] = {
+SERVER_VAD: Mapping[str, Any] = {
     "type": "server_vad",
     "threshold": 0.5,
     "prefix_padding_ms": 300,
@@ -31,35 +44,36 @@ DETECTION: Mapping[str, Any] = {
     "create_response": True,
     "interrupt_response": True,
 }
-SEMANTIC: Mapping[str, Any] = {
+SEMANTIC_VAD: Mapping[str, Any] = {
     "type": "semantic_vad", "eagerness": "auto", "create_response": True, "interrupt_response": True,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Config:
-    """`detection` is None for push-to-talk; `most` tokens of an answer, None for as many as we allow."""
+class SessionConfig:
+    """`turn_detection` is None for push-to-talk; `max_tokens` of an answer None for as many as we allow."""
 
     instructions: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
-    choice: str | Mapping[str, Any] = "auto"  # of tools, as the protocol has it
+    tool_choice: str | Mapping[str, Any] = "auto"
     spoken: bool = True
-    most: int | None = None
+    max_tokens: int | None = None
     transcription: Mapping[str, Any] | None = None
-    detection: Mapping[str, Any] | None = None
+    turn_detection: Mapping[str, Any] | None = None
     input: Format = PCM
     output: Format = PCM
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.instructions or None, () if self.choice == "none" else self.tools)
+        """The system prompt and tools that the model is given."""
+        return Setting(self.instructions or None, () if self.tool_choice == "none" else self.tools)
 
     @property
     def calls(self) -> tuple[str, ...]:
         """The tools of which an answer must call one."""
-        if isinstance(self.choice, str):
-            return tuple(tool["name"] for tool in self.tools) if self.choice == "required" else ()
-        return (self.choice["name"],)
+        if isinstance(self.tool_choice, str):
+            return tuple(tool["name"] for tool in self.tools) if self.tool_choice == "required" else ()
+        return (self.tool_choice["name"],)
 
     @property
     def modality(self) -> Literal["audio", "text"]:
@@ -68,20 +82,22 @@ class Config:
     @property
     def idle(self) -> float | None:
         """Seconds of silence after an answer that ask for another one."""
-        ms = (self.detection or {}).get("idle_timeout_ms")
+        ms = (self.turn_detection or {}).get("idle_timeout_ms")
         return None if ms is None else ms / 1000
 
     @property
-    def patient(self) -> bool:
+    def uninterrupted(self) -> bool:
         """Nobody interrupts an answer by talking."""
-        return self.detection is None or not self.detection["interrupt_response"]
+        return self.turn_detection is None or not self.turn_detection["interrupt_response"]
 
     @property
     def answers(self) -> bool:
-        return self.detection is None or bool(self.detection["create_response"])
+        """A turn is answered as soon as it ends."""
+        return self.turn_detection is None or bool(self.turn_detection["create_response"])
 
     def manners(self, usual: Manners) -> Manners:
-        given = self.detection
+        """How the session detects turns; `usual` holds for what the protocol does not say."""
+        given = self.turn_detection
         if given is None:
             return replace(usual, hands_free=False, buffered=True, idle=None)
         usual = replace(usual, hands_free=True, buffered=False, interrupt=given["interrupt_response"])
@@ -95,62 +111,66 @@ class Config:
             idle=given["idle_timeout_ms"],
         )
 
-    def updated(self, given: Mapping[str, Any]) -> Config:
-        """With what `session.update` says; raises Refused before anything holds."""
-        choice(given.get("type", "realtime"), "session.type", ("realtime",))
-        now = self.answering(given, "session")
-        audio = _within(given, "audio", "session.audio")
-        into = _within(audio, "input", "session.audio.input")
-        if into.get("format") is not None:
-            now = replace(now, input=Format.read(into["format"], "session.audio.input.format"))
-        if "transcription" in into:
-            now = replace(now, transcription=_transcription(into["transcription"]))
-        if "turn_detection" in into:
-            now = replace(now, detection=_detection(into["turn_detection"], now.detection))
+    def updated(self, options: SessionOptions) -> SessionConfig:
+        """With what `session.update` says. Raises InvalidRequest before anything holds."""
+        now = self.of_response(options, "session")
+        given = options.audio.input if options.audio else None
+        if given is None:
+            return now
+        if given.format:
+            now = replace(now, input=_format(given.format, "session.audio.input.format"))
+        if given.transcription is not UNSET:
+            now = replace(now, transcription=_transcription(given.transcription))
+        if given.turn_detection is not UNSET:
+            now = replace(now, turn_detection=_turn_detection(given.turn_detection, now.turn_detection))
         return now
 
-    def answering(self, given: Mapping[str, Any], where: str) -> Config:
-        """With what may also be said of one response."""
-        now = self
-        if given.get("prompt") is not None:
-            raise Refused(f"{where}.prompt is stored where nobody looks; say it in {where}.instructions", param=f"{where}.prompt")
-        if given.get("instructions") is not None:
-            now = replace(now, instructions=text(given["instructions"], f"{where}.instructions"))
-        if given.get("tools") is not None:
-            now = replace(now, tools=_tools(given["tools"], f"{where}.tools"))
-        if (chosen := given.get("tool_choice")) is not None:
-            now = replace(now, choice=_choice(chosen, f"{where}.tool_choice"))
-        if now.choice == "required" and not now.tools:
-            raise Refused(f"{where}.tool_choice is required, and there are no tools", param=f"{where}.tool_choice")
+    def of_response(self, options: SessionOptions | ResponseParams, where: str) -> SessionConfig:
+        """With what may be said of the session and of one response."""
+        now = self._with_tools(options, where)
+        if options.prompt is not None:
+            message = f"{where}.prompt is stored where nobody looks; say it in {where}.instructions"
+            raise InvalidRequest(message, param=f"{where}.prompt")
+        if options.instructions is not None:
+            now = replace(now, instructions=options.instructions)
+        if options.output_modalities is not None:
+            now = replace(now, spoken="audio" in options.output_modalities)
+        if (most := options.max_output_tokens) is not None:
+            now = replace(now, max_tokens=None if most == "inf" else most)
+        output = options.audio.output if options.audio else None
+        if output and output.format:
+            now = replace(now, output=_format(output.format, f"{where}.audio.output.format"))
+        return now
+
+    def _with_tools(self, options: ResponseOptions, where: str) -> SessionConfig:
+        now, param = self, f"{where}.tool_choice"
+        if options.tools is not None:
+            now = replace(now, tools=tuple(_tool(tool, f"{where}.tools[{n}]") for n, tool in enumerate(options.tools)))
+        if (choice := options.tool_choice) is not None:
+            now = replace(now, tool_choice=msgspec.to_builtins(choice) if isinstance(choice, ToolChoice) else choice)
+        if now.tool_choice == "required" and not now.tools:
+            raise InvalidRequest(f"{param} is required, and there are no tools", param=param)
         if not set(now.calls) <= {tool["name"] for tool in now.tools}:
-            raise Refused(f"{where}.tool_choice names {now.calls[0]!r}, which is no tool", param=f"{where}.tool_choice")
-        if given.get("output_modalities") is not None:
-            now = replace(now, spoken=_spoken(given["output_modalities"], f"{where}.output_modalities"))
-        if (most := given.get("max_output_tokens")) is not None:
-            now = replace(now, most=None if most == "inf" else whole(most, f"{where}.max_output_tokens", 1, MOST))
-        audio = _within(given, "audio", f"{where}.audio")
-        out = _within(audio, "output", f"{where}.audio.output")
-        if out.get("format") is not None:
-            now = replace(now, output=Format.read(out["format"], f"{where}.audio.output.format"))
+            raise InvalidRequest(f"{param} names {now.calls[0]!r}, which is no tool", param=param)
         return now
 
-    def as_json(self, name: str, model: str, voice: str) -> dict[str, Any]:
+    def as_json(self, id: str, model: str, voice: str) -> dict[str, Any]:
         return {
             "type": "realtime",
             "object": "realtime.session",
-            "id": name,
+            "id": id,
             "model": model,
             "instructions": self.instructions,
             "output_modalities": [self.modality],
-            "max_output_tokens": self.most or "inf",
+            "max_output_tokens": self.max_tokens or "inf",
             "tools": list(self.tools),
-            "tool_choice": self.choice,
+            "tool_choice": self.tool_choice,
             "audio": {
                 "input": {
                     "format": self.input.as_json(),
                     "transcription": self.transcription,
                     "noise_reduction": None,
-                    "turn_detection": self.detection,
+                    "turn_detection": self.turn_detection,
                 },
                 "output": {"format": self.output.as_json(), "voice": voice, "speed": 1.0},
             },
@@ -161,81 +181,46 @@ class Config:
         }
 
 
-def _within(given: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    return mapping({} if given.get(name) is None else given[name], where)
+def _format(given: AudioFormat, where: str) -> Format:
+    rates = Format.rates(given.type)
+    if given.rate not in (None, *rates):
+        known = " or ".join(map(str, rates))
+        raise InvalidRequest(f"{where}.rate of {given.type} must be {known}", param=f"{where}.rate")
+    return Format(given.type, given.rate or rates[0])
 
 
-def _spoken(given: Any, where: str) -> bool:
-    kinds = [choice(kind, where, ("text", "audio")) for kind in sequence(given, where, 2)]
-    if not kinds:
-        raise Refused(f'{where} must be ["audio"] or ["text"]', param=where)
-    return "audio" in kinds
-
-
-def _transcription(given: Any) -> Mapping[str, Any] | None:
+def _transcription(given: Transcription | None) -> Mapping[str, Any] | None:
     if given is None:
         return None
-    where = "session.audio.input.transcription"
-    asked = mapping(given, where)
-    said = {name: text(asked[name], f"{where}.{name}", 256) for name in ("model", "language") if asked.get(name) is not None}
-    return {"model": "attend", **said}  # which one, is not the client's to say: the model that listens also writes
+    said = {"model": given.model, "language": given.language}
+    return {"model": "attend", **{name: value for name, value in said.items() if value is not None}}
 
 
-def _detection(given: Any, now: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _turn_detection(given: TurnDetection | None, now: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if given is None:
         return None
-    where = "session.audio.input.turn_detection"
-    asked = mapping(given, where)
-    kind = choice(asked.get("type", now["type"] if now else "server_vad"), f"{where}.type", ("server_vad", "semantic_vad"))
-    usual = SEMANTIC if kind == "semantic_vad" else DETECTION
-    out = {**usual, **(now if now and now["type"] == kind else {})}
-    for name in usual.keys() - {"type"}:
-        if name not in asked or (asked[name] is None and name != "idle_timeout_ms"):
-            continue
-        value, param = asked[name], f"{where}.{name}"
-        match name:
-            case "create_response" | "interrupt_response":
-                out[name] = truth(value, param)
-            case "eagerness":
-                out[name] = choice(value, param, tuple(EAGERNESS))
-            case "threshold":
-                out[name] = float(number(value, param, 0, 1))
-            case "prefix_padding_ms":
-                out[name] = whole(value, param, 0, 2000)
-            case "silence_duration_ms":
-                out[name] = whole(value, param, 0, 10_000)
-            case "idle_timeout_ms":
-                out[name] = None if value is None else whole(value, param, 1000, 300_000)
-    return out
+    kind = given.type or (now["type"] if now else "server_vad")
+    usual = SEMANTIC_VAD if kind == "semantic_vad" else SERVER_VAD
+    kept = now if now and now["type"] == kind else {}
+    said = {name: value for name in usual if name != "type" and _is_said(name, value := getattr(given, name))}
+    return {**usual, **kept, **said}
 
 
-def _choice(given: Any, where: str) -> str | Mapping[str, Any]:
-    if not isinstance(given, dict):
-        return choice(given, where, ("auto", "none", "required"))
-    choice(given.get("type"), f"{where}.type", ("function",))
-    return {"type": "function", "name": text(given.get("name"), f"{where}.name", 64)}
+def _is_said(name: str, value: Any) -> bool:
+    return value is not UNSET and (value is not None or name == "idle_timeout_ms")
 
 
-def _tools(given: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    return tuple(_tool(tool, f"{where}[{n}]") for n, tool in enumerate(sequence(given, where, TOOLS)))
-
-
-def _tool(given: Any, where: str) -> Mapping[str, Any]:
-    tool = mapping(given, where)
-    if tool.get("type", "function") != "function":
-        raise Refused(f"{where} is no function; servers of tools are not connected to from here", param=f"{where}.type")
-    name = text(tool.get("name"), f"{where}.name", 64)
-    if not name or not all(character.isalnum() or character in "_-." for character in name):
-        raise Refused(f"{where}.name may hold nothing but letters, digits, dots, _ and -", param=f"{where}.name")
-    if tool.get("parameters") is not None:
-        mapping(tool["parameters"], f"{where}.parameters")
-    kept = {key: tool[key] for key in ("description", "parameters") if tool.get(key) is not None}
-    kept = {"type": "function", "name": name, **kept}
+def _tool(given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if given.get("type") == "mcp":
+        raise InvalidRequest(f"{where} is no function; servers of tools are not connected to from here", param=f"{where}.type")
+    tool = checked(given, FunctionTool, where)
+    said = {"description": tool.description, "parameters": tool.parameters}
+    kept = {"type": "function", "name": tool.name, **{name: value for name, value in said.items() if value is not None}}
     try:
-        text(json.dumps(kept, ensure_ascii=False), where, TOOL)
+        length = len(json.dumps(kept, ensure_ascii=False))
         list(declaration(kept))
     except (TypeError, AttributeError, RecursionError) as error:
-        raise Refused(f"{where} is no JSON schema that can be read", param=f"{where}.parameters") from error
-    if not isinstance(kept.get("description", ""), str):
-        raise Refused(f"{where}.description must be a string", "invalid_type", f"{where}.description")
+        raise InvalidRequest(f"{where} is no JSON schema that can be read", param=f"{where}.parameters") from error
+    if length > TOOL:
+        raise InvalidRequest(f"{where} has more than {TOOL:,} characters", "string_above_max_length", where)
     return kept

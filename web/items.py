@@ -1,140 +1,159 @@
-"""The items of a conversation as the protocol writes them, and what a client's own items put into a session."""
+"""The items of a conversation: as the protocol writes them, and as a session takes those that a client creates or refers to."""
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agent import events
-from streams.frames import RATE, MediaError
+from agent.calls import ToolCall
+from agent.events import Past
+from streams.frames import RATE, Audio, MediaError
 from streams.pictures import check_picture
-from web.audio import Format, Resampler, Samples
-from web.buffer import LONGEST
-from web.given import ID, Refused, choice, data, mapping, sequence, text
+from web.audio import LONGEST, Format, Resampler, Samples
+from web.outgoing import Outgoing
+from web.schema import (
+    AUDIO,
+    Content,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    InputItem,
+    InvalidRequest,
+    ItemReference,
+    MessageItem,
+    arguments,
+    decoded,
+)
 
 KEPT = 1000  # items that can be retrieved; what the model keeps is the session's own policy
-PARTS = 64  # of one item
 PICTURE = 20 << 20  # bytes of a picture file: more than a telephone's photo of 50 megapixels
-SOUND = 15 << 20  # bytes of sound in one event, as the protocol has it
 URI = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,")
+ROLES = {
+    "user": ("input_text", "input_audio", "input_image"), "assistant": ("output_text", "output_audio"), "system": ("input_text",)
+}  # fmt: skip
 
 Json = dict[str, Any]
-Part = events.Write | events.Show | Samples
 
 
 @dataclass
-class Item:
-    """`of`: the turn or answer on the tape, where it is one of its own."""
+class ConversationItem:
+    """`of`: the session's number of the turn or answer, where it is one. `deleted`: while it was written; it goes when its
+    response is over."""
 
     json: Json
     of: int | None = None
-    unwanted: bool = False  # it was deleted while it was written, and goes when its response is over
+    deleted: bool = False
 
     @property
     def id(self) -> str:
         return str(self.json["id"])
 
 
+# ---- as JSON
+
+
 def item(id: str, type: str, status: str = "completed", **more: Any) -> Json:
     return {"id": id, "object": "realtime.item", "type": type, "status": status, **more}
 
 
-def spoken(id: str, transcript: str | None = None) -> Json:
-    """What the user said."""
-    return item(id, "message", role="user", content=[{"type": "input_audio", "transcript": transcript}])
+def user_audio(id: str) -> Json:
+    """What the user said; its transcript comes later."""
+    return item(id, "message", role="user", content=[{"type": "input_audio", "transcript": None}])
 
 
-def answered(id: str, status: str, words: str | None, sound: bool) -> Json:
+def assistant_message(id: str, status: str, words: str | None, spoken: bool) -> Json:
     """What the assistant said; None: nothing yet."""
-    part = {"type": "output_audio", "transcript": words} if sound else {"type": "output_text", "text": words}
+    part = {"type": "output_audio", "transcript": words} if spoken else {"type": "output_text", "text": words}
     return item(id, "message", status, role="assistant", content=[] if words is None else [part])
 
 
-def called(id: str, call: str, name: str, arguments: str, status: str) -> Json:
-    return item(id, "function_call", status, call_id=call, name=name, arguments=arguments)
+def function_call(id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
+    return item(id, "function_call", status, call_id=call_id, name=name, arguments=arguments)
 
 
-def picture(given: Any, param: str) -> bytes:
-    """A `data:` URI; nothing is ever fetched. Of the file the header is looked at; the session decodes it."""
-    if not isinstance(given, str) or not (head := URI.match(given)):
-        raise Refused(
-            f"{param} must be a data: URI of a PNG, JPEG or WebP picture in base64; addresses are not fetched", param=param
-        )
-    file = data(given[head.end() :], param, PICTURE)
+# ---- of a client
+
+
+def picture(uri: str | None, param: str) -> bytes:
+    """The file in a `data:` URI; nothing is ever fetched. Its header is looked at here, and the session decodes it."""
+    if uri is None or not (head := URI.match(uri)):
+        message = f"{param} must be a data: URI of a PNG, JPEG or WebP picture in base64; addresses are not fetched"
+        raise InvalidRequest(message, param=param)
+    file = decoded(uri[head.end() :], param, PICTURE)
     try:
         check_picture(file, f"the picture in {param}")
     except MediaError as error:
-        raise Refused(str(error), param=param) from error
+        raise InvalidRequest(str(error), param=param) from error
     return file
 
 
-def sound(given: Any, param: str, format: Format) -> Samples:
-    """A whole recording, as float32 at the format's rate."""
-    samples = format.decode(data(given, param, SOUND))
-    if len(samples) > LONGEST * format.rate:
-        raise Refused(f"{param} holds more than {LONGEST} seconds; a turn has no more", param=param)
-    return samples
+def recording(audio: str | None, param: str, format: Format) -> Samples:
+    """A whole turn of sound, float32 at 16 kHz."""
+    if audio is None:
+        raise InvalidRequest(f"Missing required parameter: {param!r}", "missing_required_parameter", param)
+    data = decoded(audio, param, AUDIO)
+    if len(data) % format.width:
+        raise InvalidRequest(f"{param} ends in the middle of a sample: 16-bit PCM has an even number of bytes", param=param)
+    if len(data) > LONGEST * format.rate * format.width:
+        raise InvalidRequest(f"{param} holds more than {LONGEST} seconds; a turn has no more", param=param)
+    return np.ascontiguousarray(Resampler(format.rate, RATE).push(format.decode(data), last=True))
 
 
-def given_id(given: Mapping[str, Any], known: Container[str]) -> str | None:
-    if given.get("id") is None:
-        return None
-    id = text(given["id"], "item.id", ID)
-    if not id:
-        raise Refused("item.id is empty", param="item.id")
-    if id in known:
-        raise Refused(f"there is an item {id!r} already", "item_create_duplicate_item_id", "item.id")
-    return id
-
-
-def user(given: Mapping[str, Any], id: str, format: Format, within: str = "item") -> tuple[Json, list[Part]]:
-    """The item, and what a session takes: sound as float32 at its own rate."""
-    parts: list[Part] = []
+def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tuple[Json, list[Past]]:
+    """A message as JSON, without its pictures and sound, and what a session takes: of a system's message nothing."""
     content: list[Json] = []
-    for n, raw in enumerate(sequence(given.get("content"), f"{within}.content", PARTS)):
+    found: list[Past] = []
+    for n, part in enumerate(message.content):
         where = f"{within}.content[{n}]"
-        part = mapping(raw, where)
-        match choice(part.get("type"), f"{where}.type", ("input_text", "input_image", "input_audio")):
-            case "input_text":
-                words = text(part.get("text"), f"{where}.text")
-                parts.append(events.Write(words, ask=False))
-                content.append({"type": "input_text", "text": words})
+        if part.type not in ROLES[message.role]:
+            known = ", ".join(ROLES[message.role])
+            raise InvalidRequest(f"{where}.type must be one of {known} in a message of the {message.role}", param=f"{where}.type")
+        match part.type:
             case "input_image":
-                parts.append(events.Show(picture(part.get("image_url"), f"{where}.image_url")))
-                detail = choice(part.get("detail") or "auto", f"{where}.detail", ("auto", "low", "high"))
-                content.append({"type": "input_image", "detail": detail})  # the picture itself is not sent back
+                found.append(events.Show(picture(part.image_url, f"{where}.image_url")))
+                content.append({"type": "input_image", "detail": part.detail or "auto"})
             case "input_audio":
-                heard = sound(part.get("audio"), f"{where}.audio", format)
-                parts.append(np.ascontiguousarray(Resampler(format.rate, RATE).push(heard, last=True)))
-                transcript = part.get("transcript")
-                said = None if transcript is None else text(transcript, f"{where}.transcript")
-                content.append({"type": "input_audio", "transcript": said})
-    return item(id, "message", role="user", content=content), parts
+                found.append(Audio(recording(part.audio, f"{where}.audio", format), 0))
+                content.append({"type": "input_audio", "transcript": part.transcript})
+            case _:
+                name = "transcript" if part.type == "output_audio" else "text"
+                content.append({"type": part.type, name: (words := _words(part, name, where))})
+                found += [events.Write(words, ask=False)] if message.role == "user" else []
+    if message.role == "assistant":
+        found = [events.Recall(text(content))]
+    return item(id, "message", role=message.role, content=content), found
 
 
-def words(given: Mapping[str, Any], kinds: tuple[str, ...], within: str = "item") -> str:
-    """Of a system's or an assistant's message: all its text."""
-    found = []
-    for n, raw in enumerate(sequence(given.get("content"), f"{within}.content", PARTS)):
-        where = f"{within}.content[{n}]"
-        part = mapping(raw, where)
-        kind = choice(part.get("type"), f"{where}.type", kinds)
-        name = "transcript" if kind.endswith("audio") else "text"
-        found.append(text(part.get(name), f"{where}.{name}"))
-    return "".join(found)
+def _words(part: Content, name: str, where: str) -> str:
+    words: str | None = getattr(part, name)
+    if words is None:
+        raise InvalidRequest(f"Missing required parameter: '{where}.{name}'", "missing_required_parameter", f"{where}.{name}")
+    return words
 
 
-class Items:
-    """All of a conversation, in order. `send(type, **fields)` sends an event."""
+def text(content: Sequence[Mapping[str, Any]]) -> str:
+    """All words of a message."""
+    return "".join(part.get("transcript") or part.get("text") or "" for part in content)
 
-    def __init__(self, send: Callable[..., None]) -> None:
-        self._send = send
-        self._items: OrderedDict[str, Item] = OrderedDict()
+
+def tool_call(given: FunctionCallItem, within: str) -> ToolCall:
+    return ToolCall(given.name, arguments(given.arguments, f"{within}.arguments"))
+
+
+# ---- all of a conversation
+
+
+class ConversationItems:
+    """In order; the oldest are forgotten."""
+
+    def __init__(self, out: Outgoing) -> None:
+        self._out = out
+        self._items: OrderedDict[str, ConversationItem] = OrderedDict()
 
     def __contains__(self, id: object) -> bool:
         return id in self._items
@@ -143,20 +162,19 @@ class Items:
     def last(self) -> str | None:
         return next(reversed(self._items), None)
 
-    def get(self, id: str | None) -> Item | None:
+    def get(self, id: str | None) -> ConversationItem | None:
         return self._items.get(id) if id else None
 
-    def known(self, given: Any, param: str = "item_id", code: str = "item_not_found") -> Item:
-        """`code`: of the error where there is none."""
-        id = text(given, param, ID)
+    def known(self, id: str, code: str, param: str = "item_id") -> ConversationItem:
+        """Raises InvalidRequest with this code where there is none."""
         if id not in self._items:
-            raise Refused(f"there is no item {id!r}", code, param)
+            raise InvalidRequest(f"there is no item {id!r}", code, param)
         return self._items[id]
 
-    def add(self, json: Json, of: int | None = None, after: str | None = None) -> Item:
+    def add(self, json: Json, of: int | None = None, after: str | None = None) -> ConversationItem:
         """At the end, or behind `after`, which is an id or "root"."""
         previous = self.last if after is None else None if after == "root" else after
-        self._items[json["id"]] = item = Item(json, of)
+        self._items[json["id"]] = item = ConversationItem(json, of)
         if after is not None:
             keys = list(self._items)
             for key in keys[0 if after == "root" else keys.index(after) + 1 : -1]:
@@ -164,14 +182,82 @@ class Items:
         if len(self._items) > KEPT:
             self._items.popitem(last=False)
         for type in ("conversation.item.added", "conversation.item.created"):
-            self._send(type, item=json, previous_item_id=previous)
+            self._out.send(type, item=json, previous_item_id=previous)
         return item
 
-    def done(self, item: Item) -> None:
+    def done(self, item: ConversationItem) -> None:
         keys = list(self._items)
         at = keys.index(item.id) if item.id in self._items else 0
-        self._send("conversation.item.done", item=item.json, previous_item_id=keys[at - 1] if at else None)
+        self._out.send("conversation.item.done", item=item.json, previous_item_id=keys[at - 1] if at else None)
 
-    def delete(self, item: Item) -> None:
-        del self._items[item.id]
-        self._send("conversation.item.deleted", item_id=item.id)
+    def delete(self, item: ConversationItem) -> None:
+        """Also what the model has of it."""
+        if self._items.pop(item.id, None):
+            self._out.send("conversation.item.deleted", item_id=item.id)
+        if item.of is not None:
+            self._out.put(events.Delete(item.of))
+
+
+# ---- the input of a response
+
+
+class ResponseInput:
+    """`input` of a response: items that are its whole past, as a session takes them. `known` are the items of the conversation,
+    `pictures` and `calls` what the session knows of them by their ids."""
+
+    def __init__(
+        self, known: ConversationItems, pictures: Mapping[int, str], calls: Mapping[str, ToolCall], format: Format
+    ) -> None:
+        self._known, self._pictures, self._format = known, pictures, format
+        self._calls = dict(calls)
+        self.system: list[str] = []  # messages of the system among them
+
+    def read(self, given: Sequence[InputItem]) -> tuple[Past, ...]:
+        return tuple(part for n, item in enumerate(given) for part in self._item(item, f"response.input[{n}]"))
+
+    def _item(self, given: InputItem, where: str) -> Iterator[Past]:
+        match given:
+            case ItemReference():
+                yield from self._reference(self._known.known(given.id, "item_not_found", f"{where}.id"), where)
+            case FunctionCallItem():
+                if given.call_id is None:
+                    raise InvalidRequest(f"Missing required parameter: '{where}.call_id'", "missing_required_parameter", where)
+                self._calls[given.call_id] = tool_call(given, where)
+            case FunctionCallOutputItem():
+                yield self._output(given.call_id, given.output, f"{where}.call_id")
+            case MessageItem():
+                json, found = parts(given, self._format, where)
+                self.system += [text(json["content"])] if given.role == "system" else []
+                yield from found
+
+    def _output(self, call_id: str, output: str, param: str) -> Past:
+        if call_id not in self._calls:
+            raise InvalidRequest(f"there is no call {call_id!r}", "item_not_found", param)
+        return events.Recall("", ((self._calls[call_id], output),))
+
+    def _reference(self, item: ConversationItem, where: str) -> Iterator[Past]:
+        json = item.json
+        match json["type"], json.get("role"):
+            case "function_call", _:
+                self._calls[json["call_id"]] = ToolCall(json["name"], arguments(json["arguments"], where))
+            case "function_call_output", _:
+                yield self._output(json["call_id"], json["output"], where)
+            case _, "assistant":
+                yield events.Recall(text(json["content"]))
+            case _, "system":
+                self.system.append(text(json["content"]))
+            case _:
+                yield from self._said(item)
+
+    def _said(self, item: ConversationItem) -> Iterator[Past]:
+        pictures = [index for index, id in self._pictures.items() if id == item.id]
+        for part in item.json["content"]:
+            match part["type"]:
+                case "input_text":
+                    yield events.Write(part["text"], ask=False)
+                case "input_image" if pictures:
+                    yield events.Again(pictures.pop(0))
+                case "input_audio" if part["transcript"] is not None:
+                    yield events.Write(part["transcript"], ask=False)
+                case "input_audio" if item.of is not None:
+                    yield events.Again(item.of)

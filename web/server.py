@@ -1,59 +1,50 @@
-"""One port: OpenAI Realtime over a websocket, the page, health and metrics. A door: what is said is said in `Session`s, one
-for each client (web/client.py); who finds no row waits in line or is refused."""
+"""One port: OpenAI Realtime over a websocket, the page, health and metrics. Each client has a session of its own; who finds no
+free row waits in line or is refused."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import mimetypes
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from prometheus_client import CONTENT_TYPE_LATEST
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
+from agent import events
 from agent.engine import Engine, EngineStopped
+from agent.events import Event
 from agent.session import Session
 from agent.settings import Settings
-from agent.suggestions import Suggestions
 from model.cache import NoRow
 from model.vad import Vad
+from streams.frames import RATE
 from streams.voice import Voice
-from web.access import COOKIE, Access, NotServed
-from web.client import CLOSING, Client, hang_up
+from web.access import Access, NotServed
+from web.connection import CLOSING, ClientGone, Connection, End
 from web.metrics import Metrics
-from web.protocol import EXTENSIONS
-from web.socket import Connection
+from web.outgoing import lone_event, server_error
+from web.pages import STATIC, Pages, Readiness
+from web.protocol import EXTENSIONS, RealtimeProtocol
+from web.socket import PacedSocket
 
-PATH = "/v1/realtime"
-SUGGESTIONS = "/suggestions.json"
-STATIC = Path(__file__).parent / "static"
 MESSAGE = 52 << 20  # bytes of one: whatever OpenAI takes, 15 MiB of sound or 50 MB in all, is read, and refused in words
 FRAMES = 2  # messages that are read ahead
 AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
 WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
 MOVING = 0.2  # seconds after which those who wait look whether something has moved
-SAFE = {
-    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src 'self' data: blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 log = logging.getLogger("attend.serve")
 quiet = logging.getLogger("attend.websockets")  # what goes wrong in a handshake is the client's affair
@@ -77,7 +68,7 @@ class Options:
     clock: Callable[[], float] = time.monotonic  # by which clients play; a test's runs faster
 
 
-class Door:
+class Server:
     """It may be open before there is an engine; then `loaded`, from 0 to 1, is what those who wait are told until `enter`."""
 
     def __init__(self, engine: Engine | None, vad: Vad, voice: Voice | None, options: Options) -> None:
@@ -90,7 +81,7 @@ class Door:
         self._sockets = 0
         self._handshakes: dict[ServerConnection, None] = {}  # those that are not over, the oldest first
         self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
-        self._files = {**_files(options.static), SUGGESTIONS: (b'{"loading": true}', "application/json")}
+        self._pages = Pages(options.access, options.static, self.metrics, options.tls is not None)
         if engine:
             self.enter(engine)
 
@@ -98,30 +89,30 @@ class Door:
         """Conversations can begin."""
         self.engine = engine
         self.metrics.watch(engine)
-        self._files |= _suggested(engine.loaded.suggestions)
+        self._pages.suggest(engine.loaded.suggestions)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
         """The port. At the end conversations are told that the server goes (1012)."""
-        o, door = self.options, self
+        o, ours = self.options, self
 
-        class Counted(Connection):
+        class CountedSocket(PacedSocket):
             """From the first byte on, so that nobody can open sockets without end. Where there are too many, the oldest goes that
             has not finished its handshake: those that send a header byte a second keep nobody out."""
 
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 super().connection_made(transport)
-                door._sockets += 1
-                door._handshakes[self] = None
-                if door._sockets > (door.engine.rows if door.engine else 0) + WAITING:
-                    door.metrics.refused.labels("sockets").inc()
-                    oldest = next(iter(door._handshakes))
-                    del door._handshakes[oldest]
+                ours._sockets += 1
+                ours._handshakes[self] = None
+                if ours._sockets > (ours.engine.rows if ours.engine else 0) + WAITING:
+                    ours.metrics.refused.labels("sockets").inc()
+                    oldest = next(iter(ours._handshakes))
+                    del ours._handshakes[oldest]
                     oldest.transport.abort()
 
             def connection_lost(self, exc: Exception | None) -> None:
-                door._sockets -= 1
-                door._handshakes.pop(self, None)
+                ours._sockets -= 1
+                ours._handshakes.pop(self, None)
                 super().connection_lost(exc)
 
         try:
@@ -129,7 +120,7 @@ class Door:
                 self._talk,
                 o.access.host,
                 o.port,
-                create_connection=Counted,
+                create_connection=CountedSocket,
                 process_request=self._request,
                 select_subprotocol=_subprotocol,
                 compression=None,
@@ -155,76 +146,64 @@ class Door:
                 async with asyncio.timeout(2 * CLOSING):
                     await server.wait_closed()
 
-    # -- requests
-
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         self._handshakes.pop(connection, None)
-        access, headers = self.options.access, request.headers
-        hosts, path = headers.get_all("Host"), urlsplit(request.path).path
-        host = hosts[0] if len(hosts) == 1 else None
-        if not access.host_known(host):
-            return self._refused(HTTPStatus.FORBIDDEN, "host", "this is not the host that was meant")
-        if request.method not in ("GET", "HEAD"):
-            return self._refused(HTTPStatus.METHOD_NOT_ALLOWED, "method", "GET is all there is")
-        if path == "/healthz":
-            return _answer(HTTPStatus.OK, b"ok\n")
-        if not access.origin_known(headers.get_all("Origin"), host):
-            return self._refused(HTTPStatus.FORBIDDEN, "origin", "pages of this origin may not come in")
-        if path in (PATH, "/metrics", "/readyz") and not access.let_in(headers):
-            return self._refused(HTTPStatus.UNAUTHORIZED, "token", "a token is needed, and this is not it")
-        if path == PATH:
-            return (
-                self._refused(HTTPStatus.SERVICE_UNAVAILABLE, "going", "the server is going") if self.stopping.is_set() else None
-            )
-        if path == "/readyz":
-            engine = self.engine
-            state = {"rows": engine.rows, "free": engine.free} if engine else {"loaded": round(self.loaded, 2)}
-            ready = engine is not None and engine.free > 0
-            body = json.dumps({"ready": ready, **state}).encode()
-            return _answer(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, body, "application/json")
-        if path == "/metrics":
-            return _answer(HTTPStatus.OK, self.metrics.page(), CONTENT_TYPE_LATEST)
-        return self._page(request, path)
+        return self._pages.response(request, self._state())
 
-    def _page(self, request: Request, path: str) -> Response:
-        if path == "/" and (key := parse_qs(urlsplit(request.path).query).get("token")):
-            if not self.options.access.known(key[0]):
-                return self._refused(HTTPStatus.UNAUTHORIZED, "token", "a token is needed, and this is not it")
-            cookie = f"{COOKIE}={self.options.access.cookie}; HttpOnly; SameSite=Strict; Path=/"
-            secure = "; Secure" if self.options.tls else ""
-            return _answer(HTTPStatus.SEE_OTHER, b"", **{"Location": "/", "Set-Cookie": cookie + secure})
-        if path not in self._files:
-            return _answer(HTTPStatus.NOT_FOUND, b"there is nothing here\n")
-        body, kind = self._files[path]
-        return _answer(HTTPStatus.OK, b"" if request.method == "HEAD" else body, kind)
-
-    def _refused(self, status: HTTPStatus, why: str, message: str) -> Response:
-        self.metrics.refused.labels(why).inc()
-        return _answer(status, f"{message}\n".encode())
+    def _state(self) -> Readiness:
+        engine = self.engine
+        return Readiness(self.stopping.is_set(), self.loaded, engine.rows if engine else None, engine.free if engine else 0)
 
     # -- conversations
 
     async def _talk(self, connection: ServerConnection) -> None:
         name, asked, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
         settings = settings if "playback" in asked else replace(settings, ahead=AHEAD)
+        raw = connection.transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the system takes a minute of sound at once
         try:
             session = await self._seat(connection, settings)
         except ConnectionClosed:
             return
         except (NoRow, EngineStopped) as error:
             self.metrics.refused.labels("rows").inc()
-            await hang_up(connection, 1013, str(error), "session_limit_reached")
+            await close(connection, End(1013, str(error)), "session_limit_reached")
             return
         self.metrics.conversations.inc()
         self.sessions.add(session)
         begun = time.monotonic()
         self.say("start", name)
         try:
-            code, why = await Client(self, connection, session, name, asked).run()
+            end = await self._connected(connection, session, name, asked).run()
         finally:
             self.sessions.discard(session)
             self.metrics.dropped.inc(session.dropped)
-        self.say("end", name, code=code, seconds=round(time.monotonic() - begun, 3), why=why, frames_dropped=session.dropped)
+        seconds, code = round(time.monotonic() - begun, 3), connection.close_code or end.code
+        self.say("end", name, code=code, seconds=seconds, why=end.why, frames_dropped=session.dropped)
+        if end.fault:
+            self.metrics.errors.labels("fault").inc()
+            log.error("%s fault", name, exc_info=end.fault)
+        elif end.code == 1013:
+            self.metrics.errors.labels("unread").inc()
+        await close(connection, end, "fault" if end.fault else None)
+
+    def _connected(self, connection: ServerConnection, session: Session, name: str, asked: frozenset[str]) -> Connection:
+        o = self.options
+        voice = o.voice if self.voice else None
+        protocol = RealtimeProtocol(name, o.model, voice, asked, o.settings.manners, o.settings.setting.system or "")
+
+        async def messages() -> AsyncIterator[str | bytes]:
+            with suppress(ConnectionClosed):
+                async for message in connection:
+                    yield message
+
+        async def send(event: str) -> None:
+            try:
+                await connection.send(event)
+            except ConnectionClosed as error:
+                raise ClientGone from error
+
+        return Connection(session, protocol, messages(), send, self.stopping, partial(self._observe, name), o.clock)
 
     async def _seat(self, connection: ServerConnection, settings: Settings) -> Session:
         """Everybody waits for the model. Who asked for the extension `queue` is told how much of it is there, waits in line for a
@@ -246,13 +225,31 @@ class Door:
                     news = {"type": "attend.queue", "before": before}
                 if queue and news != told:
                     told = news
-                    await connection.send(json.dumps({**news, "event_id": f"event_{secrets.token_hex(4)}"}))
+                    await connection.send(lone_event(**news))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(MOVING):
                         await connection.wait_closed()
                     raise ConnectionClosedOK(None, None)
         finally:
             self._line.remove(connection)
+
+    def _observe(self, name: str, event: Event) -> None:
+        self.metrics.count(event)
+        match event:
+            case events.Stopped():
+                self.say("turn", name, turn=event.turn, ms=event.end * 1000 // RATE, by=event.why)
+            case events.Captioned():
+                self.say("caption", name, event.text, turn=event.turn)
+            case events.Answered():
+                self.say("answer", name, event.text, answer=event.answer, finish=event.finish, tokens=event.tokens)
+            case events.Timed():
+                self.say("times", name, answer=event.answer, ms={key: round(ms) for key, ms in event.stages.items()})
+            case events.LetGo():
+                self.say("let go", name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
+            case events.OutOfBand(_, inner) if isinstance(inner, events.Answered | events.Timed | events.Failed):
+                self._observe(name, inner)
+            case events.Noted() | events.Failed():
+                self.say("trouble", name, message=event.message)
 
     def say(self, what: str, name: str, content: str | None = None, **fields: Any) -> None:
         """One line of the log. `content` is what people said."""
@@ -264,6 +261,15 @@ class Door:
             log.info("%s %s %s", name, what, " ".join(f"{key}={value!r}" for key, value in fields.items()))
 
 
+async def close(connection: ServerConnection, end: End, error: str | None = None) -> None:
+    """`error`: it is told in an event of this code first."""
+    if error:
+        with suppress(ConnectionClosed, TimeoutError):
+            async with asyncio.timeout(CLOSING):
+                await connection.send(server_error(end.why, error))
+    await connection.close(end.code, end.why.encode()[:120].decode(errors="ignore"))
+
+
 def _extensions(connection: ServerConnection) -> frozenset[str]:
     query = parse_qs(urlsplit(connection.request.path).query) if connection.request else {}
     return frozenset(name.strip() for value in query.get("extensions", ()) for name in value.split(",")) & set(EXTENSIONS)
@@ -271,30 +277,3 @@ def _extensions(connection: ServerConnection) -> frozenset[str]:
 
 def _subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
     return Subprotocol("realtime") if "realtime" in offered else None
-
-
-def _answer(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8", **more: str) -> Response:
-    headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **SAFE, **more}
-    return Response(status.value, status.phrase, Headers(headers), body)
-
-
-def _files(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """All there is, by address: nothing that a client says becomes a path."""
-    found = {}
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file() and path.suffix != ".md":
-            kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-            found[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes(), kind
-    return {**found, "/": found["/index.html"]} if "/index.html" in found else found
-
-
-def _suggested(given: Suggestions | None) -> dict[str, tuple[bytes, str]]:
-    """What the model's checkpoint suggests to try, for the page: null where it suggests nothing."""
-    if given is None:
-        return {SUGGESTIONS: (b"null", "application/json")}
-    told = {"about": given.about, "picture": "suggestions/picture", "questions": given.questions}
-    kind = mimetypes.guess_type(given.picture.name)[0] or "application/octet-stream"
-    return {
-        SUGGESTIONS: (json.dumps(told).encode(), "application/json"),
-        "/suggestions/picture": (given.picture.read_bytes(), kind),
-    }

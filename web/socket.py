@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame, Opcode
+
+from web.connection import Allowance
 
 PIECE = 4096  # bytes that are parsed at once: 256 KB of pings, which asyncio reads at once, held everybody up for a second
 FRAMES = 500  # pings, pongs and fragments of a client in a second; who sends more is read later
 MESSAGE = (Opcode.TEXT, Opcode.BINARY)
 
 
-class Allowance:
-    """A token bucket of one second: `take` says how many seconds there are to wait before more is taken."""
-
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._clock = rate, clock
-        self._left, self._last = float(rate), clock()
-
-    def take(self, count: float) -> float:
-        now = self._clock()
-        self._left = min(self._rate, self._left + (now - self._last) * self._rate) - count
-        self._last = now
-        return max(0.0, -self._left / self._rate)
-
-
-class Connection(ServerConnection):
+class PacedSocket(ServerConnection):
     """Between two pieces it is the turn of all others. What was read and not parsed yet is at most what asyncio reads at once:
     until then no more is read."""
 

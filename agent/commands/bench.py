@@ -16,7 +16,7 @@ from agent.commands.options import Commands
 from agent.view import Policy
 from streams.frames import MediaError
 from streams.voice import open_voice
-from web.caller import Caller
+from web.client import RealtimeClient
 
 
 def add(commands: Commands) -> None:
@@ -76,7 +76,9 @@ def _bench_session(given: argparse.Namespace) -> int:
         return 0
     if given.url:
         token = options.token(given.token_file) if given.token_file else None
-        called = asyncio.run(crowd.calls(given.speakers or [1, 4, 16], lambda: Caller(given.url, token), people.person, say))
+        called = asyncio.run(
+            crowd.calls(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
+        )
         if given.json:
             print(json.dumps(called))
         return 0

@@ -24,6 +24,7 @@ from model.vad import Vad
 from streams.voice import open_voice
 from web import server
 from web.access import Access, NotServed
+from web.pages import PATH
 
 
 def add(commands: Commands) -> None:
@@ -71,7 +72,7 @@ def _serve(given: argparse.Namespace) -> int:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        door = server.Door(None, vad, voice, how)
+        door = server.Server(None, vad, voice, how)
 
         def told(part: float) -> None:
             door.loaded = part
@@ -81,7 +82,7 @@ def _serve(given: argparse.Namespace) -> int:
 
         with ExitStack() as held:
             async with door.open() as port:
-                print(f"ws{'s' if tls else ''}://{given.host}:{port}{server.PATH}", flush=True)
+                print(f"ws{'s' if tls else ''}://{given.host}:{port}{PATH}", flush=True)
                 print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
                 work = ThreadPoolExecutor(1, "loading")
                 loading = asyncio.get_running_loop().run_in_executor(work, load)

@@ -28,7 +28,7 @@ from model.vad import Vad
 from streams import portaudio
 from streams.frames import MediaError
 from streams.voice import open_voice
-from web.caller import Caller, address
+from web.client import RealtimeClient, address
 
 ASKING = 3.0  # seconds that a server may take to say what can be tried
 LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end", "live": "live"}
@@ -106,7 +106,7 @@ class _RemoteBackend:
             raise MediaError(f"{told[0]} is not for a conversation at a server: leave it out, or leave --server out")
         token = options.token(given.token_file) if given.token_file else None
         self.spoken = given.voice != "none"
-        self._url, self._caller = given.server, Caller(given.server, token, self.spoken, given.push_to_talk)
+        self._url, self._client = given.server, RealtimeClient(given.server, token, self.spoken, given.push_to_talk)
         self.suggestions = _suggested(given.server)
 
     def head(self) -> dict[str, object]:
@@ -114,7 +114,7 @@ class _RemoteBackend:
 
     @contextmanager
     def conversation(self, files: door.RecordingFiles | None) -> Iterator[door.ConversationBackend]:
-        yield self._caller
+        yield self._client
 
 
 def _suggested(url: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answers beside the conversation: each in a fork of the row, on a tape of its own, and nothing is left of it afterwards."""
+"""Responses out of band: each in a fork of the row, on a tape of its own, and nothing is left of it afterwards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from streams.voice import Voice
 MOST = 4  # at once: they share the spare rows with everybody's captions
 
 
-class Asides:
+class OutOfBandResponses:
     """Those of one conversation, whose `record` they fork. `spawn` runs a task for as long as the conversation goes on."""
 
     def __init__(
@@ -37,49 +38,55 @@ class Asides:
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._record, self._loaded, self._emit, self._spawn = record, loaded, emit, spawn
-        self._given: dict[int, tuple[Reply, asyncio.Task[None]]] = {}
+        self._given: dict[str, tuple[Reply, asyncio.Task[None]]] = {}
 
-    def begin(self, item: events.Aside, settings: Settings, voice: Voice | None) -> None:
-        if len(self._given) == MOST or item.answer in self._given:
-            return self.refuse(item, f"{MOST} answers beside the conversation are being given already")
+    def begin(self, item: events.OutOfBandResponse, settings: Settings, voice: Voice | None) -> None:
+        if len(self._given) == MOST or item.name in self._given:
+            return self.refuse(item, f"{MOST} responses out of band are being given already")
         record = self._record.beside(fresh=item.past is not None)
         if item.setting or item.past is not None:
             record.append(item.setting or settings.setting)
         for part in item.past or ():
             self._put(record, part, settings)
         settings = replace(settings, most=min(item.most or settings.most, settings.most), calls=item.calls)
-        record.ask()
-        reply = Reply(item.answer, record, self._loaded, settings, voice if item.spoken else None, None, self._emit)
-        self._emit(events.Answering(item.answer))
-        self._given[item.answer] = reply, self._spawn(self._give(item, record, reply))
+        of, emit = record.ask(), partial(self._tell, item.name)
+        reply = Reply(of, record, self._loaded, settings, voice if item.spoken else None, None, emit, out_of_band=True)
+        emit(events.Answering(of))
+        self._given[item.name] = reply, self._spawn(self._give(item, record, reply))
         return None
 
-    def refuse(self, item: events.Aside, why: str) -> None:
-        self._emit(events.Answering(item.answer))
-        self._fail(item, why)
+    def _tell(self, name: str, event: Event) -> None:
+        self._emit(events.OutOfBand(name, event))
 
-    def _fail(self, item: events.Aside, why: str) -> None:
-        self._emit(events.Noted(f"an answer beside the conversation failed: {why}"))
-        self._emit(events.Answered(item.answer, "", 0, "failed", 0, 0))
+    def refuse(self, item: events.OutOfBandResponse, why: str) -> None:
+        self._tell(item.name, events.Answering(0))
+        self._fail(item, 0, why)
 
-    def hear(self, answer: int, sample: int) -> None:
-        if answer in self._given:
-            self._given[answer][0].hear(sample)
+    def _fail(self, item: events.OutOfBandResponse, of: int, why: str) -> None:
+        self._emit(events.Noted(f"a response out of band failed: {why}"))
+        self._tell(item.name, events.Answered(of, "", 0, "failed", 0, 0))
 
-    def stop(self, answer: int) -> None:
-        if found := self._given.pop(answer, None):
-            reply, task = found
-            task.cancel()
-            reply.cut(reply.heard)
+    def take(self, item: events.OutOfBand) -> None:
+        """What the door says of one of them; nothing, where that is over."""
+        if (found := self._given.get(item.name)) is None:
+            return
+        reply, task = found
+        match item.payload:
+            case events.Heard():
+                reply.hear(item.payload.sample)
+            case events.Stop():
+                del self._given[item.name]
+                task.cancel()
+                reply.cut(reply.heard)
 
-    async def _give(self, item: events.Aside, record: Record, reply: Reply) -> None:
+    async def _give(self, item: events.OutOfBandResponse, record: Record, reply: Reply) -> None:
         try:
             await reply.run()
             reply.complete()
         except (RowFull, RowLost, EngineStopped, MediaError) as error:
-            self._fail(item, str(error))
+            self._fail(item, reply.of, str(error))
         finally:
-            self._given.pop(item.answer, None)
+            self._given.pop(item.name, None)
             record.row.release()
 
     def _put(self, record: Record, part: events.Past, settings: Settings) -> None:
