@@ -15,10 +15,11 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
+from agent.engine import total_rows
 from model import weights
-from model.cache import Cache
+from model.cache import Room
 from model.gemma import Config
-from model.quantized import Form, QuantizedLinear, nbytes, quantize
+from model.quantized import Form, QuantizedLinear, quantize
 
 GIB = 1 << 30
 CONTEXT = int(0.9 * GIB)  # of a GPU: CUDA's own, a pass's activations, and its graphs
@@ -28,6 +29,7 @@ SHARE = 0.8  # of that time a step may take: the rest is answers, pictures and w
 MOST_ROWS = 64
 LENGTHS = (8192, 4096, 2048, 1024)  # of a row, the first that fits is taken
 TYPICAL = 1100  # positions in a row: the policy "transcripts" keeps 400 ahead of a live turn
+PICTURE = 280  # soft tokens of the largest picture, unless another is asked for
 CHUNK = 8  # frames that a CPU takes at once: what came in 320 ms
 
 
@@ -68,16 +70,6 @@ class Plan:
         return self.rows > 0 and self.listen_ms <= SHARE * FRAME_MS
 
 
-def spares(rows: int) -> int:
-    """Rows for forks: transcripts, guesses, answers beside the conversation."""
-    return max(1, rows // 4)
-
-
-def weight_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
-    """Memory of all weights, the layers' matrices in `form`."""
-    return _layers(config, form, dtype) + _others(config, dtype)
-
-
 def step_bytes(config: Config, form: Form | None, dtype: torch.dtype, rows: int = 1, positions: int = TYPICAL) -> int:
     """What a step of speaking rows reads: the layers and the head once, and of each row what it may see."""
     seen = sum(
@@ -85,7 +77,7 @@ def step_bytes(config: Config, form: Form | None, dtype: torch.dtype, rows: int 
         for layer in config.layers
     )
     head = config.vocab_size * config.hidden_size * dtype.itemsize
-    return _layers(config, form, dtype) + head + rows * seen * dtype.itemsize
+    return weights.layer_bytes(config, form, dtype) + head + rows * seen * dtype.itemsize
 
 
 def make(
@@ -93,27 +85,27 @@ def make(
     machine: Machine,
     form: Form | None,
     *,
-    slack: int,
+    budget: int = PICTURE,
     rows: int | None = None,
     length: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
-    """The plan for a form of the weights. `rows` None: as many as fit and can be kept up with, at most 64; `length` None: the
-    longest of `LENGTHS` with which at least one row fits."""
-    held = weight_bytes(config, form, dtype)
+    """The plan for a form of the weights, with pictures of up to `budget` soft tokens. `rows` None: as many as fit and can
+    be kept up with, at most 64; `length` None: the longest of `LENGTHS` with which at least one row fits."""
+    held = weights.weight_bytes(config, form, dtype)
     room = machine.memory - held - (CONTEXT if machine.kind == "cuda" else 0)
     choice, size, count = LENGTHS[-1], 0, 0
     for choice in (length,) if length else LENGTHS:
-        size = Cache.bytes_per_row(config, min(choice, config.max_positions), slack, dtype)
-        count = next((n for n in range(rows or MOST_ROWS, 0, -1) if (n + spares(n)) * size <= room), 0)
+        size = Room(1, choice, budget).bytes_per_row(config, dtype)
+        count = next((n for n in range(rows or MOST_ROWS, 0, -1) if total_rows(n) * size <= room), 0)
         if count and (rows is None or count == rows):
             break
     if rows is not None and count < rows:
         count = 0
-    plan = Plan(machine, form, held, size, count, spares(count) if count else 0, choice, 0, 0, 0)
+    plan = Plan(machine, form, held, size, count, total_rows(count) - count if count else 0, choice, 0, 0, 0)
     plan = _timed(plan, config, dtype)
     while rows is None and plan.rows > 1 and not plan.keeps_up:
-        plan = _timed(replace(plan, rows=plan.rows - 1, spares=spares(plan.rows - 1)), config, dtype)
+        plan = _timed(replace(plan, rows=plan.rows - 1, spares=total_rows(plan.rows - 1) - plan.rows + 1), config, dtype)
     return plan
 
 
@@ -128,18 +120,6 @@ def _timed(plan: Plan, config: Config, dtype: torch.dtype) -> Plan:
         alone = max(step(1) / CHUNK, machine.position_ms[plan.form] * _matrix_numbers(config) / 1e9)
         listen = alone * max(1, plan.rows)
     return replace(plan, one_ms=step(1), all_ms=step(max(1, plan.rows)), listen_ms=listen)
-
-
-def _layers(config: Config, form: Form | None, dtype: torch.dtype) -> int:
-    numbers = [place.shape for place in weights.layout(config).values() if place.parameter.startswith("blocks.")]
-    matrices = [shape for shape in numbers if len(shape) == 2]
-    plain = sum(math.prod(shape) for shape in numbers if len(shape) != 2 or form is None) * dtype.itemsize
-    return plain + (sum(nbytes(*shape, form) for shape in matrices) if form else 0)
-
-
-def _others(config: Config, dtype: torch.dtype) -> int:
-    places = weights.layout(config).values()
-    return sum(math.prod(place.shape) for place in places if not place.parameter.startswith("blocks.")) * dtype.itemsize
 
 
 def _matrix_numbers(config: Config) -> int:
@@ -228,9 +208,9 @@ def _instead(plan: Plan) -> str:
 HEADER = f"{'weights':<7}{'':>13}{'a row':>13}{'rows':>12}{'in all':>13}{'step of one':>13}{'of all':>12}{'listening':>12}"
 
 
-def table(config: Config, machine: Machine, slack: int, rows: int | None = None, length: int | None = None) -> list[str]:
+def table(config: Config, machine: Machine, rows: int | None = None, length: int | None = None) -> list[str]:
     """What one machine can run, a line for each form of the weights, and what to take of it."""
-    plans = [make(config, machine, form, slack=slack, rows=rows, length=length) for form in FORMS]
+    plans = [make(config, machine, form, rows=rows, length=length) for form in FORMS]
     chosen = best(plans)
     if chosen is None:
         advice = "nothing of this keeps up with one listener; take a smaller model, or a machine with more of what is short"

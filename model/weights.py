@@ -321,6 +321,20 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+def weight_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+    """Memory of all weights, the layers' matrices in `form`."""
+    places = layout(config).values()
+    others = sum(_numel(place.shape) for place in places if not place.parameter.startswith("blocks."))
+    return layer_bytes(config, form, dtype) + others * dtype.itemsize
+
+
+def layer_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+    """Memory of the layers alone, which every pass reads."""
+    shapes = [place.shape for place in layout(config).values() if place.parameter.startswith("blocks.")]
+    plain = sum(_numel(shape) for shape in shapes if form is None or len(shape) != 2) * dtype.itemsize
+    return plain + sum(nbytes(*shape, form) for shape in shapes if form and len(shape) == 2)
+
+
 def _check_memory(weights: int, room: Room, config: Config, dtype: torch.dtype, device: torch.device) -> None:
     free, rows = free_memory(device), room.rows * room.bytes_per_row(config, dtype)
     if free is None or weights + rows <= free:
@@ -328,7 +342,9 @@ def _check_memory(weights: int, room: Room, config: Config, dtype: torch.dtype, 
     told = f"the model needs {weights / 2**30:.1f} GiB"
     if room.rows:
         told += f" and {room.rows} rows of {room.length:,} positions {rows / 2**30:.1f}"
-    raise CheckpointError(f"{told}, {free / 2**30:.1f} free on {device}")
+    small: list[Form] = [form for form in ("int8", "int4") if weight_bytes(config, form, dtype) + rows <= free]
+    instead = f"; --weights {small[0]} would fit" if small else "; attend plan says what would fit"
+    raise CheckpointError(f"{told}, {free / 2**30:.1f} free on {device}{instead}")
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,5 +1,7 @@
 """Plans: what fits a machine, how many conversations it holds, and what is said where it holds none."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -7,12 +9,11 @@ from agent import plan
 from agent.bench.shapes import SHAPES
 from agent.plan import GIB, Machine
 from model import weights
-from model.cache import Cache
-from model.gemma import Config, Gemma
+from model.cache import Room
+from model.gemma import CheckpointError, Config, Gemma
 from tests import tiny
 
 BIG = Config.from_json(SHAPES["12b"]())
-SLACK = 320
 
 
 def gpu(gib, gb_s=1000):
@@ -20,7 +21,7 @@ def gpu(gib, gb_s=1000):
 
 
 def make(machine, form=None, **choice):
-    return plan.make(BIG, machine, form, slack=SLACK, **choice)
+    return plan.make(BIG, machine, form, **choice)
 
 
 def test_weights_are_counted_as_they_are_held(tmp_path):
@@ -28,19 +29,19 @@ def test_weights_are_counted_as_they_are_held(tmp_path):
     for form in plan.FORMS:
         model = weights.load(checkpoint.folder, dtype=torch.bfloat16, weights=form)
         held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        assert held == plan.weight_bytes(model.config, form, torch.bfloat16)
+        assert held == weights.weight_bytes(model.config, form, torch.bfloat16)
 
 
 def test_the_12b_takes_what_is_published_of_it():
     with torch.device("meta"):
         model = Gemma(BIG).to(torch.bfloat16)
-    assert plan.weight_bytes(BIG, None, torch.bfloat16) == sum(p.nbytes for p in model.parameters())
-    assert plan.weight_bytes(BIG, "int4", torch.bfloat16) / 1e9 == pytest.approx(8.9, abs=0.3)
+    assert weights.weight_bytes(BIG, None, torch.bfloat16) == sum(p.nbytes for p in model.parameters())
+    assert weights.weight_bytes(BIG, "int4", torch.bfloat16) / 1e9 == pytest.approx(8.9, abs=0.3)
 
 
 def test_rows_and_their_spares_fill_what_is_left():
     made = make(gpu(48, 100_000))
-    row = Cache.bytes_per_row(BIG, made.length, SLACK, torch.bfloat16)
+    row = Room(1, made.length, 280).bytes_per_row(BIG, torch.bfloat16)
     assert made.total <= 48 * GIB < made.total + 2 * row
 
 
@@ -71,17 +72,17 @@ def test_a_plan_that_does_not_fit_says_what_is_short():
 
 
 def test_what_to_take_is_the_most_exact_form_that_keeps_up():
-    *_, advice = plan.table(BIG, gpu(23, 936), SLACK)
+    *_, advice = plan.table(BIG, gpu(23, 936))
     assert advice.startswith("take --weights int8 --rows ")
-    *_, advice = plan.table(BIG, gpu(4), SLACK)
+    *_, advice = plan.table(BIG, gpu(4))
     assert "nothing of this" in advice
 
 
 def test_a_cpu_listens_in_chunks_and_is_bound_by_arithmetic():
-    made = plan.make(BIG, plan.DESKTOP, "int4", slack=SLACK)
+    made = plan.make(BIG, plan.DESKTOP, "int4")
     slower = Machine("slower", "cpu", 56 * GIB, 80e9, {None: 10, "int8": 10, "int4": 10})
     assert made.keeps_up and made.one_ms > made.listen_ms
-    assert not plan.make(BIG, slower, "int4", slack=SLACK).keeps_up
+    assert not plan.make(BIG, slower, "int4").keeps_up
 
 
 def test_this_machine_is_measured():
@@ -96,3 +97,24 @@ def test_the_command_prints_a_table(arguments, capsys):
     assert main(["plan", *arguments]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\nint8") == printed.count("\nint4") >= 1 and "take" in printed
+
+
+def test_serve_takes_as_many_rows_as_are_planned(capsys):
+    from agent.commands import options
+
+    given = argparse.Namespace(model="nano", config_from=None, device="cpu", threads=1, weights=None, length=None)
+    rows, length = options.planned(given)
+    assert (rows, length) == (64, 8192) and f"{rows} × 8,192" in capsys.readouterr().out
+    assert options.rows("auto") == 0 and options.rows("3") == 3
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_would(tmp_path, monkeypatch):
+    checkpoint = tiny.write(tiny.RECIPES["hub"], tmp_path)
+    config = weights.read_config(checkpoint.folder)
+    needed = weights.weight_bytes(config, "int8", torch.float32)
+    monkeypatch.setattr(weights, "free_memory", lambda device: needed)
+    with pytest.raises(CheckpointError, match="--weights int8 would fit"):
+        weights.load(checkpoint.folder)
+    monkeypatch.setattr(weights, "free_memory", lambda device: 10)
+    with pytest.raises(CheckpointError, match="attend plan says what would fit"):
+        weights.load(checkpoint.folder)

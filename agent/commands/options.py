@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from agent import checkpoint
+from agent import checkpoint, plan
 from agent.engine import total_rows
+from model import weights
+from model.gemma import CheckpointError
+from model.threads import Threads
 from web.access import NotServed
 
 DEVICE = "auto, cpu, cuda, cuda:1 or mps (default: a GPU for a large model where there is one, else the CPU)"
@@ -23,6 +26,11 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def rows(text: str) -> int:
+    """0: "auto"."""
+    return 0 if text == "auto" else positive(text)
 
 
 def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
@@ -45,6 +53,7 @@ def load(
     told: Callable[[float], None] = lambda part: None,
     *,
     rows: int = total_rows(1),
+    length: int = checkpoint.LENGTH,
     budget: int | None = None,
 ) -> checkpoint.Loaded:
     """`told`: how much of it is there, from 0 to 1. `rows` and the largest `budget` of a picture are what there must be memory
@@ -55,7 +64,20 @@ def load(
         _progress(done, total)
 
     small = {"quantized": given.weights, "head": given.head_weights, "config_from": given.config_from}
-    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads, rows, budget=budget, **small)
+    return checkpoint.load(given.model, given.device, given.dtype, progress, given.threads, rows, length, budget=budget, **small)
+
+
+def planned(given: argparse.Namespace) -> tuple[int, int]:
+    """Conversations that this machine has memory for and can keep up with, and the positions of each; says what was planned.
+    Raises CheckpointError where there is not room for one."""
+    folder = weights.locate(given.config_from or given.model, weights.CONFIG_FILES if given.config_from else weights.FILES)
+    config = weights.read_config(folder)
+    device = weights.find_device(given.device, weights.size(config))
+    made = plan.make(config, plan.measure(device, Threads(given.threads).most), given.weights, length=given.length)
+    print(f"{plan.HEADER}\n{plan.line(made)}", flush=True)
+    if not made.rows:
+        raise CheckpointError("there is no room for one conversation; attend plan says what would fit")
+    return made.rows, made.length
 
 
 def _progress(done: int, total: int) -> None:

@@ -11,7 +11,6 @@ from agent.bench.shapes import SHAPES
 from agent.commands import options
 from agent.commands.options import Commands
 from model import weights
-from model.cache import SLACK
 from model.gemma import Config
 from model.threads import Threads
 
@@ -45,5 +44,5 @@ def _plan(given: argparse.Namespace) -> int:
         machines = [plan.measure(device, Threads().most)]
     print(f"{given.model}; milliseconds are arithmetic, {plan.OVERHEAD} times the reading of what a step needs\n")
     for machine in machines:
-        print("\n".join(plan.table(config, machine, SLACK, given.rows, given.length)) + "\n")
+        print("\n".join(plan.table(config, machine, given.rows, given.length)) + "\n")
     return 0

@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import get_args
 
+from agent.checkpoint import LENGTH
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.engine import Engine, total_rows
@@ -32,7 +33,8 @@ def add(commands: Commands) -> None:
     options.model(serving)
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); any other needs a token")
     serving.add_argument("--port", type=int, default=8765, metavar="N", help="default 8765")
-    serving.add_argument("--rows", type=options.positive, default=4, metavar="N", help="conversations at once (default 4)")
+    serving.add_argument("--rows", type=options.rows, default=4, metavar="N|auto", help="conversations at once (default 4)")
+    serving.add_argument("--length", type=options.positive, metavar="N", help="positions of each (default 8192; auto: what fits)")
     serving.add_argument("--voice", default="auto", help="auto, none, or a voice's name")
     serving.add_argument("--policy", default="transcripts", choices=get_args(Policy), help="what a row keeps of finished turns")
     serving.add_argument("--token-file", type=Path, metavar="F", help="a file with the token that clients must have")
@@ -78,7 +80,8 @@ def _serve(given: argparse.Namespace) -> int:
             door.loaded = part
 
         def load() -> Engine:
-            return Engine(options.load(given, told, rows=total_rows(given.rows)), given.rows)
+            rows, length = (given.rows, given.length or LENGTH) if given.rows else options.planned(given)
+            return Engine(options.load(given, told, rows=total_rows(rows), length=length), rows, length)
 
         with ExitStack() as held:
             async with door.open() as port:
