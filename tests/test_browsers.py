@@ -103,7 +103,7 @@ async def test_webkit_takes_typed_questions_and_a_picture_and_plays_the_answers(
     async with WebKit(tmp_path, sound(card)) as browser:
         await browser.open(server.url)
         await browser.click("#start")
-        await until(browser, "() => /There is no camera here/.test(document.querySelector('#notice').innerText)")
+        await until(browser, "() => /There is no camera here/.test(document.querySelector('#notice').textContent)")
         await browser.type("#text", "hello")
         assert await answer(browser, 1) == "Hello, I am listening."
         assert len(card.loud()) > 30, "0.3 s of the answer were played"

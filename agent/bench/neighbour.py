@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import cv2
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -27,6 +26,7 @@ from websockets.exceptions import ConnectionClosed
 from agent.bench.crowd import Spread
 from agent.bench.figures import Figure, line
 from agent.bench.waits import Say
+from streams.opencv import cv2
 
 ITEMS, WORDS, PICTURES, PINGS = 5000, 30_000, 12, 200_000
 SIZES = ((4000, 6000), (3500, 4700))  # pixels, of the pictures: the first that the server takes
