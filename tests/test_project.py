@@ -231,8 +231,8 @@ def test_readmes_give_options_that_there_are(command, attend):
 
 @pytest.mark.parametrize("command", PYTEST)
 def test_readmes_run_tests_that_there_are(command):
-    done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", *shlex.split(command)[1:])
-    assert done.returncode == 0, done.stdout
+    _, path, k, words = shlex.split(command)
+    assert k == "-k" and re.search(rf"def test_\w*{words}", (ROOT / path).read_text())
 
 
 def without_numbers(line):
