@@ -7,10 +7,11 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo test nano exam compiler broker soundcard browsers lock clean
+.PHONY: help demo check test nano exam compiler broker soundcard browsers lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
-	@echo 'make test    lint, types and tests'
+	@echo 'make check   lint, types and the quick tests, in under three minutes'
+	@echo 'make test    lint, types and all tests (ARGS="tests/test_turns.py": these tests)'
 	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
 	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
 	@echo 'make lock    resolve the versions of .lock.txt anew'
@@ -24,6 +25,13 @@ demo: .venv/demo
 # Who watches gets the page too; a script or CI gets the answer alone. SERVE=yes or no decides.
 SERVE ?=
 WATCHED = case "$(SERVE)" in yes) true;; no) false;; *) test -t 0 -a -t 1 -a -z "$${CI:-}";; esac
+
+# What needs more of the system than the demo, or more than a few seconds, is marked slow.
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo 'mypy and pytest, each on a core'
+	@$(BIN)/mypy & types=$$!; $(BIN)/pytest -m 'not slow' $(ARGS) && tests=0 || tests=$$?; wait $$types && exit $$tests
 
 test: .venv/test compiler broker soundcard browsers build/node/stamp build/homeassistant/stamp
 	@$(call need,openssl version,openssl)

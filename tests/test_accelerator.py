@@ -27,7 +27,7 @@ LOADED = tiny_loaded()
 TINY = Config.from_json(tiny.Recipe().hub_json())
 
 
-@pytest.mark.parametrize("config", [TINY, read_config(NANO)], ids=["tiny", "nano"])
+@pytest.mark.parametrize("config", [TINY, pytest.param(read_config(NANO), marks=pytest.mark.slow)], ids=["tiny", "nano"])
 def test_a_pass_of_every_kind_runs_on_a_gpu(config):
     """Text, sound, a picture, a step of neighbours and of rows with a hole between them, past the window, and the logits."""
     with fake_cuda.fake_cuda():

@@ -25,6 +25,7 @@ ALONE = {
 BESIDE = {key for key in ALONE if key.startswith(("append", "real_time", "first_token", "whole"))} | {"step"}
 
 
+@pytest.mark.slow
 def test_nano_is_measured_beside_transformers_which_computes_the_same() -> None:
     transformers = pytest.importorskip("transformers")
     said: list[str] = []

@@ -21,6 +21,7 @@ def url(port: int) -> str:
     return f"ws://127.0.0.1:{port}"
 
 
+@pytest.mark.slow
 async def test_a_caller_tells_its_door_what_a_session_would(engine, mind):
     mind.says("It is red.", TEN, "Yes.")
     mind.hears("where is it", "and there", "no wait")

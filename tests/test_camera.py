@@ -449,6 +449,7 @@ def rtsp() -> Iterator[Rtsp]:
     server.end()
 
 
+@pytest.mark.slow
 def test_a_stream_is_watched_its_loss_told_and_a_stall_noticed(rtsp, told, monkeypatch):
     monkeypatch.setattr(camera, "STALLED_AFTER", 1.0)
     monkeypatch.setattr(sources, "READING", 4_000)

@@ -89,6 +89,7 @@ async def test_five_spoken_turns_about_changing_pictures_are_understood_and_answ
     assert answer.heard == turns[0].words, "nano understands the recording as it did the microphone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "courtesies", "small"), [("transcripts", 40, Budget(ahead=100)), ("verbatim", 20, Budget(row=300))]
 )

@@ -32,6 +32,7 @@ def asker(count: int) -> Callable[[int], list[Question]]:
     return lambda seed: people.person(seed)[:count]
 
 
+@pytest.mark.slow
 async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: Loaded) -> None:
     said: list[str] = []
     result = await crowd.session([2], loaded, open_voice("espeak"), asker(1), said.append, real_time=False)

@@ -8,6 +8,8 @@ import threading
 from functools import partial
 from typing import Any
 
+import pytest
+
 from agent.session import LATER
 from agent.tape import Typed
 from tests.serving import LOADED, SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
@@ -102,6 +104,7 @@ async def test_a_history_is_written_into_the_row_once_however_many_items_it_has(
         await works(port, mind)
 
 
+@pytest.mark.slow
 async def test_what_comes_while_an_answer_is_given_waits_and_nothing_of_it_is_lost(engine, mind):
     door = Server(engine, VAD, None, Options(port=0, settings=SETTINGS, clock=fast))
     async with asyncio.timeout(120), door.open() as port, plain(port) as connection:

@@ -185,6 +185,7 @@ async def test_addresses_of_pictures_are_never_fetched(engine, mind):
         assert asked == []
 
 
+@pytest.mark.slow
 async def test_ten_minutes_without_a_commit_and_then_a_question(engine, mind):
     minute = base64.b64encode(np.zeros(50 * 24_000, "<i2").tobytes()).decode()
     async with serving(engine) as port, plain(port) as connection:

@@ -2,6 +2,8 @@
 
 from typing import get_args
 
+import pytest
+
 from agent import checkpoint
 from agent.bench import hours
 from agent.bench.crowd import Question
@@ -20,6 +22,7 @@ def greeting(seed: int) -> list[Question]:
     return [Question(Turn(people.picture(seed, 96, 96), typed="Hello", wait=0.1), 0, right)]
 
 
+@pytest.mark.slow
 async def test_both_policies_are_told_stretch_by_stretch_and_nothing_grows() -> None:
     told: list[str] = []
     result = await hours.conversation(checkpoint.load("nano"), None, greeting, 0.0005, told.append, get_args(Policy))

@@ -18,7 +18,7 @@ from tests.broker import Mosquitto, Sub, certified, until
 WILL = Publication("gone", b"offline", retain=True)
 
 
-pytestmark = pytest.mark.usefixtures("impatient")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("impatient")]
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ from model.nano import draw, exam, speech, world
 from model.nano.lessons import Teacher, collate
 from model.weights import NANO
 
+pytestmark = pytest.mark.slow
 CARD = NANO / "CARD.md"
 
 

@@ -6,10 +6,13 @@ import asyncio
 import os
 from typing import Any
 
+import pytest
+
 from agent.bench import neighbour
 from tests.serving import serving
 
 
+@pytest.mark.slow
 async def test_each_burden_is_borne_and_measured(engine, mind, monkeypatch):
     for name, count in {"LEAST": 3, "ITEMS": 200, "WORDS": 1000, "PICTURES": 2, "PINGS": 2000, "PAUSE": 0.0}.items():
         monkeypatch.setattr(neighbour, name, count)

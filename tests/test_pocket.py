@@ -365,6 +365,7 @@ def test_the_real_one_is_loaded_from_files_alone(files, monkeypatch):
         assert config.weights_path_without_voice_cloning is None  # so nothing is left to ask the hub for
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_threads(files):
     code = (
         "import torch, streams.pocket\n"

@@ -1,4 +1,4 @@
-"""The project's own promises: the arrows between folders, the locked versions, and a README that is true."""
+"""The project's own promises: the arrows between folders, the locked versions, and README files that are true."""
 
 import ast
 import importlib.metadata
@@ -20,7 +20,8 @@ from agent.__main__ import main
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("agent", "model", "streams", "web")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(page for folder in (*FOLDERS, "tests") for page in sorted((ROOT / folder).rglob("README.md")))]
+README = {page.parent: page.read_text() for page in PAGES}  # by folder
 DISTRIBUTION = {"cv2": "opencv-python-headless", "paho": "paho-mqtt", "PIL": "pillow"}  # of other names
 
 
@@ -35,12 +36,27 @@ def sources(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def is_recipe(path):
-    return path.is_relative_to(ROOT / "model" / "nano")
+TRAINING = "model/nano"  # the recipe that trains the embedded checkpoint
+MAY_NOT_IMPORT = {  # by folder or file; the longest name that fits a file is its rule
+    "model": {"agent", "streams", "web", "cv2", "soundfile", "asyncio", "threading", "socket"},
+    TRAINING: {"web"},
+    "streams": {"agent", "model", "web", "torch"},
+    "agent": {"web"},
+    "agent/commands": set(),  # they put the parts together
+    "agent/__main__.py": set(),
+    "web": {"cv2", "torch"},
+}
+IMPORTED_BY = {  # who may, beside itself
+    TRAINING: {"agent/commands"},  # benchmarks ask what nano knows
+    "agent/commands": {"agent/__main__.py"},
+    "agent/__main__.py": set(),
+}
 
 
-def is_command(path):
-    return path == ROOT / "agent" / "__main__.py" or path.is_relative_to(ROOT / "agent" / "commands")
+def rule(path, rules):
+    """The longest of the names that a file or module has, or that a folder above it has; or None."""
+    fits = [name for name in rules if path == ROOT / name or ROOT / name in path.parents]
+    return max(fits, key=len, default=None)
 
 
 def imports(path):
@@ -62,26 +78,22 @@ def tops(path):
     return {name.split(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize(
-    ("folder", "unknown"),
-    [
-        ("model", {"agent", "streams", "web", "cv2", "soundfile", "asyncio", "threading", "socket"}),
-        ("streams", {"agent", "model", "web", "torch"}),
-        ("agent", {"web"}),
-    ],
-)
-def test_imports_follow_the_arrows(folder, unknown):
-    wrong = {str(path.relative_to(ROOT)): tops(path) & unknown for path in sources(folder) if not is_recipe(path)}
-    wrong = {path: names for path, names in wrong.items() if not is_command(ROOT / path)}  # which wire everything
-    assert wrong and not any(wrong.values()), {path: names for path, names in wrong.items() if names}
+@pytest.mark.parametrize("place", MAY_NOT_IMPORT)
+def test_imports_follow_the_arrows(place):
+    files = [path for path in sources(*FOLDERS) if rule(path, MAY_NOT_IMPORT) == place]
+    assert files
+    wrong = {str(path.relative_to(ROOT)): tops(path) & MAY_NOT_IMPORT[place] for path in files}
+    assert not any(wrong.values()), {path: names for path, names in wrong.items() if names}
 
 
-def test_nothing_imports_the_commands_and_only_the_recipe_imports_the_recipe():
+def test_the_commands_and_the_training_are_imported_by_nothing_below_them():
     for path in sources(*FOLDERS):
         for name in imports(path):
-            assert is_command(path) or not name.startswith(("agent.__main__", "agent.commands")), path
-            asking = path == ROOT / "agent" / "commands" / "bench.py" and name == "model.nano.people"  # of benchmarks
-            assert is_recipe(path) or asking or not name.startswith("model.nano"), path
+            module = ROOT.joinpath(*name.split("."))  # or something in it
+            files = (module, module.with_suffix(".py"), module.parent.with_suffix(".py"))
+            to = next(filter(None, (rule(file, IMPORTED_BY) for file in files)), None)
+            by = rule(path, IMPORTED_BY)
+            assert to is None or by == to or by in IMPORTED_BY[to], f"{path} imports {name}"
 
 
 # ---- the dependencies
@@ -95,7 +107,7 @@ def declared(extra=None):
 def test_what_is_imported_is_what_is_declared():
     found = set()
     for path in sources(*FOLDERS):
-        if not is_recipe(path):
+        if rule(path, MAY_NOT_IMPORT) != TRAINING:
             found |= {canonicalize_name(DISTRIBUTION.get(name, name)) for name in tops(path)}
     found -= {canonicalize_name(name) for name in (*sys.stdlib_module_names, *FOLDERS)}
     assert declared() <= found, "declared, and used by nothing"
@@ -148,12 +160,16 @@ def test_the_lock_names_exactly_what_is_installed():
     assert lock.keys() - {"setuptools"} <= installed  # torch asks for setuptools only from Python 3.12 on
 
 
-# ---- the commands
+# ---- the README files
 
 
-def console_blocks():
-    """(command, lines of output) of each `$ …` in the README's console blocks."""
-    for block in re.findall(r"^```console\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
+def shown_folder(folder):
+    return str(folder.relative_to(ROOT))
+
+
+def console_blocks(text):
+    """(command, lines of output) of each `$ …` in the console blocks of a README."""
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         command, output = None, []
         for line in block.splitlines():
             if line.startswith("$ "):
@@ -165,9 +181,11 @@ def console_blocks():
         yield command, output
 
 
-COMMANDS = dict(console_blocks())
+SHOWN = [shown for text in README.values() for shown in console_blocks(text)]
+COMMANDS = sorted({command for command, _ in SHOWN})
 ATTEND = [command for command in COMMANDS if command.startswith("attend ")]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
+PYTEST = [command for command in COMMANDS if command.startswith(".venv/bin/pytest ")]
 
 
 @pytest.fixture
@@ -186,21 +204,21 @@ def attend(capsys, monkeypatch):
     return call
 
 
-def test_readme_shows_nothing_but_known_commands():
+def test_readmes_show_nothing_but_known_commands():
     assert ATTEND and MAKE
-    other = [command for command in COMMANDS if command not in ATTEND + MAKE]
+    other = set(COMMANDS) - {*ATTEND, *MAKE, *PYTEST}
     assert all(command.split()[0] in ("git", "cd") for command in other), other
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.parametrize("command", MAKE)
-def test_readme_makes_what_can_be_made(command):
+def test_readmes_make_what_can_be_made(command):
     done = run("make", "--dry-run", *shlex.split(command)[1:])
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("command", ATTEND)
-def test_readme_gives_options_that_there_are(command, attend):
+def test_readmes_give_options_that_there_are(command, attend):
     words = shlex.split(command)[1:]
     path = [word for word in words[: 2 if words[0] == "bench" else 1] if not word.startswith("-")]
     code, help, complaint = attend(*path, "--help")
@@ -211,20 +229,56 @@ def test_readme_gives_options_that_there_are(command, attend):
         assert (ROOT / file).exists(), file
 
 
+@pytest.mark.parametrize("command", PYTEST)
+def test_readmes_run_tests_that_there_are(command):
+    _, path, k, words = shlex.split(command)
+    assert k == "-k" and re.search(rf"def test_\w*{words}", (ROOT / path).read_text())
+
+
 def without_numbers(line):
     return re.sub(r"\d+(\.\d+)?", "#", line).strip()
 
 
-@pytest.mark.parametrize("command", [command for command in ATTEND if " ask " in command and " --model " not in command])
-def test_readme_prints_what_is_printed(command, attend, tmp_path):
-    """Word for word but for the numbers, which are times and places; a line of … stands for any lines."""
-    words = shlex.split(command.replace("build/", f"{tmp_path}/"))[1:]
+def prints(command, shown, attend, folder):
+    """Whether a command prints these lines, but for the numbers, which are times and places; … stands for any lines."""
+    words = shlex.split(command.replace("build/", f"{folder}/"))[1:]
     code, printed, complaint = attend(*words)
     assert code == 0, complaint
-    lines = [without_numbers(line) for line in printed.replace(f"{tmp_path}/", "build/").splitlines()]
+    lines = [without_numbers(line) for line in printed.replace(f"{folder}/", "build/").splitlines()]
     assert any(lines)
-    for line in COMMANDS[command]:
+    for line in shown:
         assert without_numbers(line) in ["…", *lines], printed
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), [(command, shown) for command, shown in SHOWN if " ask " in command and " --model " not in command]
+)
+def test_readmes_print_what_is_printed(command, shown, attend, tmp_path):
+    prints(command, shown, attend, tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_the_readme_prints_what_the_demo_prints(attend, tmp_path):
+    (command,) = re.findall(r"^\S+/(attend ask .*)$", run("make", "--dry-run", "demo").stdout, re.MULTILINE)
+    shown = re.search(r"^\$ make demo\n```.*?^```text\n(.*?)^```", README[ROOT], re.DOTALL | re.MULTILINE)[1]
+    assert "mark " in shown
+    prints(command, shown.splitlines(), attend, tmp_path)
+
+
+def test_the_table_of_machines_is_what_attend_plan_computes(attend):
+    """The form of the weights that the plan recommends, its conversations and milliseconds, and the conversations of int4."""
+    code, printed, complaint = attend("plan", "--known")
+    assert code == 0, complaint
+    computed = []
+    for block in printed.strip().split("\n\n")[1:]:
+        name, advice = re.match(r"(.*?): ", block)[1], block.splitlines()[-1]
+        lines = {line.split()[0]: line for line in block.splitlines() if line.startswith(("bf16", "int8", "int4"))}
+        form = found[1] if (found := re.search(r"--weights (\w+)", advice)) else "bf16"
+        rows = {form: re.search(r"(\d+) ×", line)[1] for form, line in lines.items() if "×" in line}
+        took = re.search(r"([\d.]+) ms", lines[form])[1]
+        computed.append(f"| {name} | {form} | {rows[form]} | {took} ms | {rows['int4']} |")
+    table = README[ROOT][README[ROOT].index("| machine |") :].split("\n\n")[0]
+    assert table.splitlines()[2:] == computed
 
 
 def test_the_command_is_installed():
@@ -233,25 +287,53 @@ def test_the_command_is_installed():
     assert len(printed) == 1 and "ask" in printed.pop()
 
 
-def test_readme_links_lead_somewhere():
-    paths = [path for path in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in path]
-    names = re.findall(r"`((?:agent|model|streams|tests)/[\w/.]+)`", README)
-    assert names
-    for path in (*paths, *names):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("folder", README, ids=shown_folder)
+def test_readme_links_lead_somewhere(folder):
+    """Links to files, seen from the README's folder, links to headings, and names of files in the text, seen from the top."""
+    text = README[folder]
+    for path, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        if "://" in path:
+            continue
+        assert (folder / path).exists(), path
+        if heading:
+            there = (folder / path).read_text() if path else text
+            titles = re.findall(r"^#+ (.*)$", there, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, heading
+    for name in re.findall(r"`((?:agent|model|streams|tests|web)/[\w/.-]+)`", text):
+        assert (ROOT / name).exists(), name
 
 
-def test_readme_maps_all_files_that_there_are():
-    folders, mapped = {0: ROOT}, set()
-    for line in re.search(r"^## Map\n+```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1].splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()
-        path = folders[len(indent)] / name
-        folders[len(indent) + 2] = path
-        mapped.add(path)
-    assert [path for path in mapped if not path.exists()] == []
-    whole = {path for path in mapped if path.is_dir() and not any(path in other.parents for other in mapped)}
-    there = {path for path in sources(*FOLDERS) if path.name != "__init__.py"}
-    assert {path for path in there - mapped if whole.isdisjoint(path.parents)} == set()
+def listed(folder):
+    """The files that a README lists: the names in the first column of its tables, seen from its folder. `name/` stands for all
+    files of a folder, if that has no README of its own."""
+    for cell in re.findall(r"^\| ((?:`[^`|]+`(?:, )?)+) \|", README[folder], re.MULTILINE):
+        for name in re.findall(r"`([\w/.-]+(?:/|\.\w+))`", cell):
+            path = folder / name
+            if not name.endswith("/"):
+                yield path
+            elif path not in README:
+                yield from code(path)
+
+
+def code(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".js") and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("folder", [folder for folder in README if folder != ROOT], ids=shown_folder)
+def test_each_file_is_listed_in_the_readme_of_its_folder(folder):
+    """Each Python and JavaScript file once, in the nearest README.md above it; and what is listed is there."""
+    names = list(listed(folder))
+    nearest = [next(above for above in path.parents if above in README) for path in code(folder)]
+    own = [path for path, above in zip(code(folder), nearest, strict=True) if above == folder]
+    assert [str(path) for path in names if not path.is_file()] == []
+    if folder != ROOT / "tests":  # they mirror the modules
+        assert sorted(path for path in names if path.suffix in (".py", ".js")) == own
+
+
+def test_every_folder_at_the_top_has_a_readme_and_the_readme_leads_to_all_of_them():
+    assert {ROOT / folder for folder in (*FOLDERS, "tests")} <= README.keys()
+    for folder in README.keys() - {ROOT, ROOT / "web" / "static"}:  # web/README.md leads there
+        assert f"({folder.relative_to(ROOT)}/README.md)" in README[ROOT]
 
 
 def test_readme_places_every_class_that_transformers_exports():
@@ -264,7 +346,7 @@ def test_readme_places_every_class_that_transformers_exports():
         for name in re.findall(r'"(\w+)"', block)
     }
     assert len(exported) > 10
-    assert {name for name in exported if f"| `{name}` |" not in README} == set()
+    assert {name for name in exported if f"| `{name}` |" not in README[ROOT / "model"]} == set()
 
 
 # ---- the rule that nothing is skipped unnoticed (tests/conftest.py)

@@ -677,16 +677,28 @@ async def test_what_a_client_says_was_heard_is_what_the_tape_keeps(engine, mind)
 
 
 @pytest.mark.slow
-async def test_the_example_of_the_readme(capsys):
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [
+        ("README.md", ["I am attend, running the nano model."]),
+        ("web/README.md", ["looked at table", "mark on table orange square [", "first token after "]),
+    ],
+)
+async def test_the_examples_of_the_readmes(page, printed, capsys):
     root = DEMO.parents[2]
-    (code,) = re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (root / page).read_text(), re.DOTALL | re.MULTILINE)
     with Engine(checkpoint.load("nano"), length=2048) as engine:
         async with serving(engine, None, settings=Settings(seed=0)) as port:
             code = code.replace(":8765/", f":{port}/").replace("model/nano/demo", str(DEMO))
             await asyncio.to_thread(exec, code, {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "looked at table" and lines[-1].startswith("first token after ")
-    assert [line.split(" [")[0] for line in lines[1:-1]] == ["mark on table orange square"]
+    assert len(lines) == len(printed) and all(map(str.startswith, lines, printed)), lines
+
+
+def test_there_is_no_example_in_a_readme_that_is_not_run():
+    root = DEMO.parents[2]
+    pages = [page for folder in ("agent", "model", "streams", "tests", "web") for page in (root / folder).rglob("README.md")]
+    assert [page for page in pages if "```python" in page.read_text()] == [root / "web" / "README.md"]
 
 
 async def test_extensions_by_the_address(engine, mind):

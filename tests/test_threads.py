@@ -86,6 +86,7 @@ def test_a_pass_sets_its_threads_and_gives_them_back(monkeypatch):
     assert seen[-1] == before
 
 
+@pytest.mark.slow
 def test_the_libraries_of_a_command_take_one_thread_each():
     code = (
         "import cv2, numpy, torch\n"

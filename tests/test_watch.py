@@ -45,6 +45,7 @@ from tests.test_camera import Rtsp, Snapshots
 from tests.test_frigate import event_18, review_18
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow  # a broker, cameras, and seconds of nano
 PICTURE = NANO / "demo" / "picture.jpg"
 QUESTION, ANSWER, BOX = "where is the orange square", "The orange square is at the top.", (90, 230, 520, 570)
 
@@ -541,7 +542,6 @@ async def commanded(*arguments: str, **environment: str) -> AsyncIterator[subpro
         process.communicate()
 
 
-@pytest.mark.slow
 async def test_secrets_of_addresses_are_neither_logged_nor_published_while_cameras_work_and_while_they_do_not(broker, tmp_path):
     rtsp, web = Rtsp(), Snapshots()
     file, sub = tmp_path / "attend.toml", Sub(broker, "#")
@@ -579,7 +579,6 @@ async def test_secrets_of_addresses_are_neither_logged_nor_published_while_camer
     web.server_close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("address", ["[::1]:{port}", "mqtt://[::1]:{port}", "mqtt://localhost:{port}/"])
 async def test_the_command_finds_its_broker_by_any_address(broker, tmp_path, address):
     broker.listen("::1")
@@ -616,7 +615,6 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
 async def test_killed_hard_in_the_middle_of_a_question_it_answers_once_when_it_is_back(broker, scene, tmp_path):
     file, reached = tmp_path / "attend.toml", tmp_path / "reached"
     where = f'node = "home"\nstate = "{tmp_path}/state"\n[broker]\nport = {broker.port}\n'
