@@ -98,7 +98,7 @@ def losses(model: Gemma, aside: Aside, batch: Batch) -> dict[int, tuple[Tensor, 
         if i == LOOKS[0]:
             assert isinstance(block, Block)
             out[LOOK] = _look(block, x, span.reaches[layer], batch)
-        x = block(x, span.reaches[layer], None)
+        x = block(x, span.reaches[layer])
         for taught, depth in DEPTHS.items():
             if i != depth:
                 continue
