@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,9 +145,7 @@ def generate(
     """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
 
     Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(loaded.model.device).manual_seed(seed)
+    generator = Random(seed)
     for number in range(most):
         with torch.inference_mode():
             token, logp = draw(loaded.model.logits(hidden), how, generator)

@@ -20,8 +20,8 @@ from torch import Tensor
 from model.functional import rope
 
 if TYPE_CHECKING:
-    from model.gemma import Config, Layer
     from model.forward import ForwardPass
+    from model.gemma import Config, Layer
 
 SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
 SPOKEN = 40  # positions beside a picture that can be cut back at least
@@ -65,10 +65,7 @@ def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.d
 
     Rows shorter than `count` are padded at their end, where nothing that counts can see the padding."""
     at = torch.arange(count, device=device)[None]
-    reaches = {
-        layer: Reach(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype))
-        for layer in set(config.layers)
-    }
+    reaches = {layer: Reach(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype)) for layer in set(config.layers)}
     return Span(reaches)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model import batch, reference
@@ -43,7 +42,8 @@ class ForwardPass:
 
     def __call__(self, chunks: Sequence[Chunk], x: Tensor) -> Tensor | None:
         """Appends embeddings x [positions of all chunks, H], in their order. Returns the hidden states after the final norm of
-        the positions that are wanted [wanted, H]; None where none is. Raises RowFull before anything is written."""
+        the positions that are wanted [wanted, H], good until the next pass; None where none is. Raises RowFull before
+        anything is written."""
         batch.check(chunks, self.cache)
         with torch.inference_mode(), self.model.threads.running(self.model.product, len(x)):
             hidden = self._hidden(chunks, x)
@@ -55,22 +55,22 @@ class ForwardPass:
         wanted = batch.wanted(chunks)
         if self._operations is reference and Step.suits(self.model, self.cache, chunks):
             self._step = self._step or Step(self.model, self.cache)
-            return select(self._step([chunk.row for chunk in chunks], x, bool(wanted)), wanted)
-        if bucket := min((size for size in self._graphs if size >= len(x)), default=None):
+            hidden = self._step([chunk.row for chunk in chunks], x, bool(wanted))
+        elif bucket := min((size for size in self._graphs if size >= len(x)), default=None):
             table, static_x, replay, hidden = self._graphs[bucket]
             table.copy_(batch.pinned(self._operations.table(chunks, self.cache, bucket), x.device), non_blocking=True)
             static_x[: len(x)] = x
             replay()
-            return select(hidden, wanted)
-        metadata = self._operations.metadata(chunks, self.cache)
-        return self._run(x, metadata, chunks)
+        else:
+            return self._run(x, self._operations.metadata(chunks, self.cache), chunks)
+        return None if hidden is None or not wanted else select(hidden, wanted)
 
-    def _run(self, x: Tensor, metadata: Mapping[Layer, Any], chunks: Sequence[Chunk] | None = None) -> Tensor | None:
+    def _run(self, embedded: Tensor, metadata: Mapping[Layer, Any], chunks: Sequence[Chunk] | None = None) -> Tensor | None:
         """Hidden states after the final norm [N, H]. With `chunks` the last layer computes no more than its keys and values
         for what is not wanted: nothing else is left of what was heard."""
         model, operations = self.model, self._operations
         eps = model.config.eps
-        y = rms_norm(x, eps, self._layers[0][1].input_norm)
+        x, y = embedded, rms_norm(embedded, eps, self._layers[0][1].input_norm)
         for index, (layer, block, keys, values) in enumerate(self._layers, start=1):
             last, seen = index == len(self._layers), metadata[layer]
             query = operations.norm_rope_write(F.linear(y, block.attention.qkv), block.attention, seen, keys, values)
@@ -115,10 +115,8 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], object], 
     return graph.replay, result
 
 
-def select(x: Tensor | None, places: Sequence[int]) -> Tensor | None:
-    """Of [N, ...] these; None where there are none."""
-    if x is None or not places:
-        return None
+def select(x: Tensor, places: Sequence[int]) -> Tensor:
+    """Of [N, ...] these, which are in order."""
     if places[-1] - places[0] + 1 == len(places):
         return x[places[0] : places[-1] + 1]
     return x.index_select(0, batch.upload(places, x.device))

@@ -10,18 +10,20 @@ Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.batch import Chunk
+from model.batch import Chunk, upload
 from model.cache import Cache, Reach, Row, Span
 from model.functional import rms_norm, rotate
 from model.quantized import QuantizedLinear, Weight, linear
@@ -253,6 +255,9 @@ class Vision(nn.Module):
         return out
 
 
+Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n, samples], or a picture's patches and places
+
+
 class Gemma(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -296,6 +301,22 @@ class Gemma(nn.Module):
         if not torch.is_inference_mode_enabled():
             return nullcontext()
         return self.threads.running(weight.numel(), x.numel() // x.shape[-1])
+
+    def embed(self, parts: Sequence[Part]) -> Tensor:
+        """Embeddings [N, H] of what comes one after the other. All text is embedded at once, and so is all sound; nobody
+        waits for the device."""
+        text = [isinstance(part, np.ndarray) and part.ndim == 1 for part in parts]
+        sound = [isinstance(part, np.ndarray) and part.ndim == 2 for part in parts]
+        embedded: dict[int, Tensor] = {}
+        for chosen, embed in ((text, self.embed_text), (sound, self.embed_audio)):
+            places = [place for place, is_it in enumerate(chosen) if is_it]
+            if places:
+                together = embed(upload(np.concatenate([parts[place] for place in places]), self.device))
+                embedded |= zip(places, together.split([len(parts[place]) for place in places]), strict=True)
+        for place, part in enumerate(parts):
+            if isinstance(part, tuple):
+                embedded[place] = self.embed_image(*(upload(tensor, self.device) for tensor in part))
+        return embedded[0] if len(parts) == 1 else torch.cat([embedded[place] for place in range(len(parts))])
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """Embeddings [B, T, H] of whole prompts, without a cache -> hidden states after the final norm [B, T, H]. That is how

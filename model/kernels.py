@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -52,34 +52,30 @@ class Metadata:
 def table(chunks: Sequence[Chunk], cache: Cache, size: int) -> NDArray[np.int32]:
     """All numbers of a pass over `size` positions, [2 + 5 for each kind of layer, size], to be uploaded at once."""
     found = np.zeros((2 + 5 * len(kinds(cache.config)), size), np.int32)
-    _lay(found[0], (np.full(chunk.count, chunk.row.index) for chunk in chunks))
-    _lay(found[1], (chunk.positions for chunk in chunks))
+    start = 0
+    for chunk in chunks:
+        found[0, start : start + chunk.count] = chunk.row.index
+        found[1, start : start + chunk.count] = chunk.positions
+        start += chunk.count
     for layer, part in zip(kinds(cache.config), np.split(found[2:], len(kinds(cache.config))), strict=True):
         _fill(part, layer, chunks, cache, [chunk.count for chunk in chunks])
     return found
 
 
 def _fill(part: NDArray[np.int32], layer: Layer, chunks: Sequence[Chunk], cache: Cache, counts: Sequence[int]) -> None:
-    """The five lines of one kind, of the last positions of each chunk."""
+    """The five lines of one kind, for the last positions of each chunk."""
     slots, first, last, tile_starts, tile_counts = part
     slots[:], last[:] = cache.slots(layer), -1
-    seen = [[bound[len(bound) - n :] for bound in x.visible(layer, cache.config.window)] for x, n in zip(chunks, counts)]
-    _lay(slots, (x.positions[x.count - n :] % cache.slots(layer) for x, n in zip(chunks, counts)))
-    _lay(first, (bounds[0] for bounds in seen))
-    _lay(last, (bounds[1] for bounds in seen))
-    most, tile, start = max(1, _queries(cache.config, layer) * layer.kv_heads // cache.config.heads), 0, 0
-    for count in counts:
+    most = max(1, _queries(cache.config, layer) * layer.kv_heads // cache.config.heads)  # positions of a tile
+    start = tile = 0
+    for chunk, count in zip(chunks, counts, strict=True):
+        here, there = slice(start, start + count), slice(chunk.count - count, None)
+        slots[here] = chunk.positions[there] % cache.slots(layer)
+        first[here], last[here] = (bound[there] for bound in chunk.visible(layer, cache.config.window))
         for at in range(0, count, most):
             tile_starts[tile], tile_counts[tile] = start + at, min(most, count - at)
             tile += 1
         start += count
-
-
-def _lay(line: NDArray[np.int32], pieces: Any) -> None:
-    start = 0
-    for piece in pieces:
-        line[start : start + len(piece)] = piece
-        start += len(piece)
 
 
 def kinds(config: Config) -> list[Layer]:
@@ -90,7 +86,9 @@ def views(numbers: Tensor, cache: Cache) -> dict[Layer, Metadata]:
     """Of a `table` on the device."""
     found = {}
     for layer, part in zip(kinds(cache.config), numbers[2:].chunk(len(kinds(cache.config))), strict=True):
-        found[layer] = Metadata(*rope(layer, numbers[1], cache.dtype), numbers[0], *part.unbind(), cache.slots(layer))
+        slots, first, last, starts, counts = part.unbind()
+        turn = rope(layer, numbers[1], cache.dtype)
+        found[layer] = Metadata(*turn, numbers[0], slots, first, last, starts, counts, cache.slots(layer))
     return found
 
 
@@ -102,17 +100,15 @@ def of_wanted(meta: Metadata, layer: Layer, chunks: Sequence[Chunk], cache: Cach
     """Of the wanted positions alone, for `attend`."""
     counts = [chunk.wanted for chunk in chunks]
     found = np.zeros((6, sum(counts)), np.int32)
-    _lay(found[0], (np.full(n, chunk.row.index) for n, chunk in zip(counts, chunks)))
+    found[0] = np.repeat([chunk.row.index for chunk in chunks], counts)
     _fill(found[1:], layer, chunks, cache, counts)
     rows, slots, first, last, tile_starts, tile_counts = upload(found, cache.device).unbind()
-    return replace(
-        meta, rows=rows, slots=slots, first=first, last=last, tile_starts=tile_starts, tile_counts=tile_counts
-    )
+    return replace(meta, rows=rows, slots=slots, first=first, last=last, tile_starts=tile_starts, tile_counts=tile_counts)
 
 
 def _queries(config: Config, layer: Layer) -> int:
     """Of a tile: what the tensor cores take at least."""
-    return max(16, triton.next_power_of_2(config.heads // layer.kv_heads))
+    return max(16, int(triton.next_power_of_2(config.heads // layer.kv_heads)))
 
 
 # ---- norms, rotation, writing
@@ -186,14 +182,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, meta: Metadata) -> Tenso
     )  # fmt: skip
     found = torch.empty(count, heads * size, device=query.device, dtype=query.dtype)
     _combine[(count, heads)](
-        parts, best, total, found, SIZE=size, D=triton.next_power_of_2(size), SPLITS=splits, SOME=min(splits, 8)
+        meta.last, parts, best, total, found, SIZE=size, D=triton.next_power_of_2(size), SPLITS=splits, SOME=min(splits, 8)
     )
     return found
 
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 8
 
 
 @triton.jit
@@ -245,19 +241,21 @@ def _attend(
 
 
 @triton.jit
-def _combine(parts, best, total, found, SIZE: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SOME: tl.constexpr):
+def _combine(last, parts, best, total, found, SIZE: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SOME: tl.constexpr):
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     d = tl.arange(0, D)
     whole = d < SIZE
-    every = place * SPLITS + tl.arange(0, SPLITS)
-    top = tl.max(tl.load(best + every))
-    weight = tl.sum(tl.exp(tl.load(best + every) - top) * tl.load(total + every))
     sum_ = tl.zeros([D], tl.float32)
-    for split in range(0, SPLITS, SOME):
-        some = place * SPLITS + split + tl.arange(0, SOME)
-        part = tl.load(parts + some[:, None] * SIZE + d[None, :], whole[None, :], other=0.0)
-        sum_ += tl.sum(tl.exp(tl.load(best + some) - top)[:, None] * part, 0)
-    tl.store(found + place * SIZE + d, sum_ / weight, whole)
+    if tl.load(last + tl.program_id(0)) >= 0:  # else it only fills up, and has no parts
+        every = place * SPLITS + tl.arange(0, SPLITS)
+        top = tl.max(tl.load(best + every))
+        weight = tl.sum(tl.exp(tl.load(best + every) - top) * tl.load(total + every))
+        for split in range(0, SPLITS, SOME):
+            some = place * SPLITS + split + tl.arange(0, SOME)
+            part = tl.load(parts + some[:, None] * SIZE + d[None, :], whole[None, :], other=0.0)
+            sum_ += tl.sum(tl.exp(tl.load(best + some) - top)[:, None] * part, 0)
+        sum_ /= weight
+    tl.store(found + place * SIZE + d, sum_, whole)
 
 
 # ---- around the products
@@ -275,9 +273,7 @@ def add_norm(x: Tensor, y: Tensor, norm: Tensor, next_norm: Tensor, eps: float, 
 
 
 @triton.jit
-def _add_norm(
-    x, y, norm, next_norm, scale, total, normed, eps, SCALED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _add_norm(x, y, norm, next_norm, scale, total, normed, eps, SCALED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * SIZE
     i = tl.arange(0, BLOCK)
     inside = i < SIZE

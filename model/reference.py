@@ -87,7 +87,8 @@ def norm_rope_write(qkv: Tensor, attention: Attention, meta: Metadata, keys: Ten
     heads, kv, size = attention.heads, attention.layer.kv_heads, attention.layer.head_dim
     qkv = qkv.view(len(qkv), -1, size)
     weight = torch.stack((attention.q_norm,) * heads + (attention.k_norm,) * kv)
-    query, key = rotate(rms_norm(qkv[:, : heads + kv], attention.eps, weight), meta.cos, meta.sin).split((heads, kv), 1)
+    turned = rotate(rms_norm(qkv[:, : heads + kv], attention.eps, weight), meta.cos, meta.sin)
+    query, key = turned[:, :heads], turned[:, heads:]
     value = rms_norm(qkv[:, -kv:], attention.eps)  # where keys are values, the last heads are both
     key, value = key.transpose(0, 1), value.transpose(0, 1)
     for run in meta.runs:
@@ -129,4 +130,5 @@ def add_norm(x: Tensor, y: Tensor, norm: Tensor, next_norm: Tensor, eps: float, 
 def gelu_up(gate_up: Tensor) -> Tensor:
     """[N, 2 F] -> gelu of the first half times the second [N, F]."""
     gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+    gelu: Tensor = F.gelu(gate, approximate="tanh")
+    return gelu * up

@@ -9,7 +9,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from model import forward, kernels, reference
 from model.batch import Chunk

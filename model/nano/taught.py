@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Reach, whole_span
-from model.gemma import Block, Gemma, rms_norm, rotate
+from model.functional import rms_norm, rotate
+from model.gemma import Block, Gemma
 from model.nano import cover, world
 from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch
 
