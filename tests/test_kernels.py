@@ -48,8 +48,7 @@ def compiled(kernel, capability, dtype, warps, stages, **constants):
         if type.startswith("*") or name.endswith("stride")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
-    return binary
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def resources(binary, folder):
@@ -107,7 +106,7 @@ def on_gpu(dtype):
         elif name.endswith("q_norm"):
             p.fill_(p.numel() ** -0.5)
     caches = [Cache(model.config, 4, 300, slack=60, device="cuda", dtype=dtype) for _ in range(2)]
-    return model, [forward.ForwardPass(model, cache, op) for cache, op in zip(caches, (kernels, reference), strict=True)]
+    return [forward.ForwardPass(model, cache, op) for cache, op in zip(caches, (kernels, reference), strict=True)]
 
 
 @pytest.mark.gpu
@@ -117,7 +116,7 @@ def on_gpu(dtype):
 def test_passes_on_a_gpu_equal_their_references(graphs, dtype, tolerance):
     """Steps, chunks and pictures together, several times round the rings."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model, (ours, theirs) = on_gpu(dtype)
+    ours, theirs = on_gpu(dtype)
     if graphs:
         ours.capture((1, 4, 16, 64))
     rows = [[forward.cache.claim() for _ in range(4)] for forward in (ours, theirs)]
