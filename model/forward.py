@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import batch, reference
 from model.batch import Chunk
 from model.functional import rms_norm
+from model.quantized import linear
 from model.step import Step
 
 if TYPE_CHECKING:
@@ -73,15 +73,15 @@ class ForwardPass:
         x, y = embedded, rms_norm(embedded, eps, self._layers[0][1].input_norm)
         for index, (layer, block, keys, values) in enumerate(self._layers, start=1):
             last, seen = index == len(self._layers), metadata[layer]
-            query = operations.norm_rope_write(F.linear(y, block.attention.qkv), block.attention, seen, keys, values)
+            query = operations.norm_rope_write(linear(y, block.attention.qkv), block.attention, seen, keys, values)
             if last and chunks and len(wanted := batch.wanted(chunks)) < len(x):
                 if not wanted:
                     return None
                 x, query = select(x, wanted), select(query, wanted)
                 seen = operations.of_wanted(seen, layer, chunks, self.cache)
-            y = F.linear(operations.attend(query, keys, values, seen), block.attention.out)
+            y = linear(operations.attend(query, keys, values, seen), block.attention.out)
             x, y = operations.add_norm(x, y, block.post_attention_norm, block.pre_mlp_norm, eps, None)
-            y = F.linear(operations.gelu_up(F.linear(y, block.mlp.gate_up)), block.mlp.down)
+            y = linear(operations.gelu_up(linear(y, block.mlp.gate_up)), block.mlp.down)
             next_norm = model.norm if last else self._layers[index][1].input_norm
             x, y = operations.add_norm(x, y, block.post_mlp_norm, next_norm, eps, block.scale)
         return y
