@@ -99,7 +99,9 @@ def test_what_is_imported_is_what_is_declared():
             found |= {canonicalize_name(DISTRIBUTION.get(name, name)) for name in tops(path)}
     found -= {canonicalize_name(name) for name in (*sys.stdlib_module_names, *FOLDERS)}
     assert declared() <= found, "declared, and used by nothing"
-    softly = declared("espeak") | declared("voice") | declared("aec") | declared("gguf") | {"transformers", "triton"}  # torch brings Triton along
+    softly = (
+        declared("espeak") | declared("voice") | declared("aec") | declared("gguf") | {"transformers", "triton"}
+    )  # torch brings Triton along
     assert found - declared() <= softly, "used, and not declared"
 
 
