@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model.cache import Cache
     from model.gemma import Block, Gemma, Layer
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 320)  # positions of a captured pass; 320: a picture of the default budget and steps
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 320)  # positions of a captured pass: steps; with a chunk; with a picture
 
 
 class ForwardPass:
@@ -87,8 +87,10 @@ class ForwardPass:
         return y
 
     def capture(self, buckets: Sequence[int] = BUCKETS) -> None:
-        """Records a graph of each bucket, the largest first, since the smaller ones then share its memory. What it runs to
-        do so writes to no position of any row."""
+        """Records a graph of each bucket, the largest first, since the smaller ones then share its memory; without the
+        kernels, none. What it runs to do so writes to no position of any row."""
+        if self._operations is reference:
+            return
         pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None
         x = torch.zeros(max(buckets, default=0), self.model.config.hidden_size, device=self.model.device, dtype=self.model.dtype)
         with torch.inference_mode():
@@ -123,11 +125,10 @@ def select(x: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _operations(device: torch.device) -> ModuleType:
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return reference
     try:
         from model import kernels
     except ImportError:  # torch brings Triton along on Linux alone
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, 0.4 s each
         return reference
     return kernels

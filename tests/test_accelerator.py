@@ -17,7 +17,9 @@ from agent.engine import Engine, EngineStopped
 from agent.segments import Picture
 from model import weights
 from model.cache import SLACK, Cache, Room, RowFull
-from model.gemma import CheckpointError, Config, Gemma, rms_norm
+from model.forward import ForwardPass
+from model.functional import rms_norm
+from model.gemma import CheckpointError, Config, Gemma
 from model.weights import NANO, read_config
 from tests import fake_cuda, tiny
 from tests.talk import tiny as tiny_loaded
@@ -204,11 +206,11 @@ async def test_a_device_that_fails_ends_the_engine_with_one_sentence(monkeypatch
     """It is not tried again, row by row: every later call would fail."""
     tried: list[int] = []
 
-    def fails(cache, rows, *_, **__):
-        tried.append(len(rows))
+    def fails(self, chunks, x):
+        tried.append(len(chunks))
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
 
-    monkeypatch.setattr(LOADED.model, "extend", fails)
+    monkeypatch.setattr(ForwardPass, "__call__", fails)
     says = "the device cpu has failed: CUDA error: an illegal memory access was encountered; attend ends, so that"
     with Engine(LOADED, rows=2, length=600) as running:
         feeds = [running.claim(lambda error: None) for _ in range(2)]

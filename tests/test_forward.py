@@ -3,17 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import forward, kernels, reference
 from model.batch import Chunk
 from model.cache import Cache
-from model.functional import frequencies
-from model.gemma import Config, Gemma
+from model.gemma import Config
 from model.sampling import Generation, _suppressed, sample
-from tests import tiny
+from tests import fake_cuda, tiny
 
 RECIPE = tiny.Recipe(layers="ssfsf", hidden=32, kv=2, full_kv=1, head_dim=8, full_head_dim=16, window=6)
 HOW = Generation(frozenset({1}), (4, 7))
@@ -32,6 +29,8 @@ class Watched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("_to_copy", "to"):
             self.moved(args[0], out, (kwargs or {}).get("non_blocking", False))
+        elif name == "copy":
+            self.moved(args[1], args[0], args[2:] == (True,))
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "equal"):
             self.waits.append(name)
         return out
@@ -45,49 +44,6 @@ class Watched(TorchDispatchMode):
             and not (quick and any(source is tensor for tensor in self.pinned))
         ):
             self.waits.append("a copy to the device")
-
-
-class Indexing(TorchFunctionMode):
-    """A torch without CUDA asks for its driver as it indexes and copies in place: the same by operations that do not."""
-
-    def __init__(self, watched):
-        super().__init__()
-        self.watched = watched
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        on_device = args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cuda"
-        match func.__name__ if on_device else "":
-            case "__getitem__":
-                return indexed(*args)
-            case "__setitem__":
-                return self.copy(indexed(*args[:2]), args[2])
-            case "copy_":
-                return self.copy(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def copy(self, target, source, non_blocking=False):
-        assert target.shape == source.shape
-        self.watched.moved(source, target, non_blocking)
-        return target
-
-
-def indexed(x, index):
-    index, axis = index if isinstance(index, tuple) else (index,), 0
-    if any(isinstance(part, torch.Tensor) for part in index):
-        rows, column = index  # the table of places in a picture
-        return torch.nn.functional.embedding(rows, x.select(1, column))
-    for part in index:
-        if part is Ellipsis:
-            axis = x.dim() - sum(later is not None for later in index[1:])
-        elif part is None:
-            x = x.unsqueeze(axis)
-        elif isinstance(part, slice):
-            x = torch.ops.aten.slice(x, axis, part.start, part.stop)
-        else:
-            x = x.select(axis, part)
-            continue
-        axis += part is not Ellipsis
-    return x
 
 
 class Launches:
@@ -111,17 +67,7 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     yield mode
-    frequencies.cache_clear()
     _suppressed.cache_clear()
-
-
-def made_up(dtype):
-    with torch.device("meta"):
-        model = Gemma(Config.from_json(RECIPE.hub_json()))
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda:0", dtype=dtype), requires_grad=False))
-    return model
 
 
 def spoken(model, cache, forward_pass, rows, watched):
@@ -144,11 +90,11 @@ def spoken(model, cache, forward_pass, rows, watched):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_on_a_cuda_device_waits_for_it_once(operations, captured, dtype, watched, monkeypatch):
-    with FakeTensorMode(), Indexing(watched), torch.inference_mode():
+    with fake_cuda.fake_cuda():
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", tuple)
         monkeypatch.setattr(forward, "record", lambda run, pool: (run, run()))
-        model = made_up(dtype)
-        cache = Cache(model.config, 4, 64, slack=20, device="cuda:0", dtype=dtype)
+        model = fake_cuda.gemma(Config.from_json(RECIPE.hub_json()), dtype)
+        cache = Cache(model.config, 4, 64, slack=20, device="cuda", dtype=dtype)
         forward_pass = forward.ForwardPass(model, cache, operations)
         if captured:
             forward_pass.capture((1, 8, 32))

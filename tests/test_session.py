@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -53,9 +53,8 @@ OBJECTION = "No, wait, I mean the other one."
 
 
 @pytest.fixture
-def running() -> Iterator[Engine]:
-    with Engine(LOADED, rows=2, length=3200) as engine:
-        yield engine
+def running(engine: Engine) -> Engine:
+    return engine
 
 
 def session(engine: Engine, voice: Any = "beeps", on: Tape | None = None, **settings: Any) -> Session:
