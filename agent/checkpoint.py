@@ -125,7 +125,7 @@ def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, plac
     """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
     device = loaded.model.device
     x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
-    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=0)
+    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long), wanted=0)
 
 
 def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from agent.tape import Sound
 from agent.timing import Timing
 from model import batch
 from model.cache import NoRow, RowFull
-from model.forward import ForwardPass
+from model.forward import ForwardPass, select
 from model.gemma import Part
 from model.sampling import Generation, Sampler, sample
 from streams.frames import MediaError
@@ -356,8 +356,9 @@ class Engine:
         runs = [(seat, run) for seat, parts in group if (run := seat.wanted(parts))]
         for seat, parts in group:
             self._took(seat, parts)
-        if hidden is not None:
-            self._draw([(seat, run, run.generator.random()) for seat, run in runs], hidden)
+        kept = [place for place, (_, run) in enumerate(runs) if not run.cancelled]
+        if hidden is not None and kept:
+            self._draw([(*runs[place], runs[place][1].generator.random()) for place in kept], select(hidden, kept))
 
     def _survive(self, error: Exception) -> None:
         """Raises EngineStopped for a fault that is not one conversation's: once a GPU has failed every later call fails too, and

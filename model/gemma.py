@@ -255,6 +255,7 @@ class Vision(nn.Module):
         return out
 
 
+Numbers = Sequence[Sequence[int]]
 Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n, samples], or a picture's patches and places
 
 
@@ -337,7 +338,7 @@ class Gemma(nn.Module):
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def extend(
-        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: int | None = None
+        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | Numbers | None = None, wanted: int | None = None
     ) -> Tensor | None:
         """Appends x [B, T, H] to B rows: a step is T = 1, a chunk is B = 1.
 
@@ -350,13 +351,13 @@ class Gemma(nn.Module):
             cache.forward = ForwardPass(self, cache)
         count = x.shape[1]
         keep = count if wanted is None else min(int(wanted), count)
-        pictures = [()] * len(rows) if blocks is None else [_pictures(numbers) for numbers in blocks.tolist()]
-        chunks = [Chunk(row, count, seen, keep) for row, seen in zip(rows, pictures, strict=True)]
+        numbers = blocks.tolist() if isinstance(blocks, Tensor) else blocks or [()] * len(rows)
+        chunks = [Chunk(row, count, _pictures(those), keep) for row, those in zip(rows, numbers, strict=True)]
         hidden = cache.forward(chunks, x.flatten(0, 1))
         return None if hidden is None else hidden.view(len(rows), keep, -1)
 
 
-def _pictures(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+def _pictures(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Where runs of one number that is not negative start and stop."""
     found, start = [], 0
     for number, run in groupby(numbers):

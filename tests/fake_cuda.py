@@ -60,6 +60,8 @@ class _Functions(TorchFunctionMode):
             return _copy(*args, **(kwargs or {}))
         if func is Tensor.to:  # which asks the driver for the number of the device
             args = [torch.device("cuda", 0) if part == torch.device("cuda") else part for part in args]
+            if args[1] == torch.device("cuda", 0) and args[0].numel() == 1:  # a constant, which would be moved in earnest
+                return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
         if func is torch.tensor and (device := (kwargs or {}).pop("device", None)):
             return aten._to_copy(func(*args, **kwargs), device=device)
         return func(*args, **(kwargs or {}))

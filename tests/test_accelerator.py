@@ -45,8 +45,7 @@ def test_a_pass_of_every_kind_runs_on_a_gpu(config):
         assert model.extend(cache, rows[:1], sound[None], wanted=0) is None
         places = torch.zeros(12, 2, dtype=torch.long, device="cuda")
         picture = model.embed_image(torch.zeros(12, 3 * config.patch**2, device="cuda"), places)
-        blocks = torch.zeros(1, 12, dtype=torch.long, device="cuda")
-        model.extend(cache, rows[:1], picture[None], blocks=blocks, wanted=0)
+        model.extend(cache, rows[:1], picture[None], blocks=[[0] * 12], wanted=0)
         for _ in range(config.window // 41 + 2):
             model.extend(cache, rows[1:2], torch.cat([text, sound, sound])[None], wanted=0)
         for group in (rows, [rows[0], rows[3]], rows[1:2], rows[:1]):

@@ -27,6 +27,7 @@ from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, So
 from agent.turns import Manners
 from agent.view import Budget, Policy, Views, view
 from model.cache import NoRow
+from model.forward import ForwardPass
 from model.vad import Vad
 from streams.espeak import Espeak
 from streams.frames import Audio
@@ -1061,19 +1062,19 @@ async def test_a_picture_that_is_none_is_said_and_the_conversation_goes_on(runni
 
 
 async def test_an_engine_that_fails_on_one_conversation_ends_that_one_alone(running, mind, monkeypatch):
-    extend = LOADED.model.extend
+    forward = ForwardPass.__call__
 
-    def heavy(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
-        if any(row is ill.session.record.row._seat.row for row in rows):
+    def heavy(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
+        if any(chunk.row is ill.session.record.row._seat.row for chunk in chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return extend(cache, rows, x, **how)
+        return forward(self, chunks, x)
 
     async with Door(session(running)) as well:
         mind.says("word " * 30)
         ill = Door(session(running))
         async with ill:
             await ill.quiet(400)
-            monkeypatch.setattr(LOADED.model, "extend", heavy)
+            monkeypatch.setattr(ForwardPass, "__call__", heavy)
             ill.keeps_up = False
             await ill.put(events.Write("what is it"))
             await ill.until(events.Failed)
@@ -1090,7 +1091,7 @@ async def test_an_engine_that_stops_ends_every_conversation_with_one_sentence(ru
 
     async with Door(session(running)) as one, Door(session(running)) as two:
         await one.quiet(40)
-        monkeypatch.setattr(LOADED.model, "extend", dies)
+        monkeypatch.setattr(ForwardPass, "__call__", dies)
         one.keeps_up = two.keeps_up = False
         await one.put(events.Write("what is it"))
         await two.until(events.Failed)
