@@ -466,8 +466,9 @@ async def test_typed_words_and_stop_end_an_answer_at_what_was_heard(running, min
         await door.put(events.Stop())
         assert door.of(events.Answered)[0].text[: door.of(events.Answered)[0].heard] == "It is a"
         mind.says("Yes.")
+        said = len(door.of(events.Said))
         await door.put(events.Write("is it"))
-        await door.until(events.Said, 1)
+        await door.until(events.Said, said + 1)
         mind.says("No.")
         await door.put(events.Write("really"))
         await door.answered(3)
