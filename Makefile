@@ -7,13 +7,14 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 DEMO := model/nano/demo
 
-.PHONY: help demo check test nano exam compiler broker soundcard browsers lock clean
+.PHONY: help demo check test nano exam gpu compiler broker soundcard browsers lock clean
 help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make check   lint, types and the quick tests, in under three minutes'
 	@echo 'make test    lint, types and all tests (ARGS="tests/test_turns.py": these tests)'
 	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
 	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
+	@echo 'make gpu     measure what only a CUDA device can tell, in 400 seconds, into build/gpu.json'
 	@echo 'make lock    resolve the versions of .lock.txt anew'
 	@echo 'make clean   remove what was made here, but not the progress of a training in build/nano'
 
@@ -89,6 +90,10 @@ broker:
 
 exam: .venv/demo
 	$(BIN)/python -m model.nano.exam $(ARGS)
+
+# With the machine's own python3 and torch where there is no .venv: a borrowed one may have no network.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m agent.bench.gpu $(ARGS)
 
 lock: .venv/test
 	@mkdir -p build

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,7 +125,7 @@ def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, plac
     """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
     device = loaded.model.device
     x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
-    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long, device=device), wanted=0)
+    loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long), wanted=0)
 
 
 def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
@@ -144,9 +145,7 @@ def generate(
     """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
 
     Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(loaded.model.device).manual_seed(seed)
+    generator = Random(seed)
     for number in range(most):
         with torch.inference_mode():
             token, logp = draw(loaded.model.logits(hidden), how, generator)

@@ -1,38 +1,46 @@
 """The one thread that owns the model: rows of many conversations, one pass at a time.
 
-A conversation holds a `Feed`. Its verbs return at once; the row does them in order. Each tick of the thread is a step, one
-position of every row that has one due (a microphone frame, the token just drawn), and then at most one chunk: what has piled
-up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for one chunk, and the
-busier the engine is, the more rows share a step. Which chunk that is, and when, agent/scheduler.py decides.
+A conversation holds a `Feed`. Its verbs return at once; the row does them in order. Each tick of the thread is one forward
+pass: the step of every row that has one due (a microphone frame, the token just drawn), and at most one chunk beside them:
+what has piled up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for a pass
+with one chunk, and the busier the engine is, the more rows share a pass. Which chunk that is, and when, agent/scheduler.py
+decides.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from queue import Empty, SimpleQueue
+from random import Random
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from agent.checkpoint import LENGTH, Loaded, cut, new_cache, out_of_memory
-from agent.orders import Fork, Generate, Op, Reach, Rewrite, Seat, Take
+from agent.orders import Fork, Generate, Op, Parts, Reach, Rewrite, Seat, Take
 from agent.scheduler import CHUNK, Chunk, Scheduler
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
 from agent.timing import Timing
+from model import batch
 from model.cache import NoRow, RowFull
-from model.sampling import Generation, draw
+from model.forward import ForwardPass, select
+from model.gemma import Part
+from model.sampling import Generation, Sampler, sample
 from streams.frames import MediaError
 from streams.pictures import decode_picture
 
-FEW = 4  # positions that piled up behind a busy moment: taken in steps with others, not in a pass of their own
+FEW = 4  # positions that piled up behind a busy moment are taken at once: only more than these are a chunk
 RESTART = "attend ends, so that whoever watches over it starts it again"
 FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)  # of one pass: a full row, no memory, a picture that is none
 
@@ -97,9 +105,7 @@ class Feed:
         closing the iterator stops it before its next step. Every token but the last is in the row."""
         assert closing, "an answer needs something to follow"
         loop, drawn = asyncio.get_running_loop(), asyncio.Queue[tuple[int, float] | Exception | None]()
-        generator = None if seed is None else torch.Generator(self._engine.loaded.model.device).manual_seed(seed)
-
-        run = Generate(how, most, generator, partial(_tell, loop, drawn.put_nowait))
+        run = Generate(how, most, Random(seed), partial(_tell, loop, drawn.put_nowait))
         self._engine._order(self._seat, *self._takes(closing), run)
         try:
             while (item := await drawn.get()) is not None:
@@ -123,10 +129,18 @@ class Feed:
 
 class Engine:
     """`rows` conversations at once, and `spares` more rows for their forks, with pictures of up to `budget` soft tokens (None:
-    the checkpoint's). Starts its thread; `close` ends it. Raises CheckpointError where the rows do not fit."""
+    the checkpoint's). Starts its thread; `close` ends it. Raises CheckpointError where the rows do not fit.
+
+    `sampler` draws the tokens; another can be put in its place while the engine runs."""
 
     def __init__(
-        self, loaded: Loaded, rows: int = 1, length: int = LENGTH, spares: int | None = None, budget: int | None = None
+        self,
+        loaded: Loaded,
+        rows: int = 1,
+        length: int = LENGTH,
+        spares: int | None = None,
+        budget: int | None = None,
+        sampler: Sampler = sample,
     ) -> None:
         self.loaded, self.rows = loaded, rows
         self.spares = total_rows(rows, spares) - rows
@@ -134,6 +148,9 @@ class Engine:
         self.steps: deque[float] = deque(maxlen=1 << 10)  # seconds that the last steps took
         self._timing = Timing(loaded.model.device)
         self._cache = new_cache(loaded, rows + self.spares, length, budget)
+        self._forward = ForwardPass(loaded.model, self._cache)
+        self._forward.capture()
+        self.sampler = sampler
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
         self._seats: list[Seat] = []
@@ -239,28 +256,19 @@ class Engine:
     @torch.inference_mode()
     def _tick(self) -> bool:
         moved = sum(self._settle(seat) for seat in list(self._seats)) > 0
-        due = {seat: parts for seat in self._seats if (parts := seat.due(CHUNK))}
-        alone = len(due) == 1
-        steps, chunks = [], []
-        for seat, parts in due.items():
-            count = sum(stop - start for _, start, stop in parts)
-            if isinstance(parts[0][0].segment, Picture):
-                chunks.append((seat, parts))
-            elif count == 1:
-                steps.append((seat, parts))
-            elif not alone and count <= FEW and not seat.wanted(parts):
-                steps.append((seat, seat.due(1)))
-            else:
-                chunks.append((seat, parts))
+        due = [(seat, parts) for seat in self._seats if (parts := seat.due(CHUNK))]
+        steps, chunks = list[tuple[Seat, Parts]](), list[tuple[Seat, Parts]]()
+        for seat, parts in due:
+            chunk = isinstance(parts[0][0].segment, Picture) or _positions(parts) > FEW
+            (chunks if chunk else steps).append((seat, parts))
         decoding = any(seat.awaited for seat, _ in steps)
-        if steps:
-            begun = self._timing.begin()
-            self._pass(sorted(steps, key=lambda step: step[0].row.index if step[0].row else 0))
-            self._timing.mark(lambda done: self.steps.append(done - begun))
-        chunks = [chunk for chunk in chunks if not chunk[0].gone]
         chosen = self._scheduler.choose([_chunk(seat, parts) for seat, parts in chunks], decoding)
-        if chosen is not None:
-            self._pass([chunks[chosen]])
+        group = steps if chosen is None else [*steps, chunks[chosen]]
+        if group:
+            self._timing.wait()  # never more than one pass ahead of the device: who comes next waits for no queue
+            begun = self._timing.begin()
+            self._pass(sorted(group, key=lambda one: one[0].row.index if one[0].row else 0))
+            self._timing.mark(lambda done: self.steps.append(done - begun) if steps else None)
         return moved or bool(due)
 
     def _settle(self, seat: Seat) -> bool:
@@ -332,7 +340,7 @@ class Engine:
         self._cache.truncate(seat.row, seat.at)
         return True
 
-    def _pass(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> None:
+    def _pass(self, group: list[tuple[Seat, Parts]]) -> None:
         self._timing.begin()
         try:
             hidden = self._extend(group)
@@ -340,20 +348,17 @@ class Engine:
             self._survive(error)
             if len(group) > 1:  # whose fault it was shows alone
                 for one in group:
-                    self._pass([one])
+                    if not one[0].gone:
+                        self._pass([one])
             else:
                 self._leave(group[0][0], _lost(error))
             return
-        for index, (seat, parts) in enumerate(group):
-            generate = seat.wanted(parts)
+        runs = [(seat, run) for seat, parts in group if (run := seat.wanted(parts))]
+        for seat, parts in group:
             self._took(seat, parts)
-            if generate and not generate.cancelled:
-                assert hidden is not None
-                try:
-                    self._draw(seat, generate, hidden[index, -1])
-                except FAULTS as error:
-                    self._survive(error)
-                    self._leave(seat, _lost(error))
+        kept = [place for place, (_, run) in enumerate(runs) if not run.cancelled]
+        if hidden is not None and kept:
+            self._draw([(*runs[place], runs[place][1].generator.random()) for place in kept], select(hidden, kept))
 
     def _survive(self, error: Exception) -> None:
         """Raises EngineStopped for a fault that is not one conversation's: once a GPU has failed every later call fails too, and
@@ -365,29 +370,19 @@ class Engine:
     def _failed(self, error: Exception) -> EngineStopped:
         return EngineStopped(f"the device {self.loaded.model.device} has failed: {_first_line(error)}; {RESTART}")
 
-    def _extend(self, group: list[tuple[Seat, list[tuple[Take, int, int]]]]) -> Tensor | None:
-        rows, embedded, blocks = [], [], None
+    def _extend(self, group: list[tuple[Seat, Parts]]) -> Tensor | None:
+        """Hidden states of the last positions of those rows that are to go on from there."""
+        chunks = []
         for seat, parts in group:
             assert seat.row
-            rows.append(seat.row)
-            embedded.append(torch.cat([self._embed(*part) for part in parts]))
-            if any(take.cut for take, _, _ in parts):
-                numbers = [torch.full((stop - start,), n if take.cut else -1) for n, (take, start, stop) in enumerate(parts)]
-                blocks = torch.cat(numbers)[None].to(self.loaded.model.device)
-        wanted = int(any(seat.wanted(parts) for seat, parts in group))  # the last position
-        return self.loaded.model.extend(self._cache, rows, torch.stack(embedded), blocks=blocks, wanted=wanted)
+            ends = [0]
+            for _, start, stop in parts:
+                ends.append(ends[-1] + stop - start)
+            pictures = tuple(bounds for bounds, (take, _, _) in zip(pairwise(ends), parts, strict=True) if take.cut)
+            chunks.append(batch.Chunk(seat.row, ends[-1], pictures, wanted=1 if seat.wanted(parts) else 0))
+        return self._forward(chunks, self.loaded.model.embed([_part(*part) for _, parts in group for part in parts]))
 
-    def _embed(self, take: Take, start: int, stop: int) -> Tensor:
-        model = self.loaded.model
-        if take.cut:
-            pieces, places = take.cut.result()
-            return model.embed_image(pieces.to(model.device), places.to(model.device))
-        if isinstance(take.segment, Sound):
-            return model.embed_audio(torch.from_numpy(take.segment.samples[start:stop]).to(model.device))
-        assert isinstance(take.segment, tuple)
-        return model.embed_text(torch.tensor(take.segment[start:stop], device=model.device))
-
-    def _took(self, seat: Seat, parts: list[tuple[Take, int, int]]) -> None:
+    def _took(self, seat: Seat, parts: Parts) -> None:
         arrived = [take.since for take, _, _ in parts if isinstance(take.segment, Sound) and not take.again]
         if arrived:
             self._timing.mark(lambda done: self.lags.extend(done - since for since in arrived))
@@ -398,9 +393,27 @@ class Engine:
             if take.left == 0:
                 seat.todo.popleft()
 
-    def _draw(self, seat: Seat, run: Generate, hidden: Tensor) -> None:
+    def _draw(self, runs: list[tuple[Seat, Generate, float]], hidden: Tensor) -> None:
+        """The next token of each run, of hidden states [runs, H] and a number uniform in [0, 1): one download for all."""
+        try:
+            logits = self.loaded.model.logits(hidden)
+            tokens, logps = self.sampler(logits, [run.how for _, run, _ in runs], [uniform for *_, uniform in runs]).tolist()
+        except FAULTS as error:
+            self._survive(error)
+            if len(runs) > 1:
+                for index, one in enumerate(runs):
+                    self._draw([one], hidden[index : index + 1])
+            else:
+                self._leave(runs[0][0], _lost(error))
+            return
+        for (seat, run, _), token, logp in zip(runs, tokens, logps, strict=True):
+            if math.isnan(logp):
+                self._leave(seat, RowLost("the model failed on this conversation: what it computed are no numbers"))
+            elif not (run.cancelled or seat.gone):
+                self._drawn(seat, run, int(token), logp)
+
+    def _drawn(self, seat: Seat, run: Generate, token: int, logp: float) -> None:
         assert seat.row and seat.todo[0] is run
-        token, logp = draw(self.loaded.model.logits(hidden), run.how, run.generator)
         run.count += 1
         run.tell((token, logp))
         if token in run.how.stop or run.count == run.most or seat.row.length == self._cache.length:
@@ -436,8 +449,22 @@ def total_rows(rows: int, spares: int | None = None) -> int:
     return rows + (max(1, rows // 4) if spares is None else spares)
 
 
-def _chunk(seat: Seat, parts: list[tuple[Take, int, int]]) -> Chunk:
-    return Chunk(seat.conversation, sum(stop - start for _, start, stop in parts), seat.awaited)
+def _positions(parts: Parts) -> int:
+    return sum(stop - start for _, start, stop in parts)
+
+
+def _chunk(seat: Seat, parts: Parts) -> Chunk:
+    return Chunk(seat.conversation, _positions(parts), seat.awaited)
+
+
+def _part(take: Take, start: int, stop: int) -> Part:
+    """These positions, as the model embeds them."""
+    if take.cut:
+        return take.cut.result()
+    if isinstance(take.segment, Sound):
+        return take.segment.samples[start:stop]
+    assert isinstance(take.segment, tuple)
+    return np.array(take.segment[start:stop])
 
 
 def _lost(error: Exception) -> Exception:

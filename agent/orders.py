@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
+from random import Random
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from agent.segments import Picture, Segment, View, size
@@ -30,6 +30,9 @@ class Take:
     @property
     def left(self) -> int:
         return size(self.segment) - self.done
+
+
+Parts = list[tuple[Take, int, int]]  # takes with their first position and the one after the last
 
 
 @dataclass(eq=False)
@@ -54,7 +57,7 @@ class Reach:
 class Generate:
     how: Generation
     most: int
-    generator: torch.Generator | None
+    generator: Random  # one number of it for each token
     tell: Callable[[tuple[int, float] | Exception | None], None]
     cancelled: bool = False
     count: int = 0
@@ -100,7 +103,7 @@ class Seat:
         take = next((take for take in pictures if not (take.cut and take.cut.done())), None)
         return take if take and take.cut is None else None
 
-    def due(self, most: int) -> list[tuple[Take, int, int]]:
+    def due(self, most: int) -> Parts:
         """What can go into the row in one pass: takes with first and last position. A picture goes whole."""
         parts, count = [], 0
         for op in self.todo if self.row else ():
@@ -114,7 +117,7 @@ class Seat:
             count += stop - op.done
         return parts
 
-    def wanted(self, parts: list[tuple[Take, int, int]]) -> Generate | None:
+    def wanted(self, parts: Parts) -> Generate | None:
         """Who waits for the last of these positions."""
         last, _, stop = parts[-1]
         following = self.todo[len(parts)] if len(self.todo) > len(parts) and stop == size(last.segment) else None

@@ -25,6 +25,12 @@ class Timing:
         self._last: tuple[Any, float] | None = None  # the last event that is known to be past, and its time
         self._pending: deque[tuple[Any, Tell]] = deque()
 
+    def wait(self) -> None:
+        """Until the device has come past the last mark."""
+        if self._pending:
+            self._pending[-1][0].synchronize()
+            self.poll()
+
     def begin(self) -> float:
         """Before something is launched. Returns the time."""
         self.poll()

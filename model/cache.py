@@ -6,23 +6,22 @@ can be written before it is read, and a row can be cut back by up to slack + 1 p
 window still needs. Which position a slot holds is computed from where the row ends, never stored; what a cut leaves
 behind in a ring then reads as older than the window and is masked.
 
-Every row has one slot more than it can use: rows that lie between the rows of a step, but take no part in it, write there.
-So a step runs over one contiguous slice of rows, copies nothing, and has static shapes (`whole=True`).
+Every row has one slot more than it can use: positions that only fill a pass up to its static shape write there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from model.functional import rope
+
 if TYPE_CHECKING:
+    from model.forward import ForwardPass
     from model.gemma import Config, Layer
-    from model.step import Step
 
 SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
 SPOKEN = 40  # positions beside a picture that can be cut back at least
@@ -51,52 +50,14 @@ class Reach:
 
     cos: Tensor  # [B, T, 1, D], halves alike
     sin: Tensor  # the first half negated
-    mask: Tensor | None  # None: all is seen; [B, 1, heads per key head * T, n], added to the scores
-    slots: Tensor | None = None  # [B, T] where the new positions are written
-    first: int = 0  # slot that is read, and those after it
-    live: int = 0  # slots that are read
+    mask: Tensor  # [B, 1, heads per key head * T, T], added to the scores
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where the positions of one pass stand and what they see: computed once, used by every layer."""
+    """What the positions of whole prompts see: computed once, used by every layer."""
 
     reaches: dict[Layer, Reach]
-    first: int = 0  # the slice of rows that the pass runs over
-    count: int = 0
-    members: Tensor | None = None  # places in that slice of the rows that take part; None: all, in order
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[rows that take part, T, H] -> [rows of the slice, T, H]."""
-        if self.members is None:
-            return x
-        wide = x.new_zeros(self.count, *x.shape[1:])
-        wide[self.members] = x
-        return wide
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x if self.members is None else x[self.members]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Keys and values of one layer for the rows of a pass, [B, heads, slots, D] each."""
-
-    keys: Tensor
-    values: Tensor
-
-    def exchange(self, key: Tensor, value: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values [B, heads, T, D]; returns all that can be seen [B, heads, n, D]."""
-        assert reach.slots is not None, "the span was made for no cache"
-        if key.shape[0] == 1:  # half the time of the general way
-            slots = reach.slots[0]
-            self.keys.index_copy_(2, slots, key)
-            self.values.index_copy_(2, slots, value)
-        else:
-            every = torch.arange(key.shape[0], device=key.device)[:, None]
-            self.keys[every, :, reach.slots] = key.transpose(1, 2)
-            self.values[every, :, reach.slots] = value.transpose(1, 2)
-        return self.keys.narrow(2, reach.first, reach.live), self.values.narrow(2, reach.first, reach.live)
 
 
 def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
@@ -104,51 +65,21 @@ def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.d
 
     Rows shorter than `count` are padded at their end, where nothing that counts can see the padding."""
     at = torch.arange(count, device=device)[None]
-    reaches = {
-        layer: Reach(*_turn(layer, at, dtype), _mask(config, layer, at, at, blocks, blocks, dtype))
-        for layer in set(config.layers)
-    }
+    reaches = {layer: Reach(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype)) for layer in set(config.layers)}
     return Span(reaches)
 
 
-def _mask(
-    config: Config,
-    layer: Layer,
-    query: Tensor,
-    key: Tensor,
-    query_block: Tensor | None,
-    key_block: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Positions query [B, T] looking at positions key [B, n]; a negative key position holds nothing.
-
-    Full layers are causal. Sliding layers see the window, and within it all of their own picture (model card of Gemma 4;
-    the symmetric window matters only for pictures longer than it)."""
-    q, k = query[:, :, None], key[:, None, :]
-    allowed = (k <= q) & (k >= 0)
+def _mask(config: Config, layer: Layer, at: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Full layers are causal. Sliding layers see the window, and within it all of their own picture."""
+    q, k = at[:, :, None], at[:, None, :]
+    allowed = k <= q
     if layer.sliding:
-        if query_block is not None and key_block is not None:
-            allowed = allowed | ((query_block[:, :, None] == key_block[:, None, :]) & (query_block[:, :, None] >= 0))
+        if blocks is not None:
+            allowed = allowed | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0))
             allowed = allowed & (k < q + config.window)
         allowed = allowed & (k > q - config.window)
     mask = torch.where(allowed, 0.0, -torch.inf).to(dtype)
-    group = config.heads // layer.kv_heads
-    return mask.repeat(1, group, 1)[:, None]
-
-
-def _turn(layer: Layer, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angle = query[:, :, None, None].float() * frequencies(layer, query.device)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-@lru_cache
-def frequencies(layer: Layer, device: torch.device) -> Tensor:
-    """Angles of one position, float32 [D/2]: theta^(-2i/D) for the pairs that turn, 0 for the rest ("proportional" RoPE)."""
-    half = layer.head_dim // 2
-    pair = torch.arange(half, dtype=torch.float32, device=device)
-    turning = int(layer.rotated * layer.head_dim // 2)
-    return torch.where(pair < turning, layer.theta ** (-pair / half), 0.0)
+    return mask.repeat(1, config.heads // layer.kv_heads, 1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -201,7 +132,7 @@ class Cache:
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self._free = list(range(rows))
-        self.step: Step | None = None  # what steps on a CPU are taken with, once there was one
+        self.forward: ForwardPass | None = None  # what takes passes over these rows, once there was one
 
     @staticmethod
     def bytes_per_row(config: Config, length: int, slack: int, dtype: torch.dtype) -> int:
@@ -255,65 +186,6 @@ class Cache:
         row.length = position
         row.high = row.high if position else 0
 
-    def span(self, rows: Sequence[Row], count: int, blocks: Tensor | None = None, *, whole: bool = False) -> Span:
-        """The span of `count` new positions on each of `rows`. With `whole` every slot is read, whether or not a
-        position is in it yet: static shapes, for graphs and compilers, which may write over its tensors."""
-        assert rows and count >= 1, "a pass needs rows and positions"
-        if count > self.slack + 1:
-            raise RowFull(
-                f"{count} positions at once, as of a large picture, are more than the {self.slack + 1} that a row takes"
-            )
-        for row in rows:
-            if row.length + count > self.length:
-                raise RowFull(f"{row.length + count} positions do not fit in a row of {self.length}")
-        first = min(row.index for row in rows)
-        width = max(row.index for row in rows) + 1 - first
-        places = [row.index - first for row in rows]
-        members = part = None
-        lengths, taking = [rows[0].length] * width, [False] * width
-        for row, place in zip(rows, places, strict=True):
-            lengths[place], taking[place] = row.length, True
-        if places != list(range(width)):
-            members, part = torch.tensor(places, device=self.device), torch.tensor(taking, device=self.device)[:, None]
-        if blocks is not None and members is not None:
-            blocks = blocks.new_full((width, count), -1).index_copy_(0, members, blocks)
-        query = torch.tensor([[*range(length, length + count)] for length in lengths], device=self.device)
-        kinds = set(self.config.layers)
-        reaches = {layer: self._cached_reach(layer, lengths, query, blocks, part, whole) for layer in kinds}
-        return Span(reaches, first, width, members)
-
-    def _cached_reach(
-        self, layer: Layer, lengths: list[int], query: Tensor, blocks: Tensor | None, part: Tensor | None, whole: bool
-    ) -> Reach:
-        count, size = query.shape[1], self.slots(layer)
-        end = max(lengths) + count
-        oldest = max(0, min(lengths) + 1 - self.config.window) if layer.sliding else 0  # position that counts
-        # Only the slots from there to the newest are read, unless the ring's end lies between.
-        flat = not whole and oldest % size + end - oldest <= size
-        first, live = (oldest % size, end - oldest) if flat else (0, size)
-        slots = query if flat and end <= size else torch.remainder(query, size)
-        if part is not None:
-            slots = torch.where(part, slots, size)
-        cos, sin = _turn(layer, query, self.dtype)
-        if flat and len(lengths) == count == 1:
-            return Reach(cos, sin, None, slots, first, live)  # one position, which sees all of it
-        last = query[:, -1:]
-        if flat:
-            key = torch.arange(oldest, end, device=self.device)[None]  # [1, n]
-        else:  # the newest position not after `last` that stands at a slot; negative: none yet
-            key = last - torch.remainder(last - torch.arange(size, device=self.device), size)
-        key_block = None
-        if blocks is not None:
-            inside = (key - query[:, :1]).clamp(0, count - 1)
-            key_block = torch.where((key >= query[:, :1]) & (key <= last), blocks.gather(1, inside), -1)
-        return Reach(cos, sin, _mask(self.config, layer, query, key, blocks, key_block, self.dtype), slots, first, live)
-
-    def memory(self, index: int, span: Span) -> Memory:
-        """What layer `index` holds for the rows of a span."""
-        rows = slice(span.first, span.first + span.count)
-        return Memory(self.keys[index][rows], self.values[index][rows])
-
-    def advance(self, rows: Iterable[Row], count: int) -> None:
-        for row in rows:
-            row.length += count
-            row.high = max(row.high, row.length)
+    def advance(self, row: Row, count: int) -> None:
+        row.length += count
+        row.high = max(row.high, row.length)

@@ -1,9 +1,8 @@
 """Gemma 4 Unified, read top to bottom: config, norm, RoPE, attention, MLP, block, model.
 
 One position is one embedding, whatever it came from: `embed_text` makes one of a token, `embed_audio` one of a raw
-frame of samples, `embed_image` one of a square of pixels. `forward` takes embeddings [B, T, H] and a `Span`, which says
-where those positions stand and what they may see; with a `Cache` they are written to its rows, without one the chunk
-is all there is (that is how nano is trained).
+frame of samples, `embed_image` one of a square of pixels. `forward` takes whole prompts as embeddings [B, T, H] (that is how
+nano is trained); `extend` appends to rows of a `Cache`, by `model.forward`.
 
 Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden size, D head size.
 """
@@ -11,19 +10,23 @@ Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.cache import Cache, Memory, Reach, Row, Span
+from model.batch import Chunk, upload
+from model.cache import Cache, Reach, Row, Span
+from model.functional import rms_norm, rotate
 from model.quantized import QuantizedLinear, Weight, linear
-from model.step import Step
 from model.threads import Threads
 
 # cuDNN's attention makes a plan for every new shape (0.44 s on a B200), and here the length grows with every step.
@@ -174,38 +177,6 @@ def _scale(hidden_size: int, dtype: torch.dtype) -> float:
     return torch.tensor(math.sqrt(hidden_size)).to(dtype).item()
 
 
-@lru_cache
-def _number(value: float) -> Tensor:
-    """In a tensor, since an operation on a CPU takes 3 µs with a number and 1.5 µs with this."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, device="cpu")
-
-
-def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-    """onto + x * rsqrt(mean(x^2) + eps) * weight, in float32 inside; the weight multiplies as it is, not as 1 + weight."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        if weight is not None and weight.dim() > 1:  # one for each head: rounded once, after it
-            x = (F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight).to(x.dtype)
-        else:
-            x = F.rms_norm(x, x.shape[-1:], weight, eps)
-        return x if onto is None else onto + x
-    # torch 2.13 takes nine operations for that on a CPU, 16 µs for one position; these are five, 10 µs, or three, 6 µs.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if length.numel() == 1 and weight is not None and torch.is_inference_mode_enabled():
-        scale = (length.item() ** 2 / x.shape[-1] + eps) ** -0.5
-        return torch.addcmul(_number(0.0) if onto is None else onto, x, weight, value=scale)
-    x = x * torch.addcmul(_number(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
-    if weight is None:
-        return x
-    return x * weight if onto is None else torch.addcmul(onto, x, weight)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE over x [B, T, heads, D], pairing i with i + D/2; cos and sin are [B, T, 1, D], the first half
-    of sin negative."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: Layer) -> None:
         super().__init__()
@@ -216,8 +187,7 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(layer.head_dim))
         self.out: Weight = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
 
-    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: int) -> Tensor | None:
-        """x [B, T, H] -> [B, wanted, H] of the last positions, or None where only the keys and values are wanted."""
+    def forward(self, x: Tensor, reach: Reach) -> Tensor:
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
         qkv = linear(x, self.qkv).view(batch, count, -1, size)
@@ -225,16 +195,9 @@ class Attention(nn.Module):
         query_key = rms_norm(qkv[:, :, : heads + kv], self.eps, weight)
         query, key = rotate(query_key, reach.cos, reach.sin).transpose(1, 2).split((heads, kv), 1)
         value = rms_norm(qkv[:, :, -kv:], self.eps).transpose(1, 2)  # where keys are values, the last heads are both
-        if memory is not None:
-            key, value = memory.exchange(key, value, reach)
-        if not wanted:
-            return None
-        query, mask = query[:, :, -wanted:], reach.mask
-        if mask is not None and wanted < count:
-            mask = mask.unflatten(2, (-1, count))[:, :, :, -wanted:].flatten(2, 3)
         # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
         query = query.reshape(batch, kv, -1, size)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=reach.mask, scale=1.0)
         # On a CPU it lies as the query does; CUDA's memory-efficient kernel lays it out by positions, which no view undoes.
         seen = seen.unflatten(2, (heads // kv, -1)).permute(0, 3, 1, 2, 4)
         return linear(seen.reshape(batch, -1, heads * size), self.out)
@@ -265,13 +228,10 @@ class Block(nn.Module):
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, reach: Reach, memory: Memory | None, wanted: int | None = None) -> Tensor | None:
-        wanted = x.shape[1] if wanted is None else min(wanted, x.shape[1])
-        seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach, memory, wanted)
-        if seen is None:
-            return None
-        x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x[:, -wanted:])
-        out: Tensor = self.mlp(rms_norm(x, self.eps, self.pre_mlp_norm))
+    def forward(self, x: Tensor, reach: Reach) -> Tensor:
+        seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach)
+        x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x)
+        out = self.mlp(rms_norm(x, self.eps, self.pre_mlp_norm))
         return rms_norm(out, self.eps, self.post_mlp_norm, onto=x) * self.scale
 
 
@@ -293,6 +253,10 @@ class Vision(nn.Module):
         x = self.norm3(x + self.places[places[..., 0], 0] + self.places[places[..., 1], 1])
         out: Tensor = self.project(rms_norm(x, self.eps))
         return out
+
+
+Numbers = Sequence[Sequence[int]]
+Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n, samples], or a picture's patches and places
 
 
 class Gemma(nn.Module):
@@ -339,16 +303,27 @@ class Gemma(nn.Module):
             return nullcontext()
         return self.threads.running(weight.numel(), x.numel() // x.shape[-1])
 
-    def forward(self, x: Tensor, span: Span, cache: Cache | None = None, *, wanted: int | None = None) -> Tensor | None:
-        """Embeddings [B, T, H] -> hidden states after the final norm of the last `wanted` positions, or of all [B, T, H].
+    def embed(self, parts: Sequence[Part]) -> Tensor:
+        """Embeddings [N, H] of what comes one after the other. All text is embedded at once, and so is all sound; nobody
+        waits for the device."""
+        text = [isinstance(part, np.ndarray) and part.ndim == 1 for part in parts]
+        sound = [isinstance(part, np.ndarray) and part.ndim == 2 for part in parts]
+        embedded: dict[int, Tensor] = {}
+        for chosen, embed in ((text, self.embed_text), (sound, self.embed_audio)):
+            places = [place for place, is_it in enumerate(chosen) if is_it]
+            if places:
+                together = embed(upload(np.concatenate([parts[place] for place in places]), self.device))
+                embedded |= zip(places, together.split([len(parts[place]) for place in places]), strict=True)
+        for place, part in enumerate(parts):
+            if isinstance(part, tuple):
+                embedded[place] = self.embed_image(*(upload(tensor, self.device) for tensor in part))
+        return embedded[0] if len(parts) == 1 else torch.cat([embedded[place] for place in range(len(parts))])
 
-        The last layer computes no more than its keys and values of the others: nothing else is left of what was heard."""
-        for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks, strict=True)):
-            memory = None if cache is None else cache.memory(i, span)
-            y = block(x, span.reaches[layer], memory, wanted if i + 1 == len(self.blocks) else None)
-            if y is None:
-                return None
-            x = y
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """Embeddings [B, T, H] of whole prompts, without a cache -> hidden states after the final norm [B, T, H]. That is how
+        nano is trained, and what every other path is tested against."""
+        for layer, block in zip(self.config.layers, self.blocks, strict=True):
+            x = block(x, span.reaches[layer])
         return self.normed(x)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -363,27 +338,30 @@ class Gemma(nn.Module):
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def extend(
-        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | None = None, wanted: int | None = None
+        self, cache: Cache, rows: list[Row], x: Tensor, *, blocks: Tensor | Numbers | None = None, wanted: int | None = None
     ) -> Tensor | None:
         """Appends x [B, T, H] to B rows: a step is T = 1, a chunk is B = 1.
 
         `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
         its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
         [B, T, H]. Raises RowFull before anything is written."""
-        with torch.inference_mode(), self.threads.running(self.product, x.shape[0] * x.shape[1]):
-            if blocks is None and x.shape[1] == 1 and (step := self._step(cache, rows)):
-                state = step(rows, x, wanted != 0)
-                cache.advance(rows, 1)
-                return state
-            span = cache.span(rows, x.shape[1], blocks)
-            hidden = self(span.spread(x), span, cache, wanted=wanted)
-            cache.advance(rows, x.shape[1])
-            return None if hidden is None else span.gather(hidden)
+        from model.forward import ForwardPass
 
-    def _step(self, cache: Cache, rows: list[Row]) -> Step | None:
-        """What takes the next position of these rows without torch's small operations, where it can."""
-        if not Step.suits(self, cache, rows):
-            return None
-        if cache.step is None or cache.step.model is not self:
-            cache.step = Step(self, cache)
-        return cache.step
+        if cache.forward is None or cache.forward.model is not self:
+            cache.forward = ForwardPass(self, cache)
+        count = x.shape[1]
+        keep = count if wanted is None else min(int(wanted), count)
+        numbers = blocks.tolist() if isinstance(blocks, Tensor) else blocks or [()] * len(rows)
+        chunks = [Chunk(row, count, _pictures(those), keep) for row, those in zip(rows, numbers, strict=True)]
+        hidden = cache.forward(chunks, x.flatten(0, 1))
+        return None if hidden is None else hidden.view(len(rows), keep, -1)
+
+
+def _pictures(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Where runs of one number that is not negative start and stop."""
+    found, start = [], 0
+    for number, run in groupby(numbers):
+        stop = start + len(list(run))
+        found += [(start, stop)] if number >= 0 else []
+        start = stop
+    return tuple(found)

@@ -1,14 +1,15 @@
-"""One position each of a few rows through all layers, on a CPU in float32: what listening to people and answering them is
+"""One position each of some rows through all layers, on a CPU in float32: what listening to people and answering them is
 made of.
 
 Around four products with matrices a layer has some forty operations on a few hundred numbers. Such an operation takes numpy
 half a microsecond and torch three: so they are numpy's here, over the same memory, and the products are torch's, which has
-threads. It computes what `Gemma.forward` computes, to rounding, without rows that lie between those that step.
+threads. It computes what `model.forward` computes, to rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.cache import Cache, Row, frequencies
+from model.cache import Cache, Row
+from model.functional import frequencies
 from model.quantized import QuantizedLinear, Weight
 
 if TYPE_CHECKING:
+    from model.batch import Chunk
     from model.gemma import Block, Config, Gemma, Layer
 
 Array = NDArray[np.float32]
-MOST = 12  # rows: nano's four take 5.4 ms instead of 7.3, its sixteen 11.0 instead of 10.9
 GELU = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))  # gelu, by tanh: x sigmoid(x (a + b x^2))
 
 
@@ -87,16 +89,16 @@ class Step:
         self._eps, self._norm = config.eps, _numpy(model.norm)
 
     @staticmethod
-    def suits(model: Gemma, cache: Cache, rows: list[Row]) -> bool:
+    def suits(model: Gemma, cache: Cache, chunks: Sequence[Chunk]) -> bool:
         on_cpu = model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
         plain = not any(isinstance(module, QuantizedLinear) for module in model.blocks[0].modules())
-        return on_cpu and plain and len(rows) <= MOST and all(row.length < cache.length for row in rows)
+        return on_cpu and plain and all(chunk.count == 1 for chunk in chunks)
 
     def __call__(self, rows: list[Row], x: Tensor, wanted: bool) -> Tensor | None:
-        """x [B, 1, H], at the ends of rows that have room, to hidden states after the final norm [B, 1, H], where wanted."""
+        """x [B, H], at the ends of rows that have room, to hidden states after the final norm [B, H], where wanted."""
         for kind in self._kinds.values():
             kind.move(rows)
-        state: Array = (x[0, 0] if len(x) == 1 else x[:, 0]).numpy().copy()
+        state: Array = (x[0] if len(x) == 1 else x).numpy().copy()
         count = len(x)
         last = self._layers[-1]
         for layer in self._layers:
@@ -106,7 +108,7 @@ class Step:
             layer.answer(between, state)
         out: Array = np.empty_like(state)
         _rms_norm(state, self._eps, self._norm, out)
-        return torch.from_numpy(out).view(count, 1, -1)
+        return torch.from_numpy(out).view(count, -1)
 
 
 class _Between:

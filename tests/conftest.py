@@ -50,22 +50,24 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture
-def mind(monkeypatch):
-    """What the tiny model says."""
+def mind():
+    """What the tiny model says, for an engine whose sampler it is."""
     from tests.talk import Mind
 
-    mind = Mind(monkeypatch)
+    mind = Mind()
     yield mind
     mind.go_on()
 
 
 @pytest.fixture
-def engine():
-    """Room for two conversations with the tiny model."""
+def engine(request):
+    """Room for two conversations with the tiny model, which says what `mind` has it say where a test asks for that too."""
     from agent.engine import Engine
     from tests.serving import LOADED
 
     with Engine(LOADED, rows=2, length=3200) as engine:
+        if "mind" in request.fixturenames:
+            engine.sampler = request.getfixturevalue("mind")
         yield engine
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from model.cache import frequencies
+from model.functional import frequencies
 from model.gemma import Config, Gemma
 
 aten = torch.ops.aten
@@ -54,6 +54,14 @@ class _Functions(TorchFunctionMode):
             return _assign(*args)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.copy_:
+            return _copy(*args, **(kwargs or {}))
+        if func is Tensor.to:  # which asks the driver for the number of the device
+            args = [torch.device("cuda", 0) if part == torch.device("cuda") else part for part in args]
+            if args[1] == torch.device("cuda", 0) and args[0].numel() == 1:  # a constant, which would be moved in earnest
+                return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
         if func is torch.tensor and (device := (kwargs or {}).pop("device", None)):
             return aten._to_copy(func(*args, **kwargs), device=device)
         return func(*args, **(kwargs or {}))
@@ -97,4 +105,9 @@ def _assign(x: Tensor, index: Any, value: Any) -> None:
     if any(tensor is not None for tensor in tensors):
         aten.index_put_(x, tensors, value)
     else:
-        x.copy_(value)
+        _copy(x, value)
+
+
+def _copy(x: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
+    aten.copy(x, value, non_blocking)  # not in place, which asks the driver: nothing lies there
+    return x

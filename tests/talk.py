@@ -6,18 +6,17 @@ import asyncio
 import re
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Self, TypeVar
 
 import cv2
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from agent import checkpoint, engine, events, script
+from agent import checkpoint, events, script
 from agent.checkpoint import Loaded
 from agent.engine import Feed
 from agent.prompt import Prompt
@@ -25,7 +24,7 @@ from agent.segments import Picture, Segment, View
 from agent.session import Session
 from agent.tape import Sound
 from model.gemma import Config, Gemma
-from model.sampling import Generation
+from model.sampling import Generation, sample
 from streams.pictures import decode_picture
 from streams.voice import Chunk, Word
 from tests.tiny import FRAME, Recipe
@@ -150,17 +149,16 @@ def same(mine: list[tuple[int, float]], its: list[tuple[int, float]]) -> bool:
 
 
 class Mind:
-    """What the tiny model says, instead of what it would draw; `PROBE` draws as ever, and keeps the logits."""
+    """A sampler: what the tiny model says, instead of what it would draw; `PROBE` draws as ever, and keeps the logits."""
 
     PROBE = replace(greedy(tiny(640)), top_k=63)  # a Generation of its own
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._draw, self._answer, self._captions = engine.draw, deque[int](), deque[int]()
+    def __init__(self) -> None:
+        self._answer, self._captions = deque[int](), deque[int]()
         self._go = threading.Event()
         self._left: int | None = None
         self.logits: list[Tensor] = []
         self.steps, self.thinks = 0, False  # tokens of answers; whether it takes its time
-        monkeypatch.setattr(engine, "draw", self._next)
         self.go_on()
 
     def says(self, *texts: str) -> None:
@@ -179,12 +177,18 @@ class Mind:
         self._left = None
         self._go.set()
 
-    def _next(self, logits: Tensor, how: Generation, generator: torch.Generator | None = None) -> tuple[int, float]:
+    def __call__(self, logits: Tensor, generations: Sequence[Generation], uniforms: Sequence[float]) -> Tensor:
+        return torch.cat([self._next(*row) for row in zip(logits.split(1), generations, uniforms, strict=True)], 1)
+
+    def _next(self, logits: Tensor, how: Generation, uniform: float) -> Tensor:
         if how is self.PROBE:
-            self.logits.append(logits.clone())
-            return self._draw(logits, how, generator)
+            self.logits.append(logits[0].clone())
+            return sample(logits, [how], [uniform])
+        return torch.tensor([[float(self._says(how))], [0.0]])
+
+    def _says(self, how: Generation) -> int:
         if how.greedy:
-            return (self._captions.popleft() if self._captions else END), 0.0
+            return self._captions.popleft() if self._captions else END
         id = self._answer.popleft() if self._answer else END
         if self._left == 0:
             self.thinks = True
@@ -193,7 +197,7 @@ class Mind:
         elif self._left:
             self._left -= 1
         self.steps += 1
-        return id, 0.0
+        return id
 
 
 class Door(script.Performance):

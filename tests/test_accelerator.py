@@ -17,7 +17,9 @@ from agent.engine import Engine, EngineStopped
 from agent.segments import Picture
 from model import weights
 from model.cache import SLACK, Cache, Room, RowFull
-from model.gemma import CheckpointError, Config, Gemma, rms_norm
+from model.forward import ForwardPass
+from model.functional import rms_norm
+from model.gemma import CheckpointError, Config, Gemma
 from model.weights import NANO, read_config
 from tests import fake_cuda, tiny
 from tests.talk import tiny as tiny_loaded
@@ -43,8 +45,7 @@ def test_a_pass_of_every_kind_runs_on_a_gpu(config):
         assert model.extend(cache, rows[:1], sound[None], wanted=0) is None
         places = torch.zeros(12, 2, dtype=torch.long, device="cuda")
         picture = model.embed_image(torch.zeros(12, 3 * config.patch**2, device="cuda"), places)
-        blocks = torch.zeros(1, 12, dtype=torch.long, device="cuda")
-        model.extend(cache, rows[:1], picture[None], blocks=blocks, wanted=0)
+        model.extend(cache, rows[:1], picture[None], blocks=[[0] * 12], wanted=0)
         for _ in range(config.window // 41 + 2):
             model.extend(cache, rows[1:2], torch.cat([text, sound, sound])[None], wanted=0)
         for group in (rows, [rows[0], rows[3]], rows[1:2], rows[:1]):
@@ -204,11 +205,11 @@ async def test_a_device_that_fails_ends_the_engine_with_one_sentence(monkeypatch
     """It is not tried again, row by row: every later call would fail."""
     tried: list[int] = []
 
-    def fails(cache, rows, *_, **__):
-        tried.append(len(rows))
+    def fails(self, chunks, x):
+        tried.append(len(chunks))
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
 
-    monkeypatch.setattr(LOADED.model, "extend", fails)
+    monkeypatch.setattr(ForwardPass, "__call__", fails)
     says = "the device cpu has failed: CUDA error: an illegal memory access was encountered; attend ends, so that"
     with Engine(LOADED, rows=2, length=600) as running:
         feeds = [running.claim(lambda error: None) for _ in range(2)]

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from agent import checkpoint
-from agent.bench import alone, contention, machine, reference
+from agent.bench import alone, contention, gpu, machine, reference
 from agent.bench.alone import Effort
 from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
@@ -134,3 +135,26 @@ def test_transformers_can_be_had_beside_a_torchvision_that_was_built_for_another
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == version("transformers")
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu_runs_in_little_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "agent.bench.gpu", "--dry-run", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stdout
+    found = json.loads(out.read_text())
+    assert found["floors"]["read_gb_s"] > 0 and found["agreement"]["captured_bfloat16"] < 1e-2
+    assert {"step_2x60_ms", "closing_after_30_s_ms", "picture_beside_steps_ms", "peak_gib"} <= found["passes"].keys()
+    assert found["listening"]["lag_2_ms"]["count"] > 0 and found["small_weights"]["int4_step_8_ms"] > 0
+    assert not any("error" in stage for stage in found.values() if isinstance(stage, dict))
+
+
+def test_a_stage_that_fails_is_told_in_the_file_and_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STAGES", {"floors": (gpu.floors, 60), "nonsense": (gpu.floors, 60)})
+    out = tmp_path / "gpu.json"
+    assert not gpu.run_all(out, dry=True)
+    found = json.loads(out.read_text())
+    assert found["floors"]["copy_gb_s"] > 0 and "invalid choice" in found["nonsense"]["error"]

@@ -3,6 +3,7 @@
 Window 6, slack 5: the rings hold 11 positions and the rows here go round them several times.
 """
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -11,7 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from model.batch import Chunk
 from model.cache import Cache, NoRow, Row, RowFull, whole_span
+from model.forward import ForwardPass
 from model.gemma import Config, Gemma
 from tests import tiny
 from tests.tiny import at_once, feed
@@ -76,7 +79,7 @@ def test_random_chunks_up_to_slack_plus_one_equal_the_whole(model, slack, seed):
 def test_a_chunk_longer_than_slack_plus_one_is_our_mistake(model):
     cache = cache_of(model)
     with pytest.raises(RowFull, match="more than the"):
-        cache.span([cache.claim()], SLACK + 2)
+        model.extend(cache, [cache.claim()], torch.zeros(1, SLACK + 2, RECIPE.hidden))
 
 
 def test_a_split_picture_is_another_picture(model):
@@ -99,10 +102,6 @@ def test_the_last_positions_are_what_they_are_among_all(model, limit, last):
         hidden = model.extend(cache, [whole], x[None, cut], blocks=blocks[None, cut])
         close(model.extend(cache, [part], x[None, cut], blocks=blocks[None, cut], wanted=last), hidden[:, -last:])
     assert same(memory(cache, 0), memory(cache, 1))
-    close(
-        model(x[None], whole_span(model.config, 60, blocks[None], x.dtype, x.device), wanted=last),
-        at_once(model, x, blocks)[None, -last:],
-    )
 
 
 @pytest.mark.parametrize("limit", [1, 4])
@@ -344,61 +343,6 @@ def test_a_released_row_leaks_nothing_of_its_past(model, past):
 # ---- static shapes, compilers, graphs, memory
 
 
-def test_a_whole_span_equals_a_live_one_and_never_changes_shape(model):
-    cache = cache_of(model)
-    rows = [cache.claim() for _ in range(4)]
-    stepping = [rows[0], rows[3]]
-    feed(model, cache, rows[1], *tape(20, 6))
-    feed(model, cache, rows[3], *tape(9, 7))
-    tapes = [tape(25, 8)[0], torch.cat((tape(9, 7)[0], tape(25, 9)[0]))]
-    shapes, seen = set(), []
-    for at in range(25):
-        x = torch.stack((tapes[0][at : at + 1], tapes[1][9 + at : 10 + at]))
-        with torch.inference_mode():
-            span = cache.span(stepping, 1, whole=True)
-            seen.append(span.gather(model(span.spread(x), span, cache)))
-        cache.advance(stepping, 1)
-        shapes.add(tuple((t.shape, r.live) for r in span.reaches.values() for t in (r.cos, r.sin, r.mask, r.slots)))
-    assert len(shapes) == 1
-    for i, x in enumerate(tapes):
-        close(torch.cat(seen, 1)[i], at_once(model, x)[-25:])
-
-
-@pytest.mark.parametrize("start", [0, 2, 12])
-def test_a_whole_span_takes_a_picture(model, start):
-    """Near the start of a row, slots that hold nothing yet (here: another's past) must not pass for the picture's own."""
-    cache = cache_of(model)
-    row = cache.claim()
-    feed(model, cache, row, *tape(30, 5))
-    cache.release(row)
-    row = cache.claim()
-    x, blocks = tape(start + 5, pictures=[(start, 5)])
-    if start:
-        feed(model, cache, row, x[:start], blocks[:start])
-    with torch.inference_mode():
-        hidden = model(x[None, start:], cache.span([row], 5, blocks[None, start:], whole=True), cache)
-    close(hidden[0], at_once(model, x, blocks)[start:])
-
-
-@pytest.mark.parametrize("places", [(0,), (0, 1, 2), (0, 2)], ids=["one row", "all rows", "a hole"])
-def test_the_tensors_of_one_whole_span_can_be_written_over_for_every_step(model, places):
-    """What a graph does, without one: the kinds of layers share none, and nothing else holds them."""
-    cache = cache_of(model)
-    rows = [row for row in [cache.claim() for _ in range(3)] if row.index in places]
-    tapes = [tape(30, i)[0] for i in range(len(rows))]
-    with torch.inference_mode():
-        span, seen = cache.span(rows, 1, whole=True), []
-        for at in range(30):
-            now = cache.span(rows, 1, whole=True)
-            for layer, reach in span.reaches.items():
-                for name in ("cos", "sin", "mask", "slots"):
-                    getattr(reach, name).copy_(getattr(now.reaches[layer], name))
-            seen.append(span.gather(model(span.spread(torch.stack([x[at : at + 1] for x in tapes])), span, cache)))
-            cache.advance(rows, 1)
-    for i, x in enumerate(tapes):
-        close(torch.cat(seen, 1)[i], at_once(model, x))
-
-
 @pytest.fixture(scope="session")
 def deep(tmp_path_factory):
     """More layers than a compiler takes graphs of one function (8) before it gives up in silence."""
@@ -413,19 +357,12 @@ def test_compiled_blocks_equal_eager_ones_however_many_layers_there_are(deep, ba
     compiled.load_state_dict(model.state_dict())
     for block in compiled.eval().requires_grad_(False).blocks:
         block.compile(backend=backend, fullgraph=True)
-    cache = cache_of(model)
-    rows = [cache.claim(), cache.claim()]
-    tapes = [tape(23, 0)[0], tape(23, 1)[0]]
-    for row, x in zip(rows, tapes, strict=True):
-        feed(model, cache, row, x[:15], torch.full((15,), -1), SLACK + 1)
-    seen = []
-    for at in range(15, 23):
-        with torch.inference_mode():
-            hidden = compiled(torch.stack([x[at : at + 1] for x in tapes]), cache.span(rows, 1, whole=True), cache)
-        cache.advance(rows, 1)
-        seen.append(hidden)
-    for i, x in enumerate(tapes):
-        close(torch.cat(seen, 1)[i], at_once(model, x)[15:])
+    for count in (15, 23):
+        tapes = [tape(count, seed, [(4, 6)]) for seed in range(2)]
+        x, blocks = torch.stack([x for x, _ in tapes]), torch.stack([numbers for _, numbers in tapes])
+        hidden = compiled(x, whole_span(model.config, count, blocks, x.dtype, x.device))
+        for i, (x, blocks) in enumerate(tapes):
+            close(hidden[i], at_once(model, x, blocks))
     torch.compiler.reset()
 
 
@@ -445,49 +382,6 @@ def test_a_row_of_the_12b_takes_what_its_card_says():
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.gpu
-@gpu
-@pytest.mark.parametrize("places", [(0, 1, 2), (0, 2)], ids=["all rows", "a hole"])
-def test_a_replayed_cuda_graph_equals_eager(model, places):
-    """One graph for a step over the same rows, replayed while they go round their rings."""
-    here = Gemma(model.config).to("cuda")
-    here.load_state_dict(model.state_dict())
-    here.eval().requires_grad_(False)
-    cache = Cache(model.config, 3, LENGTH, slack=SLACK, device="cuda")
-    rows = [row for row in [cache.claim() for _ in range(3)] if row.index in places]
-    tapes = [tape(7 * i + 30, i)[0].cuda() for i in range(len(rows))]
-    for i, (row, x) in enumerate(zip(rows, tapes, strict=True)):
-        if i:
-            feed(here, cache, row, x[: 7 * i], torch.full((7 * i,), -1, device="cuda"), SLACK + 1)
-
-    def coming(at):
-        span = cache.span(rows, 1, whole=True)
-        return span, span.spread(torch.stack([x[7 * i + at : 7 * i + at + 1] for i, x in enumerate(tapes)]))
-
-    with torch.inference_mode():
-        span, x = coming(0)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            here(x, span, cache)  # writes what the first replay writes again
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = here(x, span, cache)
-        seen = []
-        for at in range(30):
-            now, fresh = coming(at)
-            x.copy_(fresh)
-            for layer, reach in span.reaches.items():
-                for name in ("cos", "sin", "mask", "slots"):
-                    getattr(reach, name).copy_(getattr(now.reaches[layer], name))
-            graph.replay()
-            cache.advance(rows, 1)
-            seen.append(span.gather(hidden).clone())
-    for i, x in enumerate(tapes):
-        close(torch.cat(seen, 1)[i], at_once(here, x)[-30:])
 
 
 @pytest.mark.gpu
@@ -521,9 +415,11 @@ class Rows:
 
     window, slack, length = 4, 3, 26
 
-    def __init__(self, model):
+    def __init__(self, model, operations=None, buckets=()):
         self.model, self.drawn = model, 0
         self.cache = Cache(model.config, 4, self.length, slack=self.slack)
+        self.forward = self.cache.forward = ForwardPass(model, self.cache, operations)
+        self.forward.capture(buckets)
         self.held: list[Conversation] = []
         self.happened = Counter()
 
@@ -537,6 +433,8 @@ class Rows:
             self.extend([chosen], 1 + size % self.window, True)
         elif move == "step":
             self.extend([c for i, c in enumerate(self.held) if (size | 1 << who % len(self.held)) >> i & 1], 1, False)
+        elif move == "pass":
+            self.ragged(size)
         elif move == "fork" and self.cache.free:
             self.held.append(Conversation(self.cache.fork(chosen.row), list(chosen.x), list(chosen.blocks)))
         elif move == "cut":
@@ -564,6 +462,35 @@ class Rows:
             self.happened["round the ring"] += len(c.x) > 2 * (self.window + self.slack)
             close(hidden[i], at_once(self.model, torch.stack(c.x), torch.tensor(c.blocks))[-count:])
 
+    def ragged(self, size):
+        """One pass over chunks of several lengths, pictures and steps, of rows in any order; some of it is wanted."""
+        self.drawn += 1
+        rng, generator = random.Random(self.drawn * 32 + size), torch.Generator().manual_seed(self.drawn)
+        held, chunks, tapes = rng.sample(self.held, rng.randint(1, len(self.held))), [], []
+        for c in held:
+            count = min(rng.randint(1, self.slack + 1), self.length - len(c.x))
+            start = rng.randint(0, count)
+            pictures = ((start, rng.randint(start, count)),) if rng.random() < 0.5 else ()
+            pictures = tuple(seen for seen in pictures if seen[0] < seen[1])
+            if count:
+                chunks.append(Chunk(c.row, count, pictures, rng.choice((0, 1, count))))
+                tapes.append((c, torch.randn(count, 16, generator=generator)))
+        if not chunks:
+            return
+        hidden, at = self.forward(chunks, torch.cat([x for _, x in tapes])), 0
+        for chunk, (c, x) in zip(chunks, tapes, strict=True):
+            seen = [any(start <= i < stop for start, stop in chunk.pictures) for i in range(chunk.count)]
+            c.blocks += [1000 * self.drawn + c.row.index if inside else -1 for inside in seen]
+            c.x += list(x)
+            assert c.row.length == len(c.x)
+            whole = at_once(self.model, torch.stack(c.x), torch.tensor(c.blocks))
+            if chunk.wanted:
+                close(hidden[at : at + chunk.wanted], whole[-chunk.wanted :])
+            at += chunk.wanted
+            self.happened["pictures among others"] += len(chunks) > 1 and any(seen)
+        assert (hidden is None) if at == 0 else len(hidden) == at
+        self.happened["ragged"] += len({chunk.count for chunk in chunks}) > 1
+
     def cut(self, c, position):
         if 0 < position < self.cache.earliest(c.row):
             with pytest.raises(RowFull):
@@ -583,9 +510,9 @@ class Rows:
                 self.extend([c], 1, False)
 
 
-MOVES = ("append", "append", "append", "step", "step", "picture", "cut", "cut", "fork", "claim", "release")
+MOVES = ("append", "append", "pass", "pass", "pass", "step", "step", "picture", "cut", "cut", "fork", "claim", "release")
 moves = st.lists(st.tuples(st.sampled_from(MOVES), st.integers(0, 3), st.integers(0, 31)), min_size=15, max_size=45)
-TURN = [("step", 0, 31), ("cut", 0, 3), ("fork", 0, 0), ("step", 0, 9)]
+TURN = [("step", 0, 31), ("pass", 0, 5), ("pass", 0, 6), ("cut", 0, 3), ("fork", 0, 0), ("step", 0, 9)]
 LONG = [("claim", 0, 0)] * 3 + [("append", i % 3, 3) for i in range(15)] + TURN * 3
 
 
@@ -609,7 +536,8 @@ def test_the_long_history_reaches_what_matters(small):
     rows = Rows(small)
     for move in [*LONG, ("cut", 0, 5), *[("append", 0, 3)] * 5]:
         rows.play(*move)
-    assert all(rows.happened[thing] for thing in ("rows together", "round the ring", "cut", "cut refused", "full")), rows.happened
+    happenings = ("rows together", "ragged", "pictures among others", "round the ring", "cut", "cut refused", "full")
+    assert all(rows.happened[thing] for thing in happenings), rows.happened
 
 
 def test_a_batch_without_a_cache_takes_the_place_of_rows(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from agent import engine
-from agent.engine import CHUNK, Engine, EngineStopped, Feed, RowLost
+from agent.engine import CHUNK, FEW, Engine, EngineStopped, Feed, RowLost
 from agent.segments import Picture, Segment, size
 from agent.tape import Sound
 from model import cache
 from model.cache import NoRow, RowFull
+from model.forward import ForwardPass
+from model.sampling import sample
 from streams.frames import MediaError
 from tests.talk import WINDOW, Plain, greedy, jpeg, picture, same, settled, sound, tiny, viewed, words
 from tests.talk import written as written_by
@@ -56,16 +59,16 @@ async def are(told: list[Exception], count: int) -> bool:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]]:
-    """Of each pass the rows and how many positions each of them took."""
-    seen: list[tuple[tuple[int, ...], int]] = []
-    extend = LOADED.model.extend
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
+    """Of each pass how many positions each row took."""
+    seen: list[dict[int, int]] = []
+    forward = ForwardPass.__call__
 
-    def counted(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
-        seen.append((tuple(row.index for row in rows), x.shape[1]))
-        return extend(cache, rows, x, **how)
+    def counted(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
+        seen.append({chunk.row.index: chunk.count for chunk in chunks})
+        return forward(self, chunks, x)
 
-    monkeypatch.setattr(LOADED.model, "extend", counted)
+    monkeypatch.setattr(ForwardPass, "__call__", counted)
     return seen
 
 
@@ -76,24 +79,24 @@ def short_rings(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 class Gate:
-    """Lets through as many draws as were allowed."""
+    """A sampler that lets through as many draws as were allowed."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self._allowed, self._draw = 0, threading.Semaphore(0), engine.draw
-        monkeypatch.setattr(engine, "draw", self._wait)
+    def __init__(self) -> None:
+        self.begun, self._allowed = 0, threading.Semaphore(0)
 
     def allow(self, count: int) -> None:
         self._allowed.release(count)
 
-    def _wait(self, *given: Any) -> tuple[int, float]:
-        self.begun += 1
-        assert self._allowed.acquire(timeout=30)
-        return self._draw(*given)
+    def __call__(self, logits: torch.Tensor, *given: Any) -> torch.Tensor:
+        for _ in logits:
+            self.begun += 1
+            assert self._allowed.acquire(timeout=30)
+        return sample(logits, *given)
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch)
+def gate() -> Iterator[Gate]:
+    gate = Gate()
     yield gate
     gate.allow(1000)
 
@@ -130,8 +133,8 @@ async def test_rows_fed_in_any_pieces_and_at_once_write_what_the_plain_verbs_wri
                 feed.append(*stream[turn : turn + 1])
             await asyncio.sleep(0)
         answers = await asyncio.gather(*map(written, feeds))
-        assert any(len(rows) > 1 for rows, _ in passes), "they share steps"
-        assert max(count for _, count in passes) <= max(CHUNK, picture(LOADED).positions)
+        assert any(len(rows) > 1 for rows in passes), "they share passes"
+        assert max(max(rows.values()) for rows in passes) <= max(CHUNK, picture(LOADED).positions)
         for feed in feeds:
             feed.release()
     for seed, answer in enumerate(answers):
@@ -164,7 +167,7 @@ async def test_a_fork_leaves_its_parent_alone_and_waits_for_a_spare_row():
 
 
 async def test_a_fork_begins_where_it_was_asked_for_though_its_parent_went_on(gate):
-    with Engine(LOADED, rows=1, length=600, spares=1) as engine:
+    with Engine(LOADED, rows=1, length=600, spares=1, sampler=gate) as engine:
         parent = engine.claim(nobody)
         other = parent.fork()  # holds the spare row
         other.append(words(1))
@@ -231,7 +234,7 @@ async def test_a_row_is_rewritten_over_and_over_and_never_runs_out(short_rings):
 
 
 async def test_cancelling_stops_before_the_next_step_and_the_row_goes_on(gate, passes):
-    with Engine(LOADED, length=600) as engine:
+    with Engine(LOADED, length=600, sampler=gate) as engine:
         feed = engine.claim(nobody)
         feed.append(*conversation(0))
         gate.allow(3)
@@ -240,11 +243,11 @@ async def test_cancelling_stops_before_the_next_step_and_the_row_goes_on(gate, p
         while gate.begun < 4:
             await asyncio.sleep(0)
         await drawn.aclose()  # while the fourth is being drawn
-        before = sum(count for _, count in passes)
+        before = sum(sum(rows.values()) for rows in passes)
         gate.allow(1)
         feed.append(words(1))
         await settled(feed)
-        assert sum(count for _, count in passes) == before + 1
+        assert sum(sum(rows.values()) for rows in passes) == before + 1
         gate.allow(1000)
         heard = (*CLOSING, said[0])
         feed.rewrite(sum(map(size, conversation(0))) + 6, viewed(*conversation(0), heard, sound(30)))
@@ -329,14 +332,14 @@ async def test_whoever_waits_for_a_row_is_told_when_all_is_in_it_or_what_it_was_
 
 async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypatch):
     told: list[Exception] = []
-    extend, full = LOADED.model.extend, threading.Event()
+    forward, full = ForwardPass.__call__, threading.Event()
 
-    def heavy(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
-        if full.is_set() and any(row.index == 1 for row in rows):
+    def heavy(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
+        if full.is_set() and any(chunk.row.index == 1 for chunk in chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return extend(cache, rows, x, **how)
+        return forward(self, chunks, x)
 
-    monkeypatch.setattr(LOADED.model, "extend", heavy)
+    monkeypatch.setattr(ForwardPass, "__call__", heavy)
     with Engine(LOADED, rows=3, length=600) as engine:
         feeds = [engine.claim(told.append if row == 1 else nobody) for row in range(3)]
         for seed, feed in enumerate(feeds):
@@ -356,19 +359,23 @@ async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypa
         assert same(await written(engine.claim(nobody)), expected())
 
 
-async def test_a_token_that_cannot_be_drawn_ends_one_conversation(monkeypatch):
+@pytest.mark.parametrize("fault", ["no numbers", "no memory"])
+async def test_a_token_that_cannot_be_drawn_ends_one_conversation(fault):
     told: list[Exception] = []
-    draw = engine.draw
 
-    def broken(logits: torch.Tensor, how: Any, generator: Any = None) -> tuple[int, float]:
-        return draw(logits if how is HOW else logits * torch.nan, how, generator)
+    def broken(logits: torch.Tensor, generations: Any, uniforms: Any) -> torch.Tensor:
+        ill = [how is not HOW for how in generations]
+        if fault == "no memory" and any(ill):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(torch.where(torch.tensor(ill)[:, None], torch.nan, logits), generations, uniforms)
 
-    monkeypatch.setattr(engine, "draw", broken)
-    with Engine(LOADED, rows=2, length=600) as running:
+    with Engine(LOADED, rows=2, length=600, sampler=broken) as running:
         well, ill = running.claim(nobody), running.claim(told.append)
-        with pytest.raises(RowLost, match="the model failed on this conversation"):
-            await written_by(ill, CLOSING, how=LOADED.generation)
-        assert same(await written(well), expected())
+        lost, answer = await asyncio.gather(
+            written_by(ill, CLOSING, how=LOADED.generation), written(well), return_exceptions=True
+        )
+        assert isinstance(lost, RowLost) and re.search("no numbers|ran out of memory", str(lost))
+        assert same(answer, expected())
         assert await are(told, 1)
 
 
@@ -383,7 +390,7 @@ async def test_a_dying_thread_tells_everyone_and_nothing_hangs(monkeypatch):
         idle, speaking = engine.claim(told.append), engine.claim(told.append)
         fork = idle.fork()
         assert len(await written(speaking)) == 12
-        monkeypatch.setattr(LOADED.model, "extend", dies)
+        monkeypatch.setattr(ForwardPass, "__call__", dies)
         waits = asyncio.create_task(written(fork))
         with pytest.raises(EngineStopped, match="the model has stopped: a mistake"):
             await written(speaking)
@@ -436,7 +443,7 @@ def test_a_conversation_whose_loop_has_gone_harms_nobody():
 # ---- one after the other
 
 
-async def test_a_picture_or_a_backlog_for_one_delays_anothers_step_by_at_most_one_chunk(passes):
+async def test_a_picture_or_a_backlog_for_one_rides_along_with_anothers_steps_one_chunk_at_a_time(passes):
     with Engine(LOADED, rows=3, length=2000) as engine:
         speaking, looking, behind = (engine.claim(nobody) for _ in range(3))
         drawn = speaking.generate(CLOSING, how=HOW, most=1900)
@@ -451,16 +458,17 @@ async def test_a_picture_or_a_backlog_for_one_delays_anothers_step_by_at_most_on
             if not looking.waiting and not behind.waiting:
                 break
         await drawn.aclose()
-    missed = [index for index, (rows, _) in enumerate(passes) if row.index not in rows]
-    assert sum(passes[index][1] for index in missed) > 1500, "the pictures and the backlog went in while it spoke"
-    assert all(b - a > 1 for a, b in pairwise(missed))
+    others = [[count for index, count in rows.items() if index != row.index] for rows in passes]
+    assert sum(map(sum, others)) > 1500, "the pictures and the backlog went in while it spoke"
+    assert all(rows[row.index] == 1 for rows in passes), "and it had a step in every pass"
+    assert all(sum(count > FEW for count in counts) <= 1 for counts in others)
 
 
-def taken(passes: list[tuple[tuple[int, ...], int]], feed: Feed) -> list[int]:
-    """After which passes of all this row had another chunk."""
+def taken(passes: list[dict[int, int]], feed: Feed) -> list[int]:
+    """In which passes of all this row had a chunk."""
     assert feed._seat.row
     index = feed._seat.row.index
-    return [number for number, (rows, count) in enumerate(passes) if rows == (index,) and count > 1]
+    return [number for number, rows in enumerate(passes) if rows.get(index, 0) > FEW]
 
 
 async def test_what_nobody_waits_for_goes_after_what_somebody_waits_for_and_is_not_starved_by_it(passes):
@@ -522,9 +530,9 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
                 loads.append(words(1400))
             hold.set()
             assert len([token async for token in drawn]) == 40
-            steps = [number for number, (rows, _) in enumerate(passes) if speaks._seat.row.index in rows][:40]  # type: ignore[union-attr]
-            between = [b - a - 1 for a, b in pairwise(steps)]
-            assert max(between) == 1 and 40 // every - 1 <= sum(between) <= 40 // every + 1
+            chunks = taken(passes[:40], loads)
+            assert all(speaks._seat.row.index in rows for rows in passes[:40])  # type: ignore[union-attr]
+            assert all(b - a > 1 for a, b in pairwise(chunks)) and 40 // every - 1 <= len(chunks) <= 40 // every + 1
             if wanted:
                 await asked
 

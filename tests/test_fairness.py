@@ -12,7 +12,8 @@ import pytest
 
 from agent.session import LATER
 from agent.tape import Typed
-from tests.serving import LOADED, SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
+from model.forward import ForwardPass
+from tests.serving import SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
 from tests.test_faults import Raw
 from web.connection import Allowance
 from web.server import WAITING, Options, Server
@@ -81,14 +82,14 @@ async def test_sockets_that_never_finish_their_handshake_keep_nobody_out(engine,
 
 async def test_a_history_is_written_into_the_row_once_however_many_items_it_has(engine, mind, monkeypatch):
     """Item by item the row was cut back and written anew every few hundred items: another's answer waited 21 s for it."""
-    written, extend = 0, LOADED.model.extend
+    written, forward = 0, ForwardPass.__call__
 
-    def counted(cache: Any, rows: Any, x: Any, **how: Any) -> Any:
+    def counted(self: ForwardPass, chunks: Any, x: Any) -> Any:
         nonlocal written
-        written += len(rows) * x.shape[1]
-        return extend(cache, rows, x, **how)
+        written += len(x)
+        return forward(self, chunks, x)
 
-    monkeypatch.setattr(LOADED.model, "extend", counted)
+    monkeypatch.setattr(ForwardPass, "__call__", counted)
     async with serving(engine) as port, plain(port) as connection:
         await until(connection, "session.created")
         hold = threading.Event()

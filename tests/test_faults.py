@@ -102,7 +102,7 @@ async def test_headers_that_never_end_are_not_waited_for(engine, mind, begun):
 
 async def test_who_does_not_read_is_told_to_come_again_later(mind):
     settings = Settings(budget=Budget(ahead=3000, row=3000), most=500, how=LOADED.generation, unread=40)
-    with Engine(LOADED, rows=2, length=4000) as running:
+    with Engine(LOADED, rows=2, length=4000, sampler=mind) as running:
         async with serving(running, settings=settings) as port:
             mind.says("word " * 90)
             small = socket.socket()

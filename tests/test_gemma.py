@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.cache import Cache, whole_span
-from model.gemma import CheckpointError, Config, Gemma, rms_norm
+from model.functional import rms_norm
+from model.gemma import CheckpointError, Config, Gemma
 from tests import tiny
 from tests.tiny import AUDIO, BOA, BOI, EOA, EOI, IMAGE, REAL, Prompt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from agent.tape import Answered, Asked, Closed, Entry, Opened, Seen, Setting, So
 from agent.turns import Manners
 from agent.view import Budget, Policy, Views, view
 from model.cache import NoRow
+from model.forward import ForwardPass
 from model.vad import Vad
 from streams.espeak import Espeak
 from streams.frames import Audio
@@ -53,9 +54,8 @@ OBJECTION = "No, wait, I mean the other one."
 
 
 @pytest.fixture
-def running() -> Iterator[Engine]:
-    with Engine(LOADED, rows=2, length=3200) as engine:
-        yield engine
+def running(engine: Engine) -> Engine:
+    return engine
 
 
 def session(engine: Engine, voice: Any = "beeps", on: Tape | None = None, **settings: Any) -> Session:
@@ -466,8 +466,9 @@ async def test_typed_words_and_stop_end_an_answer_at_what_was_heard(running, min
         await door.put(events.Stop())
         assert door.of(events.Answered)[0].text[: door.of(events.Answered)[0].heard] == "It is a"
         mind.says("Yes.")
+        said = len(door.of(events.Said))
         await door.put(events.Write("is it"))
-        await door.until(events.Said, 1)
+        await door.until(events.Said, said + 1)
         mind.says("No.")
         await door.put(events.Write("really"))
         await door.answered(3)
@@ -1062,19 +1063,19 @@ async def test_a_picture_that_is_none_is_said_and_the_conversation_goes_on(runni
 
 
 async def test_an_engine_that_fails_on_one_conversation_ends_that_one_alone(running, mind, monkeypatch):
-    extend = LOADED.model.extend
+    forward = ForwardPass.__call__
 
-    def heavy(cache: Any, rows: Any, x: torch.Tensor, **how: Any) -> Any:
-        if any(row is ill.session.record.row._seat.row for row in rows):
+    def heavy(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
+        if any(chunk.row is ill.session.record.row._seat.row for chunk in chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return extend(cache, rows, x, **how)
+        return forward(self, chunks, x)
 
     async with Door(session(running)) as well:
         mind.says("word " * 30)
         ill = Door(session(running))
         async with ill:
             await ill.quiet(400)
-            monkeypatch.setattr(LOADED.model, "extend", heavy)
+            monkeypatch.setattr(ForwardPass, "__call__", heavy)
             ill.keeps_up = False
             await ill.put(events.Write("what is it"))
             await ill.until(events.Failed)
@@ -1091,7 +1092,7 @@ async def test_an_engine_that_stops_ends_every_conversation_with_one_sentence(ru
 
     async with Door(session(running)) as one, Door(session(running)) as two:
         await one.quiet(40)
-        monkeypatch.setattr(LOADED.model, "extend", dies)
+        monkeypatch.setattr(ForwardPass, "__call__", dies)
         one.keeps_up = two.keeps_up = False
         await one.put(events.Write("what is it"))
         await two.until(events.Failed)

@@ -32,6 +32,7 @@ from agent.watch.config import WatchConfig, read
 from agent.watch.monitor import Hysteresis
 from agent.watch.service import WatchService
 from agent.watch.visual_qa import VisualAnswer, VisualQA, picture_segments
+from model.forward import ForwardPass
 from model.weights import NANO
 from streams import camera
 from streams.broker import BrokerConfig
@@ -258,11 +259,11 @@ def test_several_pictures_stand_in_the_prompt_as_timed_video(loaded):
 
 
 async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_waits_for(loaded, monkeypatch):
-    shot, passes, extend = Shot(PICTURE.read_bytes(), 0.0, (480, 640), np.zeros((18, 32), np.uint8)), [], loaded.model.extend
+    shot, taken, forward = Shot(PICTURE.read_bytes(), 0.0, (480, 640), np.zeros((18, 32), np.uint8)), [], ForwardPass.__call__
 
-    def counted(cache: Any, rows: Any, x: Any, **how: Any) -> Any:
-        passes.append(([row.index for row in rows], x.shape[1]))
-        return extend(cache, rows, x, **how)
+    def counted(self: ForwardPass, chunks: Any, x: Any) -> Any:
+        taken.extend((chunk.row.index, chunk.count) for chunk in chunks)
+        return forward(self, chunks, x)
 
     with Engine(loaded, rows=2, spares=1, length=2048) as engine:
         visual_qa = VisualQA(engine, None)
@@ -274,12 +275,12 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         answering = asyncio.create_task(written(live, tuple(range(20, 50)) * 13, how=loaded.generation, most=1))
         await asyncio.sleep(0)
         engine.pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
-        monkeypatch.setattr(loaded.model, "extend", counted)
+        monkeypatch.setattr(ForwardPass, "__call__", counted)
         hold.set()
         assert (await asyncio.wait_for(asking, SOON)).text == ANSWER
         await asyncio.wait_for(answering, SOON)
-        mine = [live._seat.row.index]
-    chunks = [(rows == mine, count) for rows, count in passes if count > 1]
+        mine = live._seat.row.index
+    chunks = [(row == mine, count) for row, count in taken if count > 1]
     first = [count for is_mine, count in chunks if is_mine]
     assert sum(first) == 390 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
     assert sum(count for _, count in chunks[len(first) :]) >= 60, "and then the picture"

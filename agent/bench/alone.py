@@ -157,13 +157,17 @@ def _rows_bytes(config: Config, dtype: torch.dtype) -> int:
 def _random(name: str, device: torch.device) -> Gemma:
     """A model of a shape with random weights. Raises CheckpointError where it and its rows do not fit."""
     config, dtype = Config.from_json(SHAPES[name]()), torch.float32 if device.type == "cpu" else torch.bfloat16
-    with torch.device("meta"):
-        gemma = Gemma(config).to(dtype)
-    free, needed = weights.free_memory(device), sum(p.nbytes for p in gemma.parameters()) + _rows_bytes(config, dtype)
+    free, needed = weights.free_memory(device), weights.size(config) * dtype.itemsize + _rows_bytes(config, dtype)
     if free is not None and needed > free:
         raise CheckpointError(f"measuring {name} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free on {device}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    return random_model(config, device, dtype)
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Gemma:
+    with torch.device("meta"):
+        gemma = Gemma(config).to(dtype)
     gemma.to_empty(device=device).eval().requires_grad_(False)
     weights.lay_out(gemma)
     generator = torch.Generator(device).manual_seed(0)

@@ -122,7 +122,7 @@ async def first_token(
         before, between, end = (model.embed_text(torch.tensor(ids, device=model.device)) for ids in (opening, after, closing))
         heard = model.embed_audio(torch.from_numpy(sound.samples).to(model.device))
         x = torch.cat((before, model.embed_image(pieces, places), between, heard, end))
-        blocks = torch.full((1, len(x)), -1, device=model.device)
+        blocks = torch.full((1, len(x)), -1)
         blocks[0, len(before) : len(before) + len(pieces)] = 0
         hidden = model.extend(cache, [emptied], x[None], blocks=blocks, wanted=1)
         assert hidden is not None

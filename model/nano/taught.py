@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Reach, whole_span
-from model.gemma import Block, Gemma, rms_norm, rotate
+from model.functional import rms_norm, rotate
+from model.gemma import Block, Gemma
 from model.nano import cover, world
 from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch
 
@@ -98,7 +99,7 @@ def losses(model: Gemma, aside: Aside, batch: Batch) -> dict[int, tuple[Tensor, 
         if i == LOOKS[0]:
             assert isinstance(block, Block)
             out[LOOK] = _look(block, x, span.reaches[layer], batch)
-        x = block(x, span.reaches[layer], None)
+        x = block(x, span.reaches[layer])
         for taught, depth in DEPTHS.items():
             if i != depth:
                 continue
