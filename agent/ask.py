@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.answer import Answer
-from agent.checkpoint import LENGTH, Loaded
+from agent.answer_parser import AnswerParser
+from agent.checkpoint import LENGTH, LoadedModel
+from agent.context import Context
 from agent.engine import Engine
 from agent.marks import Mark
 from agent.prompt import Thought
-from agent.record import Record
 from agent.segments import Picture, Segment
-from agent.tape import Asked, Entry, Opened, Seen, Setting, Sound, Tape, Typed
+from agent.tape import Asked, Entry, Opened, Seen, Sound, SystemPrompt, Tape, Typed
 from agent.view import Budget, view
 from model.cache import RowFull
 from streams import media_files, pictures
@@ -27,7 +27,7 @@ from streams.frames import FRAME, RATE
 from streams.opencv import cv2
 
 if TYPE_CHECKING:
-    from model.sampling import Generation
+    from model.sampling import SamplingParams
 
 VIDEO_BUDGET = 70  # soft tokens of each picture of a video
 CHUNK = 2  # seconds of a video's sound that stand together, at least
@@ -140,7 +140,7 @@ def _sound(samples: NDArray[np.float32]) -> Sound:
     return Sound.of(np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME))
 
 
-def _prompt_ids(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound | Seen], length: int) -> list[int]:
+def _prompt_ids(loaded: LoadedModel, setting: SystemPrompt, parts: Sequence[Typed | Sound | Seen], length: int) -> list[int]:
     """The whole prompt in ids, soft tokens as placeholders. Raises RowFull: what cannot fit should not first take minutes."""
     prompt = loaded.prompt
     videos = iter([part.seconds is not None for part in parts if isinstance(part, Seen)])
@@ -169,10 +169,10 @@ def _prompt_ids(loaded: Loaded, setting: Setting, parts: Sequence[Typed | Sound 
 
 
 async def ask(
-    loaded: Loaded,
+    loaded: LoadedModel,
     question: QuestionMedia,
     *,
-    sampling: Generation,
+    sampling: SamplingParams,
     system: str | None = None,
     budget: int | None = None,
     max_tokens: int = 256,
@@ -185,7 +185,7 @@ async def ask(
 
     `budget`: soft tokens of a picture, else the checkpoint's own. Raises RowFull if the question does not fit.
     """
-    setting = Setting(system, thinking=thinking)
+    setting = SystemPrompt(system, thinking=thinking)
     result = AskResult(audio_seconds=question.audio_seconds)
     parts = [_with_budget(part, budget or loaded.budget) for part in question.parts]
     with Engine(loaded, length=LENGTH, budget=max(budget or loaded.budget, VIDEO_BUDGET)) as engine:
@@ -193,7 +193,7 @@ async def ask(
         row = engine.claim(lambda error: None)  # every wait below is told too
         limits = Budget(ahead=engine.length, row=engine.length - 1)
         config = loaded.model.config
-        record = Record(Tape(), row, loaded.prompt, config, limits, "verbatim", limits.row, lambda note: None)
+        record = Context(Tape(), row, loaded.prompt, config, limits, "verbatim", limits.row, lambda note: None)
         begun = perf_counter()
         record.append(setting)
         record.open(0)
@@ -208,7 +208,7 @@ async def ask(
         result.timings_ms["append"] = (asked - begun) * 1000
         caption = record.caption()
         record.ask()
-        tokens = row.generate(*record.closing(), how=sampling, most=max_tokens, seed=seed)
+        tokens = row.generate(*record.closing(), sampling=sampling, max_tokens=max_tokens, seed=seed)
         await _read_answer(loaded, result, tokens, on_text, asked)
         if caption:
             with suppress(RowFull):  # a prompt that leaves no room to ask for it
@@ -221,14 +221,14 @@ def _with_budget(part: Typed | Sound | Seen, budget: int) -> Typed | Sound | See
 
 
 async def _read_answer(
-    loaded: Loaded,
+    loaded: LoadedModel,
     result: AskResult,
     tokens: AsyncIterable[tuple[int, float]],
     on_text: Callable[[str], None],
     asked: float,
 ) -> None:
     """Ids with their log-probabilities → `result`, until there are no more."""
-    answer, times = Answer(loaded.tokenizer), list[float]()
+    answer, times = AnswerParser(loaded.tokenizer), list[float]()
 
     async def counted() -> AsyncIterator[tuple[int, float]]:
         async for token, logprob in tokens:

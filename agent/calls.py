@@ -146,7 +146,7 @@ def read_call(text: str) -> ToolCall | BrokenCall:
     head = re.match(r"\s*(?:call:)?\s*([\w.\-]+)\s*(?=\{)", text)
     if head:
         try:
-            arguments, _ = _Reader(text).value(head.end())
+            arguments, _ = _NotationReader(text).value(head.end())
             return ToolCall(head[1], arguments)
         except (_Unreadable, RecursionError):
             pass
@@ -161,7 +161,7 @@ _WORDS = {"true": True, "false": False, "null": None, "none": None, "nil": None}
 _QUOTES = (MARK, '"', "'")
 
 
-class _Reader:
+class _NotationReader:
     """Recursive descent; every method takes a position and returns what it read and the position after it."""
 
     def __init__(self, text: str) -> None:

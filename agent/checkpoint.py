@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agent.answer import Answer
+from agent.answer_parser import AnswerParser
 from agent.prompt import Prompt
 from agent.suggestions import Suggestions, read_suggestions
 from model import weights
@@ -22,7 +22,7 @@ from model.cache import Cache, Room, Row
 from model.gemma import CheckpointError, Gemma
 from model.pixels import patches
 from model.quantized import Form
-from model.sampling import Generation, draw
+from model.sampling import SamplingParams, sample_one
 from model.threads import Threads
 from model.tokenizer import Tokenizer
 
@@ -37,11 +37,11 @@ TRANSCRIBE = "Transcribe the speech."
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     model: Gemma
     tokenizer: Tokenizer
     prompt: Prompt
-    generation: Generation
+    generation: SamplingParams
     budget: int  # soft tokens of a picture, unless the user asks for another
     suggestions: Suggestions | None = None  # for people who try it
 
@@ -59,7 +59,7 @@ def load(
     quantized: Form | None = None,
     head: Form | None = None,
     config_from: str | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """A checkpoint by folder, hub id or "nano".
 
     `threads` for each pass on a CPU (None: by its work). There must be memory for `rows` of `length` positions too, with pictures
@@ -84,10 +84,10 @@ def load(
     number, room = None if dtype == "auto" else getattr(torch, dtype), Room(rows, length, budget or usual)
     model = weights.load(files, place, number, progress, room, weights=quantized, head=head, config=folder)
     model.threads = Threads(threads)
-    return Loaded(model, tokenizer, Prompt(tokenizer, config.media), generation, usual, read_suggestions(folder))
+    return LoadedModel(model, tokenizer, Prompt(tokenizer, config.media), generation, usual, read_suggestions(folder))
 
 
-def new_cache(loaded: Loaded, rows: int, length: int, budget: int | None = None) -> Cache:
+def new_cache(loaded: LoadedModel, rows: int, length: int, budget: int | None = None) -> Cache:
     """Rows that take pictures of up to `budget` soft tokens (None: the checkpoint's). Raises CheckpointError where they do not
     fit."""
     model, config = loaded.model, loaded.model.config
@@ -106,7 +106,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:
+def append_ids(loaded: LoadedModel, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:
     """Text and control tokens. Returns the hidden state [H] of the last one if it is wanted."""
     hidden = None
     for start in range(0, len(ids), cache.slack + 1):
@@ -115,20 +115,20 @@ def append_ids(loaded: Loaded, cache: Cache, row: Row, ids: list[int], *, wanted
     return None if hidden is None else hidden[0, -1]
 
 
-def append_frame(loaded: Loaded, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
+def append_frame(loaded: LoadedModel, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
     """One frame of sound, as many samples as the checkpoint's config says."""
     samples = torch.as_tensor(frame, device=loaded.model.device)
     loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=0)
 
 
-def append_picture(loaded: Loaded, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
+def append_picture(loaded: LoadedModel, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
     """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
     device = loaded.model.device
     x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
     loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long), wanted=0)
 
 
-def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
+def patchify(loaded: LoadedModel, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
     """A picture uint8 [H, W, 3] as patches and places. Raises CheckpointError where the position table is too short."""
     config = loaded.model.config
     pieces, places = patches(picture, budget, config.patch)
@@ -140,24 +140,30 @@ def cut(loaded: Loaded, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor
 
 
 def generate(
-    loaded: Loaded, cache: Cache, row: Row, hidden: Tensor, how: Generation, most: int, seed: int | None = None
+    loaded: LoadedModel,
+    cache: Cache,
+    row: Row,
+    hidden: Tensor,
+    sampling: SamplingParams,
+    max_tokens: int,
+    seed: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
 
     Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
     generator = Random(seed)
-    for number in range(most):
+    for number in range(max_tokens):
         with torch.inference_mode():
-            token, logp = draw(loaded.model.logits(hidden), how, generator)
+            token, logp = sample_one(loaded.model.logits(hidden), sampling, generator)
         yield token, logp
-        if token in how.stop or number + 1 == most or row.length == cache.length:
+        if token in sampling.stop or number + 1 == max_tokens or row.length == cache.length:
             return
         step = append_ids(loaded, cache, row, [token], wanted=True)
         assert step is not None
         hidden = step
 
 
-def transcribe(loaded: Loaded, cache: Cache, row: Row, most: int = 200) -> str:
+def transcribe(loaded: LoadedModel, cache: Cache, row: Row, max_tokens: int = 200) -> str:
     """The words of the speech in an open turn. The row is forked; itself it stays as it is."""
     fork = cache.fork(row)
     try:
@@ -166,8 +172,8 @@ def transcribe(loaded: Loaded, cache: Cache, row: Row, most: int = 200) -> str:
             return ""
         hidden = append_ids(loaded, cache, fork, closing, wanted=True)
         assert hidden is not None
-        answer = Answer(loaded.tokenizer)
-        for token, _ in generate(loaded, cache, fork, hidden, replace(loaded.generation, greedy=True), most):
+        answer = AnswerParser(loaded.tokenizer)
+        for token, _ in generate(loaded, cache, fork, hidden, replace(loaded.generation, greedy=True), max_tokens):
             answer.push(token)
         answer.flush()
         return answer.text.strip()

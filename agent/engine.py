@@ -1,8 +1,8 @@
 """The one thread that owns the model: rows of many conversations, one pass at a time.
 
-A conversation holds a `Feed`. Its verbs return at once; the row does them in order. Each tick of the thread is one forward
-pass: the step of every row that has one due (a microphone frame, the token just drawn), and at most one chunk beside them:
-what has piled up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for a pass
+A conversation holds a `SequenceHandle`. Its methods return at once; the row does them in order. Each tick of the thread is one
+forward pass: the step of every row that has one due (a microphone frame, the token just drawn), and at most one chunk beside
+them: what has piled up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for a pass
 with one chunk, and the busier the engine is, the more rows share a pass. Which chunk that is, and when, agent/scheduler.py
 decides.
 """
@@ -26,17 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agent.checkpoint import LENGTH, Loaded, cut, new_cache, out_of_memory
-from agent.orders import Fork, Generate, Op, Parts, Reach, Rewrite, Seat, Take
-from agent.scheduler import CHUNK, Chunk, Scheduler
+from agent.checkpoint import LENGTH, LoadedModel, new_cache, out_of_memory, patchify
+from agent.scheduler import CHUNK, PendingChunk, Scheduler
 from agent.segments import Picture, Segment, View, size
+from agent.sequence import Append, Barrier, Fork, Generate, Operation, Parts, Rewrite, Sequence
 from agent.tape import Sound
 from agent.timing import Timing
 from model import batch
 from model.cache import NoRow, RowFull
 from model.forward import ForwardPass, select
 from model.gemma import Part
-from model.sampling import Generation, Sampler, sample
+from model.sampling import Sampler, SamplingParams, sample
 from streams.frames import MediaError
 from streams.pictures import decode_picture
 
@@ -56,10 +56,10 @@ class RowLost(RuntimeError):
 # ---- the conversation's side
 
 
-class Feed:
+class SequenceHandle:
     """A row as its conversation sees it. Use it on the event loop; a failure ends it and is told once."""
 
-    def __init__(self, engine: Engine, seat: Seat) -> None:
+    def __init__(self, engine: Engine, seat: Sequence) -> None:
         self._engine, self._seat, self._released = engine, seat, False
 
     @property
@@ -80,11 +80,11 @@ class Feed:
         that far it begins anew."""
         self._engine._order(self._seat, Rewrite(keep, view))
 
-    def fork(self, background: bool = False) -> Feed:
+    def fork(self, background: bool = False) -> SequenceHandle:
         """A second row that goes on from here. It waits while no spare row is free. `background`: nobody waits for it."""
-        child = Seat(self._seat.tell, self._seat, background)
+        child = Sequence(self._seat.tell, self._seat, background)
         self._engine._order(self._seat, Fork(child))
-        return Feed(self._engine, child)
+        return SequenceHandle(self._engine, child)
 
     async def drained(self) -> None:
         """Until everything that was ordered is in the row. Raises what the row was lost to."""
@@ -95,17 +95,17 @@ class Feed:
             if not done.done():
                 done.set_exception(error) if error else done.set_result(None)
 
-        self._engine._order(self._seat, Reach(partial(_tell, loop, tell)))
+        self._engine._order(self._seat, Barrier(partial(_tell, loop, tell)))
         await done
 
     async def generate(
-        self, *closing: Segment, how: Generation, most: int, seed: int | None = None
+        self, *closing: Segment, sampling: SamplingParams, max_tokens: int, seed: int | None = None
     ) -> AsyncGenerator[tuple[int, float]]:
         """Appends and generates: tokens and their log-probabilities, the stop token included. Ends also where the row is full;
         closing the iterator stops it before its next step. Every token but the last is in the row."""
         assert closing, "an answer needs something to follow"
         loop, drawn = asyncio.get_running_loop(), asyncio.Queue[tuple[int, float] | Exception | None]()
-        run = Generate(how, most, Random(seed), partial(_tell, loop, drawn.put_nowait))
+        run = Generate(sampling, max_tokens, Random(seed), partial(_tell, loop, drawn.put_nowait))
         self._engine._order(self._seat, *self._takes(closing), run)
         try:
             while (item := await drawn.get()) is not None:
@@ -121,8 +121,8 @@ class Feed:
             self._released = True
             self._engine._release(self._seat)
 
-    def _takes(self, segments: tuple[Segment, ...]) -> list[Take]:
-        takes = [Take(segment) for segment in segments if size(segment)]
+    def _takes(self, segments: tuple[Segment, ...]) -> list[Append]:
+        takes = [Append(segment) for segment in segments if size(segment)]
         self._seat.asked += sum(size(take.segment) for take in takes)
         return takes
 
@@ -135,7 +135,7 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         rows: int = 1,
         length: int = LENGTH,
         spares: int | None = None,
@@ -153,7 +153,7 @@ class Engine:
         self.sampler = sampler
         self.length = self._cache.length
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
-        self._seats: list[Seat] = []
+        self._seats: list[Sequence] = []
         self._scheduler = Scheduler()
         self._left = rows
         self._dead: EngineStopped | None = None
@@ -168,7 +168,7 @@ class Engine:
         """Conversations that can begin."""
         return 0 if self._dead else self._left
 
-    def claim(self, failed: Callable[[Exception], None]) -> Feed:
+    def claim(self, failed: Callable[[Exception], None]) -> SequenceHandle:
         """A row. `failed` is told on the event loop if it is lost. Raises NoRow at once if all are taken, or EngineStopped."""
         if self._dead:
             raise self._dead
@@ -176,9 +176,9 @@ class Engine:
             raise NoRow(f"all {self.rows} places are taken; try again when a conversation has ended")
         self._left -= 1
         loop = asyncio.get_running_loop()
-        seat = Seat(partial(_tell, loop, failed))
+        seat = Sequence(partial(_tell, loop, failed))
         self._order(seat)
-        return Feed(self, seat)
+        return SequenceHandle(self, seat)
 
     async def stopped(self) -> EngineStopped:
         """Waits until the thread is gone. Returns why: it failed, or was closed."""
@@ -195,7 +195,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _order(self, seat: Seat, *ops: Op) -> None:
+    def _order(self, seat: Sequence, *ops: Operation) -> None:
         def take() -> None:
             if seat.gone or (seat.parent and seat.parent.gone):
                 for op in ops:
@@ -209,13 +209,15 @@ class Engine:
         if self._dead:
             self._end(self._dead)
 
-    def _release(self, seat: Seat) -> None:
+    def _release(self, seat: Sequence) -> None:
         if seat.parent is None:
             self._left += 1
         self._orders.put(lambda: self._leave(seat, None))
 
-    def _decode(self, take: Take, picture: Picture) -> None:
-        take.cut = self.pictures.submit(lambda: cut(self.loaded, decode_picture(picture.data, "the picture"), picture.budget))
+    def _decode(self, take: Append, picture: Picture) -> None:
+        take.cut = self.pictures.submit(
+            lambda: patchify(self.loaded, decode_picture(picture.data, "the picture"), picture.budget)
+        )
         take.cut.add_done_callback(lambda _: self._orders.put(lambda: None))
 
     # -- the thread
@@ -257,7 +259,7 @@ class Engine:
     def _tick(self) -> bool:
         moved = sum(self._settle(seat) for seat in list(self._seats)) > 0
         due = [(seat, parts) for seat in self._seats if (parts := seat.due(CHUNK))]
-        steps, chunks = list[tuple[Seat, Parts]](), list[tuple[Seat, Parts]]()
+        steps, chunks = list[tuple[Sequence, Parts]](), list[tuple[Sequence, Parts]]()
         for seat, parts in due:
             chunk = isinstance(parts[0][0].segment, Picture) or _positions(parts) > FEW
             (chunks if chunk else steps).append((seat, parts))
@@ -271,7 +273,7 @@ class Engine:
             self._timing.mark(lambda done: self.steps.append(done - begun) if steps else None)
         return moved or bool(due)
 
-    def _settle(self, seat: Seat) -> bool:
+    def _settle(self, seat: Sequence) -> bool:
         """Does what costs no pass."""
         moved = False
         if seat.row is None and not self._sit(seat):
@@ -282,7 +284,7 @@ class Engine:
                 case Rewrite():
                     seat.todo.popleft()
                     at = self._cut_back(seat, op.keep)
-                    takes = [Take(segment, again=True) for segment in op.view.rest(at)]
+                    takes = [Append(segment, again=True) for segment in op.view.rest(at)]
                     again = sum(size(take.segment) for take in takes)
                     seat.again += again
                     seat.taken -= again
@@ -295,13 +297,13 @@ class Engine:
                         self._sit(op.child)
                 case Generate(cancelled=True):
                     seat.todo.popleft()
-                case Take(drawn=Generate(cancelled=True)):
+                case Append(drawn=Generate(cancelled=True)):
                     seat.todo.popleft()
                     seat.taken += 1
-                case Reach():
+                case Barrier():
                     seat.todo.popleft()
                     op.tell(None)
-                case Take():
+                case Append():
                     break
                 case Generate():
                     raise AssertionError("what is generated follows something")
@@ -310,7 +312,7 @@ class Engine:
             self._decode(take, take.segment)
         return moved
 
-    def _cut_back(self, seat: Seat, keep: int) -> int:
+    def _cut_back(self, seat: Sequence, keep: int) -> int:
         """The position to which the row was cut back: `keep`, or where the rings do not reach back so far, 0."""
         assert seat.row
         at = min(keep, seat.row.length)
@@ -321,7 +323,7 @@ class Engine:
                 self._leave(child, RowFull("the row was cut back before a fork of it could be made"))
         return at
 
-    def _sit(self, seat: Seat) -> bool:
+    def _sit(self, seat: Sequence) -> bool:
         """Gives a seat its row: a conversation at once, a fork when its parent has come so far and a spare one is free."""
         if seat.gone:
             return False
@@ -340,7 +342,7 @@ class Engine:
         self._cache.truncate(seat.row, seat.at)
         return True
 
-    def _pass(self, group: list[tuple[Seat, Parts]]) -> None:
+    def _pass(self, group: list[tuple[Sequence, Parts]]) -> None:
         self._timing.begin()
         try:
             hidden = self._extend(group)
@@ -351,7 +353,7 @@ class Engine:
                     if not one[0].gone:
                         self._pass([one])
             else:
-                self._leave(group[0][0], _lost(error))
+                self._leave(group[0][0], _row_lost(error))
             return
         runs = [(seat, run) for seat, parts in group if (run := seat.wanted(parts))]
         for seat, parts in group:
@@ -370,7 +372,7 @@ class Engine:
     def _failed(self, error: Exception) -> EngineStopped:
         return EngineStopped(f"the device {self.loaded.model.device} has failed: {_first_line(error)}; {RESTART}")
 
-    def _extend(self, group: list[tuple[Seat, Parts]]) -> Tensor | None:
+    def _extend(self, group: list[tuple[Sequence, Parts]]) -> Tensor | None:
         """Hidden states of the last positions of those rows that are to go on from there."""
         chunks = []
         for seat, parts in group:
@@ -379,10 +381,10 @@ class Engine:
             for _, start, stop in parts:
                 ends.append(ends[-1] + stop - start)
             pictures = tuple(bounds for bounds, (take, _, _) in zip(pairwise(ends), parts, strict=True) if take.cut)
-            chunks.append(batch.Chunk(seat.row, ends[-1], pictures, wanted=1 if seat.wanted(parts) else 0))
+            chunks.append(batch.RowChunk(seat.row, ends[-1], pictures, wanted=1 if seat.wanted(parts) else 0))
         return self._forward(chunks, self.loaded.model.embed([_part(*part) for _, parts in group for part in parts]))
 
-    def _took(self, seat: Seat, parts: Parts) -> None:
+    def _took(self, seat: Sequence, parts: Parts) -> None:
         arrived = [take.since for take, _, _ in parts if isinstance(take.segment, Sound) and not take.again]
         if arrived:
             self._timing.mark(lambda done: self.lags.extend(done - since for since in arrived))
@@ -393,18 +395,18 @@ class Engine:
             if take.left == 0:
                 seat.todo.popleft()
 
-    def _draw(self, runs: list[tuple[Seat, Generate, float]], hidden: Tensor) -> None:
+    def _draw(self, runs: list[tuple[Sequence, Generate, float]], hidden: Tensor) -> None:
         """The next token of each run, of hidden states [runs, H] and a number uniform in [0, 1): one download for all."""
         try:
             logits = self.loaded.model.logits(hidden)
-            tokens, logps = self.sampler(logits, [run.how for _, run, _ in runs], [uniform for *_, uniform in runs]).tolist()
+            tokens, logps = self.sampler(logits, [run.sampling for _, run, _ in runs], [uniform for *_, uniform in runs]).tolist()
         except FAULTS as error:
             self._survive(error)
             if len(runs) > 1:
                 for index, one in enumerate(runs):
                     self._draw([one], hidden[index : index + 1])
             else:
-                self._leave(runs[0][0], _lost(error))
+                self._leave(runs[0][0], _row_lost(error))
             return
         for (seat, run, _), token, logp in zip(runs, tokens, logps, strict=True):
             if math.isnan(logp):
@@ -412,18 +414,18 @@ class Engine:
             elif not (run.cancelled or seat.gone):
                 self._drawn(seat, run, int(token), logp)
 
-    def _drawn(self, seat: Seat, run: Generate, token: int, logp: float) -> None:
+    def _drawn(self, seat: Sequence, run: Generate, token: int, logp: float) -> None:
         assert seat.row and seat.todo[0] is run
         run.count += 1
         run.tell((token, logp))
-        if token in run.how.stop or run.count == run.most or seat.row.length == self._cache.length:
+        if token in run.sampling.stop or run.count == run.max_tokens or seat.row.length == self._cache.length:
             seat.todo.popleft()
             run.tell(None)
         else:
-            seat.todo.appendleft(Take((token,), drawn=run))
+            seat.todo.appendleft(Append((token,), drawn=run))
             seat.taken -= 1
 
-    def _leave(self, seat: Seat, error: Exception | None) -> None:
+    def _leave(self, seat: Sequence, error: Exception | None) -> None:
         """The row is free again, whatever happened."""
         if seat.gone:
             return
@@ -453,11 +455,11 @@ def _positions(parts: Parts) -> int:
     return sum(stop - start for _, start, stop in parts)
 
 
-def _chunk(seat: Seat, parts: Parts) -> Chunk:
-    return Chunk(seat.conversation, _positions(parts), seat.awaited)
+def _chunk(seat: Sequence, parts: Parts) -> PendingChunk:
+    return PendingChunk(seat.conversation, _positions(parts), seat.awaited)
 
 
-def _part(take: Take, start: int, stop: int) -> Part:
+def _part(take: Append, start: int, stop: int) -> Part:
     """These positions, as the model embeds them."""
     if take.cut:
         return take.cut.result()
@@ -467,7 +469,7 @@ def _part(take: Take, start: int, stop: int) -> Part:
     return np.array(take.segment[start:stop])
 
 
-def _lost(error: Exception) -> Exception:
+def _row_lost(error: Exception) -> Exception:
     if isinstance(error, RowFull | MediaError):
         return error
     if out_of_memory(error):
@@ -479,8 +481,8 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _cancel(op: Op, error: Exception) -> None:
-    if isinstance(op, Generate | Reach):
+def _cancel(op: Operation, error: Exception) -> None:
+    if isinstance(op, Generate | Barrier):
         op.tell(error)
 
 

@@ -1,6 +1,6 @@
 """What goes into a conversation and what comes out of it: the words between `Session` and every door.
 
-Time is counted in samples: of the microphone (16,000 a second) in `at`, of the answer's own sound (`Said.rate`) in
+Time is counted in samples: of the microphone (16,000 a second) in `at`, of the answer's own sound (`AudioDelta.rate`) in
 `sample`. An answer and a turn are known by their place on the tape.
 """
 
@@ -14,16 +14,16 @@ import numpy as np
 
 from agent.calls import ToolCall
 from agent.marks import Mark
-from agent.segments import Gone
-from agent.tape import Setting
-from agent.turns import Manners, Why
+from agent.segments import Evicted
+from agent.tape import SystemPrompt
+from agent.turns import EndReason, TurnDetectionConfig
 from streams.frames import Audio
 
 # ---- inputs
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class TextInput:
     """Words that the user types. `ask`: an answer is wanted as soon as the turn can end."""
 
     text: str
@@ -31,7 +31,7 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
+class PictureInput:
     """A picture file (JPEG, PNG, WebP). `live`: a camera's, of which the newest is looked at and all others are forgotten.
     `size`: height and width, which the session finds out."""
 
@@ -41,7 +41,7 @@ class Show:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedInput:
     """A whole turn of sound at once, float32 [n] at 16 kHz in [-1, 1]. `name`: what the door calls the turn."""
 
     samples: np.ndarray = field(repr=False)
@@ -49,17 +49,17 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Press:
-    """Push to talk: the turn is open until `Release`."""
+class PushToTalkStart:
+    """Push to talk: the turn is open until `PushToTalkEnd`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class PushToTalkEnd:
     pass
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class CommitTurn:
     """The open turn, or what waits in the input buffer, is complete. `ask` False: it is kept, and nobody answers yet. `name`:
     what the door calls the turn that the buffer becomes."""
 
@@ -68,51 +68,51 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class DiscardTurn:
     """What is being said now, and what waits in the input buffer, is to be forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class CreateAnswer:
     """An answer is wanted to what is there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class EntryReference:
     """What was said in that turn, or the picture that was looked at there."""
 
     of: int
 
 
 @dataclass(frozen=True, slots=True)
-class OutOfBandResponse:
-    """A response out of band is wanted: an answer that the conversation does not keep. Its events are told as `OutOfBand` with
+class CreateOutOfBandResponse:
+    """A response out of band is wanted: an answer that the conversation does not keep. Its events come as `OutOfBandEvent` with
     this `name`, which the door chooses. `past`: what it is to answer instead of the conversation, the open turn of which it does
     not know. Its `calls` are told, and nobody waits for their results."""
 
     name: str
-    past: tuple[Past, ...] | None = None
-    setting: Setting | None = None
-    most: int | None = None
+    past: tuple[AnswerInput, ...] | None = None
+    setting: SystemPrompt | None = None
+    max_tokens: int | None = None
     spoken: bool = True
     calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class CancelAnswer:
     """The answer is to stop where it is; what was heard of it stays."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """Of `answer` so many samples were really played. After `Cleared` the door says once more how many."""
+class PlaybackPosition:
+    """Of `answer` so many samples were really played. After `OutputCleared` the door says once more how many."""
 
     answer: int
     sample: int
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
+class ToolResult:
     """What came of a tool call. Where the answer does not wait for it any more, it is kept for the next one."""
 
     call: int
@@ -120,31 +120,31 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
-class Set:
+class UpdateSettings:
     """New settings; None leaves one as it is. They hold at once, but not for the answer that is being given; `setting` holds
     when that is over. `most`: tokens of an answer, no more than the session was made for. `calls`: an answer begins with a call
     of one of these tools."""
 
-    setting: Setting | None = None
-    manners: Manners | None = None
+    setting: SystemPrompt | None = None
+    detection: TurnDetectionConfig | None = None
     camera: Literal["off", "end", "live"] | None = None
     answers: bool | None = None
-    most: int | None = None
+    max_tokens: int | None = None
     spoken: bool | None = None
     calls: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Truncate:
+class TruncateAnswer:
     """Of `answer`, be it over or not, only so many samples were heard: what came after was never said. The door knows better
-    than the `Heard` that it told before."""
+    than the `PlaybackPosition` that it told before."""
 
     answer: int
     sample: int
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
+class PastAnswer:
     """An answer from an earlier conversation, which the door brings along: its words, its calls and what came of each."""
 
     text: str
@@ -152,62 +152,62 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
-class Say:
+class SayText:
     """Words that the agent is to say of itself, as an answer that nobody asked for: an opening line."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Delete:
+class DeleteEntry:
     """The turn or answer never was."""
 
     of: int
 
 
 @dataclass(frozen=True, slots=True)
-class OutOfBand:
+class OutOfBandEvent:
     """What concerns the response out of band of this `name`: what the session tells of it, or Heard and Stop from the door. Its
     answer has a number of its own."""
 
     name: str
-    payload: Heard | Stop | Event
+    payload: PlaybackPosition | CancelAnswer | Event
 
 
-Past = Write | Show | Audio | Recall | Again
+AnswerInput = TextInput | PictureInput | Audio | PastAnswer | EntryReference
 Input = (
     Audio
-    | Write
-    | Show
-    | Recorded
-    | Press
-    | Release
-    | Commit
-    | Forget
-    | Ask
-    | OutOfBandResponse
-    | OutOfBand
-    | Stop
-    | Heard
-    | Returned
-    | Set
-    | Truncate
-    | Recall
-    | Say
-    | Delete
+    | TextInput
+    | PictureInput
+    | RecordedInput
+    | PushToTalkStart
+    | PushToTalkEnd
+    | CommitTurn
+    | DiscardTurn
+    | CreateAnswer
+    | CreateOutOfBandResponse
+    | OutOfBandEvent
+    | CancelAnswer
+    | PlaybackPosition
+    | ToolResult
+    | UpdateSettings
+    | TruncateAnswer
+    | PastAnswer
+    | SayText
+    | DeleteEntry
 )
 
 
-def weight(input: Input | Past) -> int:
+def weight(input: Input | AnswerInput) -> int:
     """Bytes of its words, pictures and recordings, about."""
     match input:
-        case Write() | Recall():
+        case TextInput() | PastAnswer():
             return len(input.text)
-        case Show():
+        case PictureInput():
             return len(input.data)
-        case Recorded():
+        case RecordedInput():
             return input.samples.nbytes
-        case OutOfBandResponse():
+        case CreateOutOfBandResponse():
             return sum(map(weight, input.past or ()))
     return 0
 
@@ -216,7 +216,7 @@ def weight(input: Input | Past) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class TurnStarted:
     """The user has the floor; the turn's sound begins at `start`. `name`: of a turn that came from the door as a whole."""
 
     turn: int
@@ -226,18 +226,18 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class TurnStopped:
     """The turn that began last is over; its last word was over at `end`. It is known by this `turn` from here on: history that
     came meanwhile stands before it."""
 
     turn: int
     at: int
     end: int
-    why: Why
+    why: EndReason
 
 
 @dataclass(frozen=True, slots=True)
-class Dismissed:
+class TurnDiscarded:
     """The turn was none: a click, a tap, or forgotten by request."""
 
     turn: int
@@ -245,14 +245,14 @@ class Dismissed:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """The talk over an answer, told by `Cleared`, was no turn: a cough, an "mm-hmm"."""
+class FalseInterruption:
+    """The talk over an answer, told by `OutputCleared`, was no turn: a cough, an "mm-hmm"."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
-class Captioned:
+class InputTranscribed:
     """What was said in a turn; it may come after the answer began."""
 
     turn: int
@@ -260,7 +260,7 @@ class Captioned:
 
 
 @dataclass(frozen=True, slots=True)
-class Uncaptioned:
+class InputTranscriptionFailed:
     """Nobody can tell what was said in a turn, and why: one sentence for a person."""
 
     turn: int
@@ -268,7 +268,7 @@ class Uncaptioned:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class PictureAttached:
     """The picture is in the turn, and marks that follow are on it."""
 
     picture: int
@@ -277,12 +277,12 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answering:
+class AnswerStarted:
     answer: int
 
 
 @dataclass(frozen=True, slots=True)
-class Wrote:
+class TextDelta:
     """The next words of an answer, as the model writes them: without marks and thoughts."""
 
     answer: int
@@ -290,20 +290,20 @@ class Wrote:
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoned:
+class ThoughtDelta:
     answer: int
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class MarkAdded:
     answer: int
     picture: int | None
     mark: Mark
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
+class WordTiming:
     """A word of the answer: text[start:end] begins at `sample` of its sound."""
 
     start: int
@@ -312,28 +312,28 @@ class Spoken:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class AudioDelta:
     """Sound to play: it belongs at `sample` of the answer, also when an answer is taken up again at a word."""
 
     answer: int
     sample: int
     pcm: np.ndarray = field(repr=False)  # float32 [n] in [-1, 1]
     rate: int
-    words: tuple[Spoken, ...] = ()
+    words: tuple[WordTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Cleared:
-    """Play nothing more of what was sent; say with `Heard` how far it came. `start`: since when someone talks over the answer,
-    where that is why; `Started` or `Passed` follows."""
+class OutputCleared:
+    """Play nothing more of what was sent; say with `PlaybackPosition` how far it came. `start`: since when someone talks over the
+    answer, where that is why; `TurnStarted` or `FalseInterruption` follows."""
 
     answer: int
     start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
-    """A tool is wanted; `Returned` with this `call` goes on with the answer."""
+class ToolCalled:
+    """A tool is wanted; `ToolResult` with this `call` goes on with the answer."""
 
     answer: int
     call: int
@@ -342,7 +342,7 @@ class Called:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class UsageCounted:
     """A stretch of an answer is written, up to its end or to the tools that it calls: positions that were in the row before it,
     by kind, and its tokens."""
 
@@ -354,7 +354,7 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class OutputSent:
     """All words and all sound of the answer are out, and what is left is to be heard."""
 
     answer: int
@@ -362,7 +362,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnswerDone:
     """The answer is over: all `text` of it, and how many characters of that were heard."""
 
     answer: int
@@ -374,7 +374,7 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class AnswerTimings:
     """When each stage of an answer was reached, in milliseconds after the frame came that ended the turn; `speech` is how long
     before that the last word was over. `waiting`: positions not yet in the row at that moment."""
 
@@ -384,21 +384,21 @@ class Timed:
 
 
 @dataclass(frozen=True, slots=True)
-class Quiet:
+class UserIdle:
     """Nobody has said anything for as long as the manners allow."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
-class LetGo:
+class EntriesEvicted:
     """What the model does not remember any more, under its budget; each is told once."""
 
-    gone: tuple[Gone, ...]
+    gone: tuple[Evicted, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
+class Notice:
     """Something went wrong and the conversation goes on: one sentence for a person. `refused`: something that the door gave was
     not taken."""
 
@@ -407,34 +407,34 @@ class Noted:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class SessionFailed:
     """The conversation is over: one sentence for a person. Always the last event."""
 
     message: str
 
 
 Event = (
-    Started
-    | Stopped
-    | Dismissed
-    | Passed
-    | Captioned
-    | Uncaptioned
-    | Looked
-    | Answering
-    | Wrote
-    | Reasoned
-    | Marked
-    | Said
-    | Cleared
-    | Called
-    | Counted
-    | Told
-    | Answered
-    | Timed
-    | Quiet
-    | LetGo
-    | Noted
-    | OutOfBand
-    | Failed
+    TurnStarted
+    | TurnStopped
+    | TurnDiscarded
+    | FalseInterruption
+    | InputTranscribed
+    | InputTranscriptionFailed
+    | PictureAttached
+    | AnswerStarted
+    | TextDelta
+    | ThoughtDelta
+    | MarkAdded
+    | AudioDelta
+    | OutputCleared
+    | ToolCalled
+    | UsageCounted
+    | OutputSent
+    | AnswerDone
+    | AnswerTimings
+    | UserIdle
+    | EntriesEvicted
+    | Notice
+    | OutOfBandEvent
+    | SessionFailed
 )

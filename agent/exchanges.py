@@ -13,16 +13,16 @@ from agent.tape import (
     Answered,
     Asked,
     Called,
+    CallResult,
     Closed,
     Deleted,
     Entry,
     Heard,
     Opened,
     Part,
-    Result,
     Seen,
-    Setting,
     Sound,
+    SystemPrompt,
     Transcript,
     Typed,
 )
@@ -70,7 +70,7 @@ class Exchanges:
     """In order. `entries` may grow behind this one's back, as a tape does; `read` takes in what is new."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.setting = Setting()
+        self.setting = SystemPrompt()
         self.known: list[Exchange] = []
         self._entries, self._read = entries, 0
         self._turns: dict[int, Exchange] = {}
@@ -118,7 +118,7 @@ class Exchanges:
         if isinstance(entry, Opened) or (isinstance(entry, Asked | Answered) and not self.known):
             self.known.append(Exchange(index))
         match entry:
-            case Setting():
+            case SystemPrompt():
                 self.setting = entry
             case Opened():
                 self._turns[index] = last = self.known[-1]
@@ -139,19 +139,19 @@ class Exchanges:
                 last.closed, last.asked = True, False
             case Transcript():
                 self._told[entry.of] = entry.text
-            case Heard() | Called() | Result() if known := self._replies.get(entry.of):
+            case Heard() | Called() | CallResult() if known := self._replies.get(entry.of):
                 self._add(index, entry, *known)
             case Deleted():
                 self._delete(entry.of)
 
-    def _add(self, index: int, entry: Heard | Called | Result, of: Exchange, reply: Reply) -> None:
+    def _add(self, index: int, entry: Heard | Called | CallResult, of: Exchange, reply: Reply) -> None:
         match entry:
             case Heard():
                 reply.heard = entry.ids
             case Called():
                 self._replies[index] = of, reply
                 reply.calls[index] = entry
-            case Result():
+            case CallResult():
                 reply.results[entry.of] = entry.value
 
     def _delete(self, of: int) -> None:

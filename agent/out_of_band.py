@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from agent import events, tape
-from agent.checkpoint import Loaded
+from agent.answer_task import AnswerTask
+from agent.checkpoint import LoadedModel
+from agent.context import Context
+from agent.conversation_config import ConversationConfig
 from agent.engine import EngineStopped, RowLost
 from agent.events import Event
-from agent.record import Record
-from agent.reply import Reply
-from agent.settings import Settings
 from agent.tape import Entry, Sound
 from model.cache import RowFull
 from streams.frames import Audio, MediaError
@@ -32,15 +32,15 @@ class OutOfBandResponses:
 
     def __init__(
         self,
-        record: Record,
-        loaded: Loaded,
+        record: Context,
+        loaded: LoadedModel,
         emit: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._record, self._loaded, self._emit, self._spawn = record, loaded, emit, spawn
-        self._given: dict[str, tuple[Reply, asyncio.Task[None]]] = {}
+        self._given: dict[str, tuple[AnswerTask, asyncio.Task[None]]] = {}
 
-    def begin(self, item: events.OutOfBandResponse, settings: Settings, voice: Voice | None) -> None:
+    def begin(self, item: events.CreateOutOfBandResponse, settings: ConversationConfig, voice: Voice | None) -> None:
         if len(self._given) == MOST or item.name in self._given:
             return self.refuse(item, f"{MOST} responses out of band are being given already")
         record = self._record.beside(fresh=item.past is not None)
@@ -48,38 +48,40 @@ class OutOfBandResponses:
             record.append(item.setting or settings.setting)
         for part in item.past or ():
             self._put(record, part, settings)
-        settings = replace(settings, most=min(item.most or settings.most, settings.most), calls=item.calls)
+        settings = replace(
+            settings, max_tokens=min(item.max_tokens or settings.max_tokens, settings.max_tokens), calls=item.calls
+        )
         of, emit = record.ask(), partial(self._tell, item.name)
-        reply = Reply(of, record, self._loaded, settings, voice if item.spoken else None, None, emit, out_of_band=True)
-        emit(events.Answering(of))
+        reply = AnswerTask(of, record, self._loaded, settings, voice if item.spoken else None, None, emit, out_of_band=True)
+        emit(events.AnswerStarted(of))
         self._given[item.name] = reply, self._spawn(self._give(item, record, reply))
         return None
 
     def _tell(self, name: str, event: Event) -> None:
-        self._emit(events.OutOfBand(name, event))
+        self._emit(events.OutOfBandEvent(name, event))
 
-    def refuse(self, item: events.OutOfBandResponse, why: str) -> None:
-        self._tell(item.name, events.Answering(0))
+    def refuse(self, item: events.CreateOutOfBandResponse, why: str) -> None:
+        self._tell(item.name, events.AnswerStarted(0))
         self._fail(item, 0, why)
 
-    def _fail(self, item: events.OutOfBandResponse, of: int, why: str) -> None:
-        self._emit(events.Noted(f"a response out of band failed: {why}"))
-        self._tell(item.name, events.Answered(of, "", 0, "failed", 0, 0))
+    def _fail(self, item: events.CreateOutOfBandResponse, of: int, why: str) -> None:
+        self._emit(events.Notice(f"a response out of band failed: {why}"))
+        self._tell(item.name, events.AnswerDone(of, "", 0, "failed", 0, 0))
 
-    def take(self, item: events.OutOfBand) -> None:
+    def take(self, item: events.OutOfBandEvent) -> None:
         """What the door says of one of them; nothing, where that is over."""
         if (found := self._given.get(item.name)) is None:
             return
         reply, task = found
         match item.payload:
-            case events.Heard():
+            case events.PlaybackPosition():
                 reply.hear(item.payload.sample)
-            case events.Stop():
+            case events.CancelAnswer():
                 del self._given[item.name]
                 task.cancel()
                 reply.cut(reply.heard)
 
-    async def _give(self, item: events.OutOfBandResponse, record: Record, reply: Reply) -> None:
+    async def _give(self, item: events.CreateOutOfBandResponse, record: Context, reply: AnswerTask) -> None:
         try:
             await reply.run()
             reply.complete()
@@ -89,17 +91,17 @@ class OutOfBandResponses:
             self._given.pop(item.name, None)
             record.row.release()
 
-    def _put(self, record: Record, part: events.Past, settings: Settings) -> None:
-        if isinstance(part, events.Recall):
+    def _put(self, record: Context, part: events.AnswerInput, settings: ConversationConfig) -> None:
+        if isinstance(part, events.PastAnswer):
             record.recall(part.text, part.calls)
             return
         entries: list[Entry] = []
         match part:
-            case events.Write():
+            case events.TextInput():
                 entries = [tape.Typed(part.text)] if part.text.strip() else []
-            case events.Show() if part.size:
+            case events.PictureInput() if part.size:
                 entries = [tape.Seen(part.data, *part.size, settings.picture or self._loaded.budget)]
-            case events.Again():
+            case events.EntryReference():
                 entries = self._record.again(part.of)
             case Audio():
                 frame = self._loaded.model.config.frame
@@ -110,9 +112,9 @@ class OutOfBandResponses:
             record.append(entry)
 
 
-async def sized(item: events.Past, work: Executor) -> Any:
+async def sized(item: events.AnswerInput, work: Executor) -> Any:
     """With its size, where it is a picture, which is decoded in `work`. Raises MediaError for one that cannot be decoded."""
-    if not isinstance(item, events.Show):
+    if not isinstance(item, events.PictureInput):
         return item
     height, width, _ = await asyncio.get_running_loop().run_in_executor(work, _shape, item.data)
     return replace(item, size=(height, width))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from agent.engine import total_rows
 from model import weights
 from model.cache import Room
-from model.gemma import Config
+from model.gemma import GemmaConfig
 from model.quantized import Form, QuantizedLinear, quantize
 
 GIB = 1 << 30
@@ -70,7 +70,7 @@ class Plan:
         return self.rows > 0 and self.listen_ms <= SHARE * FRAME_MS
 
 
-def step_bytes(config: Config, form: Form | None, dtype: torch.dtype, rows: int = 1, positions: int = TYPICAL) -> int:
+def step_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype, rows: int = 1, positions: int = TYPICAL) -> int:
     """What a step of speaking rows reads: the layers and the head once, and of each row what it may see."""
     seen = sum(
         2 * (min(positions, config.window) if layer.sliding else positions) * layer.kv_heads * layer.head_dim
@@ -81,7 +81,7 @@ def step_bytes(config: Config, form: Form | None, dtype: torch.dtype, rows: int 
 
 
 def make(
-    config: Config,
+    config: GemmaConfig,
     machine: Machine,
     form: Form | None,
     *,
@@ -109,7 +109,7 @@ def make(
     return plan
 
 
-def _timed(plan: Plan, config: Config, dtype: torch.dtype) -> Plan:
+def _timed(plan: Plan, config: GemmaConfig, dtype: torch.dtype) -> Plan:
     machine = plan.machine
 
     def step(rows: int) -> float:
@@ -122,7 +122,7 @@ def _timed(plan: Plan, config: Config, dtype: torch.dtype) -> Plan:
     return replace(plan, one_ms=step(1), all_ms=step(max(1, plan.rows)), listen_ms=listen)
 
 
-def _matrix_numbers(config: Config) -> int:
+def _matrix_numbers(config: GemmaConfig) -> int:
     shapes = [place.shape for place in weights.layout(config).values() if place.parameter.startswith("blocks.")]
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
@@ -208,7 +208,7 @@ def _instead(plan: Plan) -> str:
 HEADER = f"{'weights':<7}{'':>13}{'a row':>13}{'rows':>12}{'in all':>13}{'step of one':>13}{'of all':>12}{'listening':>12}"
 
 
-def table(config: Config, machine: Machine, rows: int | None = None, length: int | None = None) -> list[str]:
+def table(config: GemmaConfig, machine: Machine, rows: int | None = None, length: int | None = None) -> list[str]:
     """What one machine can run, a line for each form of the weights, and what to take of it."""
     plans = [make(config, machine, form, rows=rows, length=length) for form in FORMS]
     chosen = best(plans)

@@ -27,13 +27,13 @@ from agent.calls import MARK, BrokenCall, Control, Part, ToolCall, declaration, 
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from model.gemma import Media
+    from model.gemma import MediaTokens
 
 
 @dataclass(frozen=True)
 class Prompt:
     tokenizer: Tokenizer
-    media: Media
+    media: MediaTokens
 
     @property
     def boi(self) -> int:
@@ -157,7 +157,7 @@ class Thought:
     text: str
 
 
-Event = Text | Thought | ToolCall | BrokenCall
+AnswerEvent = Text | Thought | ToolCall | BrokenCall
 
 _LABEL = "thought\n"
 
@@ -171,7 +171,7 @@ class AnswerReader:
         self._mode = "thought" if thinking else "text"  # or label, at the beginning of a thought, or call
         self._held = ""  # of a label or a call, until it is complete
 
-    def push(self, id: int) -> list[Event]:
+    def push(self, id: int) -> list[AnswerEvent]:
         match self._tokenizer.name(id):
             case None:
                 return self._read(self._stream.push(id))
@@ -186,18 +186,18 @@ class AnswerReader:
                 self._held += MARK
         return []  # no other control token means anything in an answer
 
-    def flush(self) -> list[Event]:
+    def flush(self) -> list[AnswerEvent]:
         """The end of the answer, wherever it came."""
         return self._switch("text")
 
-    def _switch(self, mode: str) -> list[Event]:
+    def _switch(self, mode: str) -> list[AnswerEvent]:
         events = self._read(self._stream.flush())
         if self._mode == "call":
             events.append(read_call(self._held))
         self._mode, self._held = mode, ""
         return events
 
-    def _read(self, text: str) -> list[Event]:
+    def _read(self, text: str) -> list[AnswerEvent]:
         if self._mode == "label":
             self._held += text
             if self._held != _LABEL and _LABEL.startswith(self._held):

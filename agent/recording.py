@@ -2,9 +2,9 @@
 
 The log is lines of JSON, in the order in which things happened; `at` counts the microphone's frames before them:
 
-    {"attend": 1, "model": …, …}                     first: what it was held with
-    {"at": 57, "input": "Heard", …}                  what went in, but for sound, which is the wav's left side
-    {"at": 57, "event": "Answered", …, "ids": […]}   what came out, but for sound
+    {"attend": 2, "model": …, …}                     first: what it was held with
+    {"at": 57, "input": "PlaybackPosition", …}                  what went in, but for sound, which is the wav's left side
+    {"at": 57, "event": "AnswerDone", …, "ids": […]}   what came out, but for sound
     {"at": 57, "picture": 3, "data": …}              of the pictures that went in, those that were looked at
     {"at": 57, "said": "Yes,", "chunks": […]}        how long the voice took over it, and where each word began
 """
@@ -27,14 +27,16 @@ import soundfile
 import soxr
 
 from agent import events, tape
+from agent.conversation_config import ConversationConfig
 from agent.events import Event, Input
 from agent.session import Session
-from agent.settings import Settings
-from model.sampling import Generation
+from model.sampling import SamplingParams
 from streams.frames import FRAME, RATE, Audio, MediaError
-from streams.voice import Chunk, Stream, Voice
+from streams.voice import SpeechChunk, Stream, Voice
 
 LATE = 3  # frames that sound may stay in a resampler
+
+FORMAT = 2  # of the log; 1 had other names for events and settings
 
 
 class Recording:
@@ -92,7 +94,7 @@ class Recording:
         self.close()
 
 
-class Log:
+class EventLog:
     """Writes the lines. Its verbs are called on the event loop, but for those of the voice."""
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
@@ -105,34 +107,34 @@ class Log:
         self._lock = threading.Lock()  # voices speak in threads
         self._shown: deque[tuple[int, bytes]] = deque(maxlen=64)
         self._pictures = 0
-        self._write({"attend": 1, **head})
+        self._write({"attend": FORMAT, **head})
 
     def input(self, item: Input) -> None:
         if isinstance(item, Audio):
             self.at += 1
-        elif isinstance(item, events.Show):
+        elif isinstance(item, events.PictureInput):
             self._pictures += 1
             self._shown.append((self._pictures, item.data))
-            self._write({"at": self.at, "input": "Show", "live": item.live, "picture": self._pictures})
+            self._write({"at": self.at, "input": "PictureInput", "live": item.live, "picture": self._pictures})
         else:
             self._write({"at": self.at, "input": type(item).__name__, **plain(item)})
 
     def event(self, event: Event, session: Session | None) -> None:
         """`session`: the one whose tape knows the ids of what it answered."""
-        if isinstance(event, events.Looked):
+        if isinstance(event, events.PictureAttached):
             for number, data in self._shown:
                 if data is event.data:
                     self._write({"at": self.at, "picture": number, "data": base64.b64encode(data).decode()})
         line: dict[str, Any] = {"at": self.at, "event": type(event).__name__}
-        if isinstance(event, events.Answered) and session:
+        if isinstance(event, events.AnswerDone) and session:
             line["ids"] = ids(session, event.answer)
-        if isinstance(event, events.Said):
+        if isinstance(event, events.AudioDelta):
             line |= {"answer": event.answer, "sample": event.sample, "samples": len(event.pcm)}
         else:
             line |= plain(event)
         self._write(line)
 
-    def said(self, text: str, chunks: list[Chunk]) -> None:
+    def said(self, text: str, chunks: list[SpeechChunk]) -> None:
         told = [[len(chunk.pcm), [[word.start, word.end, word.sample] for word in chunk.words]] for chunk in chunks]
         self._write({"at": self.at, "said": text, "chunks": told})
 
@@ -149,11 +151,11 @@ class Log:
 class LoggedVoice:
     """The same voice; the log learns how it spoke."""
 
-    def __init__(self, voice: Voice, log: Log) -> None:
+    def __init__(self, voice: Voice, log: EventLog) -> None:
         self.rate, self._voice, self._log = voice.rate, voice, log
 
     def speak(self, text: str, before: str = "") -> Stream:
-        def make(take: Callable[[Chunk], bool], over: threading.Event) -> None:
+        def make(take: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
             chunks = []
             with self._voice.speak(text, before) as stream:
                 for chunk in stream:
@@ -170,10 +172,10 @@ def beside(path: Path) -> Path:
     return path.with_suffix(".jsonl")
 
 
-def head(model: str, settings: Settings, how: Generation, voice: Voice | None) -> dict[str, Any]:
+def head(model: str, settings: ConversationConfig, sampling: SamplingParams, voice: Voice | None) -> dict[str, Any]:
     """The first line of the log: what a conversation is held with."""
-    said = {name: getattr(settings, name) for name in ("policy", "camera", "picture", "seed", "most")}
-    told = {"budget": settings.budget, "manners": settings.manners, "setting": settings.setting, "how": how}
+    said = {name: getattr(settings, name) for name in ("policy", "camera", "picture", "seed", "max_tokens")}
+    told = {"budget": settings.budget, "turn_detection": settings.detection, "setting": settings.setting, "sampling": sampling}
     return {"model": model, "rate": voice.rate if voice else 0, **said, **{name: plain(thing) for name, thing in told.items()}}
 
 

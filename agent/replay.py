@@ -20,26 +20,35 @@ import numpy as np
 import soundfile
 
 from agent import events
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.events import Event, Input
-from agent.recording import beside, ids
+from agent.recording import FORMAT, beside, ids
 from agent.session import Session
-from agent.settings import Settings
-from agent.tape import Setting
-from agent.turns import Manners
+from agent.tape import SystemPrompt
+from agent.turns import TurnDetectionConfig
 from agent.view import Budget
-from model.sampling import Generation
+from model.sampling import SamplingParams
 from model.vad import Vad
 from streams.frames import FRAME, Audio, MediaError
-from streams.voice import Chunk, Stream, Word
+from streams.voice import SpeechChunk, Stream, Word
 
-WAITED = ("Started", "Stopped", "Dismissed", "Captioned", "Looked", "Answering", "Cleared", "Answered")
+WAITED = (
+    "TurnStarted",
+    "TurnStopped",
+    "TurnDiscarded",
+    "InputTranscribed",
+    "PictureAttached",
+    "AnswerStarted",
+    "OutputCleared",
+    "AnswerDone",
+)
 PATIENCE = 60.0  # seconds for what the recording has and the replay does not
 UNSAID = 0.3  # seconds of silence for each word that the recording's voice never came to
 
 
 @dataclass
-class Log:
+class ReplayLog:
     """What a recording says. `lines` with `at`, in order; `said`: how the voice spoke each text."""
 
     path: Path
@@ -50,7 +59,7 @@ class Log:
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line.get("event") == "Answered"]
+        return [line for line in self.lines if line.get("event") == "AnswerDone"]
 
 
 @dataclass
@@ -68,7 +77,7 @@ class Compared:
         return self.then[:count] == self.now[:count]
 
 
-def read(path: Path) -> Log:
+def read(path: Path) -> ReplayLog:
     """Of the recording `path`, wav or log. Raises MediaError."""
     path = beside(path)
     lines: list[dict[str, Any]] = []
@@ -76,7 +85,7 @@ def read(path: Path) -> Log:
     said: dict[str, deque[list[Any]]] = defaultdict(deque)
     try:
         head, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if head.pop("attend") != 1:
+        if head.pop("attend") != FORMAT:
             raise MediaError(f"{path} is the log of another version")
         for line in rest:
             if "data" in line:
@@ -89,33 +98,37 @@ def read(path: Path) -> Log:
         raise MediaError(f"{path}, the recording's log, cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MediaError(f"{path} is not the log of a recording, or is damaged") from error
-    if "how" not in head:
+    if "sampling" not in head:
         raise MediaError(f"{path} was recorded from a server's conversation, whose ids nobody here knows")
-    return Log(path, head, lines, pictures, said)
+    return ReplayLog(path, head, lines, pictures, said)
 
 
-def settings(head: dict[str, Any]) -> Settings:
+def settings(head: dict[str, Any]) -> ConversationConfig:
     """With which it was held."""
-    how = {**head["how"], "stop": frozenset(head["how"]["stop"]), "suppressed": tuple(head["how"]["suppressed"])}
-    return Settings(
+    sampling = {
+        **head["sampling"],
+        "stop": frozenset(head["sampling"]["stop"]),
+        "suppressed": tuple(head["sampling"]["suppressed"]),
+    }
+    return ConversationConfig(
         policy=head["policy"],
         budget=Budget(**head["budget"]),
-        manners=Manners(**head["manners"]),
-        setting=Setting(head["setting"]["system"], thinking=head["setting"]["thinking"]),
+        detection=TurnDetectionConfig(**head["turn_detection"]),
+        setting=SystemPrompt(head["setting"]["system"], thinking=head["setting"]["thinking"]),
         camera=head["camera"],
         picture=head["picture"],
-        how=Generation(**how),
+        sampling=SamplingParams(**sampling),
         seed=head["seed"],
-        most=head["most"],
+        max_tokens=head["max_tokens"],
     )
 
 
-async def replay(log: Log, engine: Engine) -> list[Compared]:
+async def replay(log: ReplayLog, engine: Engine) -> list[Compared]:
     """Raises MediaError where the recording's sound is missing."""
     frames = _left(log.path.with_suffix(".wav"))
     voice = _Silent(log) if log.head["rate"] else None
     session = Session(engine, Vad(), voice, settings(log.head))
-    again = _Again(log, session, frames)
+    again = _Replayed(log, session, frames)
     await session.run(again.inputs(), again.emit)
     return [
         Compared(then["ids"], now, then["text"], then["finish"] == "interrupted")
@@ -133,8 +146,8 @@ def _left(path: Path) -> np.ndarray:
     return frames
 
 
-class _Again:
-    def __init__(self, log: Log, session: Session, frames: np.ndarray) -> None:
+class _Replayed:
+    def __init__(self, log: ReplayLog, session: Session, frames: np.ndarray) -> None:
         self._log, self._session, self._frames = log, session, frames
         self._seen: Counter[str] = Counter()
         self._answers: list[int] = []  # now, by their order
@@ -146,13 +159,13 @@ class _Again:
     async def emit(self, event: Event) -> None:
         self._seen[type(event).__name__] += 1
         match event:
-            case events.Answering():
+            case events.AnswerStarted():
                 self._answers.append(event.answer)
-            case events.Said():
+            case events.AudioDelta():
                 self._sent[event.answer] = max(self._sent.get(event.answer, 0), event.sample + len(event.pcm))
-            case events.Answered():
+            case events.AnswerDone():
                 self.ids.append(ids(self._session, event.answer))
-            case events.Failed():
+            case events.SessionFailed():
                 raise MediaError(f"the conversation failed as it was held again: {event.message}")
         self._changed.set()
 
@@ -167,7 +180,7 @@ class _Again:
                 await asyncio.sleep(0)
             if line.get("event") in WAITED:
                 due[line["event"]] += 1
-            if line.get("event") == "Answering":
+            if line.get("event") == "AnswerStarted":
                 self._then[line["answer"]] = len(self._then)
             if "input" in line:
                 async for item in self._input(dict(line), due):
@@ -177,9 +190,9 @@ class _Again:
     async def _input(self, line: dict[str, Any], due: Counter[str]) -> AsyncIterator[Input]:
         kind = line.pop("input")
         line.pop("at")
-        if kind == "Show":
+        if kind == "PictureInput":
             if line["picture"] in self._log.pictures:  # all others were forgotten for a newer one
-                yield events.Show(self._log.pictures[line["picture"]], line["live"])
+                yield events.PictureInput(self._log.pictures[line["picture"]], line["live"])
             return
         if "answer" in line:
             await self._until(lambda: due <= self._seen)
@@ -187,7 +200,7 @@ class _Again:
             if order >= len(self._answers):
                 return
             line["answer"] = self._answers[order]
-            if kind == "Heard":
+            if kind == "PlaybackPosition":
                 await self._until(lambda: self._sent.get(line["answer"], 0) >= line["sample"])
         yield getattr(events, kind)(**line)
 
@@ -205,24 +218,24 @@ class _Again:
 class _Silent:
     """The recorded voice without its sound: as long, and with its words where they were."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: ReplayLog) -> None:
         self.rate, self._said = log.head["rate"], log.said
 
     def speak(self, text: str, before: str = "") -> Stream:
         chunks = list(self._chunks(text))
 
-        def make(take: Callable[[Chunk], bool], over: threading.Event) -> None:
+        def make(take: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
             for chunk in chunks:
                 if not take(chunk):
                     return
 
         return Stream(make)
 
-    def _chunks(self, text: str) -> Iterator[Chunk]:
+    def _chunks(self, text: str) -> Iterator[SpeechChunk]:
         told, at = self._said.get(text), 0
         if not told:
-            yield Chunk(np.zeros(round(UNSAID * self.rate * (1 + text.count(" "))), np.float32), 0, ())
+            yield SpeechChunk(np.zeros(round(UNSAID * self.rate * (1 + text.count(" "))), np.float32), 0, ())
             return
         for count, words in told.popleft():
-            yield Chunk(np.zeros(count, np.float32), at, tuple(Word(*word) for word in words))
+            yield SpeechChunk(np.zeros(count, np.float32), at, tuple(Word(*word) for word in words))
             at += count

@@ -22,7 +22,7 @@ SHARE = 4  # and what nobody waits for is given one position for so many of thos
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PendingChunk:
     conversation: Hashable
     positions: int
     awaited: bool  # somebody waits for it
@@ -34,7 +34,7 @@ class Scheduler:
         self._now = 0.0  # where the last one that was chosen began
         self._budget, self._background = CHUNK, 0  # of what is waited for, and of what is not
 
-    def choose(self, chunks: Sequence[Chunk], decoding: bool) -> int | None:
+    def choose(self, chunks: Sequence[PendingChunk], decoding: bool) -> int | None:
         """The index of the chunk that goes now; None: the next step goes first. To be asked once after each step. `decoding`: in
         that step was a token or a frame of sound that somebody waits for, so the next one will soon be due."""
         awaited = [index for index, chunk in enumerate(chunks) if chunk.awaited]
@@ -60,13 +60,13 @@ class Scheduler:
     def _earn(self, positions: int) -> None:
         self._background = min(CHUNK, self._background + positions // SHARE)
 
-    def _first(self, chunks: Sequence[Chunk], among: Sequence[int]) -> int:
+    def _first(self, chunks: Sequence[PendingChunk], among: Sequence[int]) -> int:
         return min(among, key=lambda index: self._time(chunks[index].conversation))
 
     def _time(self, conversation: Hashable) -> float:
         return max(self._now, self._times.get(conversation, 0.0))
 
-    def _next(self, chunks: Sequence[Chunk], among: Sequence[int]) -> int:
+    def _next(self, chunks: Sequence[PendingChunk], among: Sequence[int]) -> int:
         chunk = chunks[index := self._first(chunks, among)]
         self._now = self._time(chunk.conversation)
         self._times[chunk.conversation] = self._now + chunk.positions

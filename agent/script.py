@@ -47,7 +47,7 @@ KEYS: Mapping[str, type | tuple[type, ...]] = {
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScriptedTurn:
     picture: bytes = b""
     speech: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     typed: str = ""
@@ -62,7 +62,7 @@ class Talks(Protocol):
 
 
 @dataclass
-class Exchange:
+class ScriptedExchange:
     """What came of one answer. Times in milliseconds after the turn's end."""
 
     caption: str = ""
@@ -77,7 +77,7 @@ class Exchange:
         return {**vars(self), "marks": [{"box_2d": list(mark.box), "label": mark.label} for mark in self.marks]}
 
 
-def read(path: Path) -> tuple[str | None, list[Turn]]:
+def read(path: Path) -> tuple[str | None, list[ScriptedTurn]]:
     """System prompt and turns. Raises MediaError for what cannot be used."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def read(path: Path) -> tuple[str | None, list[Turn]]:
     return raw.get("system"), [_turn(path, number, turn) for number, turn in enumerate(turns, 1)]
 
 
-def _turn(path: Path, number: int, raw: Mapping[str, Any]) -> Turn:
+def _turn(path: Path, number: int, raw: Mapping[str, Any]) -> ScriptedTurn:
     where = f"turn {number} of {path}"
     for key, value in raw.items():
         if key not in KEYS:
@@ -111,7 +111,7 @@ def _turn(path: Path, number: int, raw: Mapping[str, Any]) -> Turn:
             picture = (path.parent / raw["show"]).read_bytes()
         except OSError as error:
             raise MediaError(f"{where}: {raw['show']} cannot be read: {error.strerror}") from error
-    return Turn(picture, speech, raw.get("type", ""), raw.get("interrupt"), float(raw.get("wait", 0.6)))
+    return ScriptedTurn(picture, speech, raw.get("type", ""), raw.get("interrupt"), float(raw.get("wait", 0.6)))
 
 
 def _spoken(text: str, voice: str, where: str) -> np.ndarray:
@@ -131,26 +131,26 @@ class Performance:
 
     def __init__(
         self,
-        turns: Iterable[Turn],
+        turns: Iterable[ScriptedTurn],
         real_time: bool = False,
         quiet: float = 1e-4,
         recording: Recording | None = None,
         settled: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.turns, self.real_time, self._recording, self._settled = turns, real_time, recording, settled
-        self.exchanges: list[Exchange] = []
+        self.exchanges: list[ScriptedExchange] = []
         self.events: list[Event] = []
         self.times: list[float] = []  # of `events`, by `clock`
         self.asked: list[tuple[int, int]] = []  # of each turn: the sample its speech begins at, the exchanges before it
         self.late: list[float] = []  # in real time: by how many seconds each frame came too late
-        self.answers: dict[int, Exchange] = {}
+        self.answers: dict[int, ScriptedExchange] = {}
         self._rng, self._quiet = np.random.default_rng(0), quiet
         self._frames = 0
         self._answer: int | None = None  # the one that is being given
         self._captions: dict[int, str] = {}
         self._turn: int | None = None
         self._asked: dict[int, int] = {}  # answer by the turn it answers
-        self._playing: list[events.Said] = []
+        self._playing: list[events.AudioDelta] = []
         self._played = 0
         self._hushed = False  # by the user's voice: time goes on, to tell what it is
         self._ends: list[int] = []  # where each word but the first begins
@@ -160,7 +160,7 @@ class Performance:
     @property
     def notes(self) -> list[str]:
         """What went wrong."""
-        return [event.message for event in self.events if isinstance(event, events.Noted | events.Failed)]
+        return [event.message for event in self.events if isinstance(event, events.Notice | events.SessionFailed)]
 
     @property
     def clock(self) -> float:
@@ -183,29 +183,29 @@ class Performance:
         self.events.append(event)
         self.times.append(self.clock)
         match event:
-            case events.Started() | events.Looked():
+            case events.TurnStarted() | events.PictureAttached():
                 self._turn = event.turn
-            case events.Captioned():
+            case events.InputTranscribed():
                 self._captions[event.turn] = event.text
-            case events.Answering():
+            case events.AnswerStarted():
                 self._hushed = False
                 self._answer, self._played, self._ends, self._playing = event.answer, 0, [], []
-                self.answers[event.answer] = Exchange()
+                self.answers[event.answer] = ScriptedExchange()
                 self.exchanges.append(self.answers[event.answer])
                 if self._turn is not None:
                     self._asked[event.answer], self._turn = self._turn, None
-            case events.Marked():
+            case events.MarkAdded():
                 self.answers[event.answer].marks.append(event.mark)
-            case events.Said():
+            case events.AudioDelta():
                 self._hushed = False
                 self._playing.append(event)
                 self._ends += [word.sample for word in event.words if word.sample and word.sample not in self._ends]
-            case events.Cleared():
+            case events.OutputCleared():
                 self._hushed, self._playing = True, []
-            case events.Answered():
+            case events.AnswerDone():
                 exchange, self._answer = self.answers[event.answer], None
                 exchange.text, exchange.heard, exchange.finish = event.text, event.heard, event.finish
-            case events.Timed():
+            case events.AnswerTimings():
                 self.answers[event.answer].stages, self.answers[event.answer].waiting = event.stages, event.waiting
         self._changed.set()
 
@@ -214,9 +214,9 @@ class Performance:
             async for item in self._silence(round(turn.wait * RATE / FRAME)):
                 yield item
             if turn.picture:
-                yield events.Show(turn.picture)
+                yield events.PictureInput(turn.picture)
             if turn.typed:
-                yield events.Write(turn.typed, ask=not len(turn.speech))
+                yield events.TextInput(turn.typed, ask=not len(turn.speech))
             before, patience = len(self.exchanges), PATIENCE
             self.asked.append((self._frames * FRAME, before))
             padded = np.pad(turn.speech, (0, -len(turn.speech) % FRAME))
@@ -261,7 +261,7 @@ class Performance:
             yield heard
         self._frames += 1
 
-    def _play(self) -> events.Heard | None:
+    def _play(self) -> events.PlaybackPosition | None:
         wanted = self._playing[0].rate * FRAME // RATE if self._playing else 0
         if not wanted:
             return None
@@ -275,4 +275,4 @@ class Performance:
             wanted -= len(piece)
             if at + len(piece) == len(said.pcm):
                 self._playing.pop(0)
-        return events.Heard(said.answer, self._played)
+        return events.PlaybackPosition(said.answer, self._played)

@@ -38,7 +38,7 @@ Segment = tuple[int, ...] | Sound | Picture
 
 
 @dataclass(frozen=True)
-class Gone:
+class Evicted:
     """What a view lets go of: the words and all of a turn and its answer, a picture, or (`verbatim`) sound that became text."""
 
     of: int
@@ -52,7 +52,7 @@ class View:
     segments: tuple[Segment, ...]
     ahead: int  # positions before the sound of the live turn, or before the live turn, or all of them
     upto: int
-    gone: tuple[Gone, ...] = ()
+    gone: tuple[Evicted, ...] = ()
     spent: tuple[int, ...] = ()  # payloads that no later view wants, once a row holds this one: for Dropped
 
     @cached_property
@@ -146,7 +146,7 @@ def _joined(group: list[Segment]) -> Segment:
     return tuple(id for ids in group if isinstance(ids, tuple) for id in ids)
 
 
-class Run:
+class AudioRun:
     """An open run of sound: boa, frames, and where it is closed and opened again, which Gemma wants within 30 s.
 
     The decision needs the frames so far and nothing else, so that live feeding and rebuilding come to the same. From 20 s on
@@ -188,18 +188,18 @@ class Run:
         return count >= self.LONGEST or (over >= 0 and lower * span**2 <= count * over**2)
 
 
-class Turn:
+class TurnBuilder:
     """An open turn, part by part, behind its opening: what each part adds to a row. As with sound, live feeding and rebuilding
     come to the same. `patch`: the side in pixels of the model's soft token."""
 
     def __init__(self, prompt: Prompt, patch: int) -> None:
         self._prompt, self._patch = prompt, patch
-        self._run: Run | None = None
+        self._run: AudioRun | None = None
         self._timed = self._glued = False
 
     def feed(self, part: Sound | Typed | Seen) -> list[Segment]:
         if isinstance(part, Sound):
-            self._glued, self._run = False, self._run or Run(self._prompt)
+            self._glued, self._run = False, self._run or AudioRun(self._prompt)
             return self._run.feed(part)
         ids = self._words(part.text.strip()) if isinstance(part, Typed) else self._before(part)
         if not ids:

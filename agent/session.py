@@ -1,7 +1,7 @@
 """One conversation: `Session.run(inputs, emit)` is the seam behind every door.
 
 Everything is decided on the event loop, in one place, as inputs come. While the user has the floor each frame goes into the
-row at once, so that a turn's end leaves nothing to do but the closing. An answer is a task of its own (agent/reply.py);
+row at once, so that a turn's end leaves nothing to do but the closing. An answer is a task of its own (agent/answer_task.py);
 stopping it cancels that, and tape and row go back to the last word that was heard.
 """
 
@@ -16,15 +16,25 @@ from typing import Any
 import numpy as np
 
 from agent import events, tape
+from agent.answer_task import AnswerTask
+from agent.context import Caption, Context
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine, EngineStopped, RowLost
 from agent.events import Event, Input
 from agent.journal import JournalError
 from agent.out_of_band import OutOfBandResponses, sized
-from agent.record import Caption, Record
-from agent.reply import Reply
-from agent.settings import Settings
-from agent.turns import Began, Discarded, Ended, Hushed, Idle, Interrupted, State, TakenUp, Turns
-from agent.turns import Event as Decision
+from agent.turns import (
+    BargeIn,
+    IdleTimeout,
+    OutputPaused,
+    OutputResumed,
+    SpeechDiscarded,
+    SpeechEnded,
+    SpeechStarted,
+    State,
+    TurnDetector,
+)
+from agent.turns import Decision as Decision
 from model.cache import RowFull
 from model.vad import FRAME, Vad
 from streams.frames import RATE, Audio, Framer, MediaError
@@ -38,7 +48,7 @@ AT_ONCE = 16  # of them, once it is over; then it is the turn of other conversat
 PARTS = 64  # words and pictures in one turn; more begin another
 
 
-class DoorStuck(RuntimeError):
+class ConsumerStalled(RuntimeError):
     """The door takes no events any more."""
 
 
@@ -46,13 +56,18 @@ class Session:
     """Takes its row here: NoRow or EngineStopped is raised before anything begins. `run` gives it back."""
 
     def __init__(
-        self, engine: Engine, vad: Vad, voice: Voice | None = None, settings: Settings | None = None, on: tape.Tape | None = None
+        self,
+        engine: Engine,
+        vad: Vad,
+        voice: Voice | None = None,
+        settings: ConversationConfig | None = None,
+        on: tape.Tape | None = None,
     ) -> None:
-        self.engine, self.voice, self.settings = engine, voice, settings or Settings()
-        self._most = self.settings.most
+        self.engine, self.voice, self.settings = engine, voice, settings or ConversationConfig()
+        self._most = self.settings.max_tokens
         self.dropped = 0  # frames lost to a model that is too slow, or to a turn that is too long
         self._vad, self._listening = vad, vad.start()
-        self._turns, self._framer = Turns(self.settings.manners), Framer(FRAME)
+        self._turns, self._framer = TurnDetector(self.settings.detection), Framer(FRAME)
         self._recent: deque[tuple[int, np.ndarray]] = deque()  # frames that may turn out to have begun a turn
         self._loud = False  # the open turn takes sound
         self._buffer: list[np.ndarray] = []  # frames that wait for a commit
@@ -60,11 +75,11 @@ class Session:
         self._asked = False  # an answer is wanted as soon as the open turn ends
         self._over_it = False  # someone talks over an answer, and it may become a turn
         self._picture: int | None = None  # the newest that was looked at: marks are on it
-        self._camera: events.Show | None = None
-        self._reply: Reply | None = None
+        self._camera: events.PictureInput | None = None
+        self._reply: AnswerTask | None = None
         self._giving: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None  # until the row holds what the tape says
-        self._given: deque[Reply] = deque(maxlen=8)  # of which a door may still say how much was heard
+        self._given: deque[AnswerTask] = deque(maxlen=8)  # of which a door may still say how much was heard
         self._later: deque[Input] = deque()  # until the answer is over
         self._resuming = False  # it is, and they are being taken
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -72,7 +87,9 @@ class Session:
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         loaded, s = engine.loaded, self.settings
         row, config, emit = engine.claim(self._end_with), loaded.model.config, self._emit
-        self.record = Record(on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.most, emit)
+        self.record = Context(
+            on or tape.Tape(), row, loaded.prompt, config, s.budget, s.policy, engine.length - s.max_tokens, emit
+        )
         self._out_of_band = OutOfBandResponses(self.record, loaded, emit, self._spawn)
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None:
@@ -95,7 +112,7 @@ class Session:
                 self.record.row.release()
                 self.record.tape.close()
             if isinstance(trouble, TROUBLE):
-                self._out.put_nowait(events.Failed(str(trouble)))
+                self._out.put_nowait(events.SessionFailed(str(trouble)))
             elif trouble is not None:
                 raise trouble
             rest = asyncio.create_task(self._out.join())
@@ -116,12 +133,12 @@ class Session:
     async def _read(self, inputs: AsyncIterator[Input]) -> None:
         async for item in inputs:
             try:
-                if isinstance(item, events.Show):
+                if isinstance(item, events.PictureInput):
                     item = await sized(item, self.engine.pictures)
-                elif isinstance(item, events.OutOfBandResponse) and item.past:
+                elif isinstance(item, events.CreateOutOfBandResponse) and item.past:
                     item = replace(item, past=tuple([await sized(part, self.engine.pictures) for part in item.past]))
             except MediaError as error:
-                if isinstance(item, events.OutOfBandResponse):
+                if isinstance(item, events.CreateOutOfBandResponse):
                     self._out_of_band.refuse(item, str(error))
                 else:
                     self._note(str(error), refused=True)
@@ -137,50 +154,52 @@ class Session:
         told = reply is None or (reply.told and not self._later)
         waits = not resumed and (self._resuming or not told)  # what changes the conversation
         match item:
-            case Audio() if self._turns.manners.buffered:
+            case Audio() if self._turns.detection.buffered:
                 self._append(self._framer.push(item.samples))
             case Audio():
                 for frame in self._framer.push(item.samples):
                     self._hear(frame)
-            case events.Heard():
+            case events.PlaybackPosition():
                 if reply and item.answer == reply.of:
                     reply.hear(item.sample)
-            case events.OutOfBandResponse():
+            case events.CreateOutOfBandResponse():
                 self._out_of_band.begin(item, self.settings, self.voice)
-            case events.OutOfBand():
+            case events.OutOfBandEvent():
                 self._out_of_band.take(item)
-            case events.Press():
+            case events.PushToTalkStart():
                 self._decide(self._turns.press())
-            case events.Release():
+            case events.PushToTalkEnd():
                 self._decide(self._turns.release())
-            case events.Forget():
+            case events.DiscardTurn():
                 self._clear()
                 self._decide(self._turns.cancel())
                 self._pass()
-            case events.Commit() if self._turns.manners.buffered:
+            case events.CommitTurn() if self._turns.detection.buffered:
                 self._commit_buffer(item, waits)
-            case events.Stop():
+            case events.CancelAnswer():
                 self._stop()
-            case events.Returned():
+            case events.ToolResult():
                 self._return(item)
-            case events.Truncate():
+            case events.TruncateAnswer():
                 self._truncate(item)
-            case events.Show(live=True):
+            case events.PictureInput(live=True):
                 self._camera = item
-            case events.Set() if reply and item != (rest := events.Set(setting=item.setting)):
+            case events.UpdateSettings() if reply and item != (rest := events.UpdateSettings(setting=item.setting)):
                 self._set(replace(item, setting=None))
                 self._take(rest)
-            case events.Write() if reply and item.ask:
+            case events.TextInput() if reply and item.ask:
                 self._stop()
                 self._take(item)
-            case events.Ask() | events.Commit(ask=True) if reply and reply.told:  # who asks again has heard enough
+            case events.CreateAnswer() | events.CommitTurn(ask=True) if reply and reply.told:  # who asks again has heard enough
                 self._hear_out(reply)
                 self._ask(item)
             case _ if waits and len(self._later) >= LATEST:
                 self._note("too much came while an answer was given; the last of it was not taken", refused=True)
             case _ if waits:
                 self._later.append(item)
-            case _ if self._streamed or (self._turns.floor == "user" and isinstance(item, events.Recall | events.Recorded)):
+            case _ if self._streamed or (
+                self._turns.floor == "user" and isinstance(item, events.PastAnswer | events.RecordedInput)
+            ):
                 self._before_sound(item)
             case _:
                 self._change(item)
@@ -209,37 +228,37 @@ class Session:
     def _change(self, item: Input) -> None:
         """What changes the conversation, when no answer is being given."""
         match item:
-            case events.Write():
+            case events.TextInput():
                 if item.text.strip() and not self._part(tape.Typed(item.text)):
                     return
                 if item.ask and self._turns.floor is None:
                     self._close(ask=True)
-            case events.Show():
+            case events.PictureInput():
                 self._part(self._seen(item))
-            case events.Recorded():
+            case events.RecordedInput():
                 whole = np.pad(item.samples, (0, -len(item.samples) % FRAME)).reshape(-1, FRAME)
                 self._record_turn(list(whole), item.name)
-            case events.Commit():
+            case events.CommitTurn():
                 self._commit(item.ask)
-            case events.Ask():
+            case events.CreateAnswer():
                 self._commit(True)
-            case events.Set():
+            case events.UpdateSettings():
                 self._set(item)
-            case events.Recall():
+            case events.PastAnswer():
                 self.record.recall(item.text, item.calls)
                 self._follow()
-            case events.Say() if self._turns.floor == "user":
+            case events.SayText() if self._turns.floor == "user":
                 self._note("nothing can be said while the user speaks")
-            case events.Say():
+            case events.SayText():
                 self._answer(0, None, tuple(self.engine.loaded.tokenizer.encode(item.text)))
-            case events.Delete():
+            case events.DeleteEntry():
                 self.record.delete(item.of)
                 self._follow()
 
     def _hear(self, frame: np.ndarray) -> None:
-        manners, at, loud = self._turns.manners, self._turns.now, self._loud
+        detection, at, loud = self._turns.detection, self._turns.now, self._loud
         self._recent.append((at, frame))
-        while self._recent[0][0] < at - manners.keep:
+        while self._recent[0][0] < at - detection.keep:
             self._recent.popleft()
         self._decide(self._turns.hear(len(frame), self._vad.hear(frame, self._listening)))
         self._pass()
@@ -250,7 +269,7 @@ class Session:
         """Talk over an answer may turn out to be none."""
         if self._over_it and self._turns.state is State.QUIET:
             self._over_it = False
-            self._emit(events.Passed(self._turns.now))
+            self._emit(events.FalseInterruption(self._turns.now))
 
     def _sound(self, frame: np.ndarray, live: bool = True) -> None:
         """`live`: it may come faster than the model takes it."""
@@ -260,7 +279,7 @@ class Session:
     # -- the input buffer
 
     def _append(self, frames: list[np.ndarray]) -> None:
-        room = self._turns.manners.longest * RATE // 1000 // FRAME - len(self._buffer)
+        room = self._turns.detection.longest * RATE // 1000 // FRAME - len(self._buffer)
         self.dropped += max(0, len(frames) - room)
         self._buffer += frames[: max(0, room)]
         self._turns.skip(FRAME * len(frames))
@@ -275,32 +294,32 @@ class Session:
             self._sound(frame)
         self._streamed = len(self._buffer)
 
-    def _commit_buffer(self, item: events.Commit, waits: bool) -> None:
+    def _commit_buffer(self, item: events.CommitTurn, waits: bool) -> None:
         frames, self._buffer = self._buffer + self._framer.flush(), []
         if not frames:
-            self._take(events.Ask()) if item.ask else None
+            self._take(events.CreateAnswer()) if item.ask else None
         elif waits:
-            self._take(events.Recorded(np.concatenate(frames), item.name))
+            self._take(events.RecordedInput(np.concatenate(frames), item.name))
         else:
             self._record_turn(frames, item.name)
         if frames and item.ask:
-            self._take(events.Ask())
+            self._take(events.CreateAnswer())
 
     def _record_turn(self, frames: list[np.ndarray], name: str | None) -> None:
         """A turn of its own, of which some frames may be there."""
         end = self._turns.now
-        self._emit(events.Started(self.record.open(end), end, max(0, end - FRAME * len(frames)), name))
+        self._emit(events.TurnStarted(self.record.open(end), end, max(0, end - FRAME * len(frames)), name))
         for frame in frames[self._streamed :]:
             self._sound(frame, live=False)
         self._streamed = 0
-        self._close(False, Ended(end, end, "committed"))
+        self._close(False, SpeechEnded(end, end, "committed"))
 
     def _clear(self) -> None:
         if self._streamed:
             self.record.take_out()
             self._follow()
         self._buffer, self._streamed = [], 0
-        if self._turns.manners.buffered:
+        if self._turns.detection.buffered:
             self._framer = Framer(FRAME)
 
     def _part(self, part: tape.Typed | tape.Seen) -> bool:
@@ -316,10 +335,10 @@ class Session:
         self._follow()
         if isinstance(part, tape.Seen):
             self._picture = index
-            self._emit(events.Looked(index, turn, part.data))
+            self._emit(events.PictureAttached(index, turn, part.data))
         return True
 
-    def _seen(self, picture: events.Show) -> tape.Seen:
+    def _seen(self, picture: events.PictureInput) -> tape.Seen:
         assert picture.size
         return tape.Seen(picture.data, *picture.size, self.settings.picture or self.engine.loaded.budget, at=self._turns.now)
 
@@ -329,11 +348,11 @@ class Session:
             seen, self._camera = self._seen(self._camera), None
             self._part(seen)
 
-    def _set(self, item: events.Set) -> None:
+    def _set(self, item: events.UpdateSettings) -> None:
         told = {known.name: value for known in fields(item) if (value := getattr(item, known.name)) is not None}
         self.settings = replace(self.settings, **told)
-        self.settings = replace(self.settings, most=min(self.settings.most, self._most))
-        self._turns.manners = self.settings.manners
+        self.settings = replace(self.settings, max_tokens=min(self.settings.max_tokens, self._most))
+        self._turns.detection = self.settings.detection
         if item.setting and not self.record.fits(item.setting):
             self._note("there is no room for a system prompt and tools of this size; they stay as they are", refused=True)
         elif item.setting:
@@ -346,22 +365,22 @@ class Session:
     def _decide(self, decisions: Iterable[Decision], ask: bool | None = None) -> None:
         for decision in decisions:
             match decision:
-                case Began():
+                case SpeechStarted():
                     self._begin(decision)
-                case Ended():
+                case SpeechEnded():
                     self._close(self._asked or (self.settings.answers if ask is None else ask), decision)
-                case Discarded():
+                case SpeechDiscarded():
                     self._dismiss(decision)
-                case Hushed() if self._reply:
+                case OutputPaused() if self._reply:
                     self._over_it = True
-                    before = self._turns.manners.speech + self._turns.manners.pre_roll
+                    before = self._turns.detection.speech + self._turns.detection.pre_roll
                     self._reply.hush(max(0, decision.at - before * RATE // 1000))
-                case TakenUp() if self._reply:
+                case OutputResumed() if self._reply:
                     self._reply.go_on(decision.heard)
-                case Interrupted():
+                case BargeIn():
                     self._cut(decision.heard)
-                case Idle():
-                    self._emit(events.Quiet(decision.at))
+                case IdleTimeout():
+                    self._emit(events.UserIdle(decision.at))
         if self._later and not self._resuming:
             self._resuming = True
             for _ in range(AT_ONCE):
@@ -375,8 +394,8 @@ class Session:
         """Takes the first of the inputs that waited until the answer was over, if it is."""
         if self._reply is None and self._later:
             item = self._later.popleft()
-            if self._turns.floor == "user" and isinstance(item, events.Commit | events.Ask):
-                self._asked |= isinstance(item, events.Ask) or item.ask
+            if self._turns.floor == "user" and isinstance(item, events.CommitTurn | events.CreateAnswer):
+                self._asked |= isinstance(item, events.CreateAnswer) or item.ask
             else:
                 self._take(item, resumed=True)
 
@@ -387,9 +406,9 @@ class Session:
         self._resuming = False
         self._stream()
 
-    def _begin(self, began: Began) -> None:
+    def _begin(self, began: SpeechStarted) -> None:
         turn, self._loud, self._over_it = self.record.open(began.start), True, False
-        self._emit(events.Started(turn, began.at, began.start))
+        self._emit(events.TurnStarted(turn, began.at, began.start))
         if self.settings.camera == "live":
             self._look()
         for at, frame in self._recent:
@@ -402,12 +421,12 @@ class Session:
         elif ask or self.record.turn is not None:
             self._close(ask)
 
-    def _close(self, ask: bool, ended: Ended | None = None) -> None:
+    def _close(self, ask: bool, ended: SpeechEnded | None = None) -> None:
         """The turn, if one is open, is complete."""
         self._loud = False
         record, waiting = self.record, self.record.row.waiting
         if ended and record.turn is not None:
-            self._emit(events.Stopped(record.turn, ended.at, ended.end, ended.why))
+            self._emit(events.TurnStopped(record.turn, ended.at, ended.end, ended.why))
         caption = record.caption() if self.settings.captions else None
         if not ask:
             record.close(tape.Closed())
@@ -419,12 +438,12 @@ class Session:
         if caption:
             self._spawn(self._caption(caption))
 
-    def _dismiss(self, discarded: Discarded) -> None:
+    def _dismiss(self, discarded: SpeechDiscarded) -> None:
         turn, self._loud = self.record.turn, False
         assert turn is not None
         self.record.take_out()
         self._follow()
-        self._emit(events.Dismissed(turn, discarded.at))
+        self._emit(events.TurnDiscarded(turn, discarded.at))
         if self._asked and self._reply is None:
             self._close(ask=True)
 
@@ -433,42 +452,42 @@ class Session:
         try:
             text = await caption.words(self.engine.loaded.generation)
         except TROUBLE as error:
-            self._emit(events.Uncaptioned(caption.turn, f"this turn has no caption: {error}"))
+            self._emit(events.InputTranscriptionFailed(caption.turn, f"this turn has no caption: {error}"))
         finally:
             caption.fork.release()
         self.record.captioned(caption, text)
         if text is not None:
-            self._emit(events.Captioned(caption.turn, text))
+            self._emit(events.InputTranscribed(caption.turn, text))
         if self._reply is None or self._reply.written:
             self.record.tidy()
 
     # -- the answer
 
-    def _answer(self, waiting: int, ended: Ended | None, given: tuple[int, ...] | None = None) -> None:
+    def _answer(self, waiting: int, ended: SpeechEnded | None, given: tuple[int, ...] | None = None) -> None:
         of, loaded, self._asked = self.record.ask(), self.engine.loaded, False
         voice = self.voice if self.settings.spoken else None
-        reply = Reply(of, self.record, loaded, self.settings, voice, self._picture, self._emit, given)
+        reply = AnswerTask(of, self.record, loaded, self.settings, voice, self._picture, self._emit, given)
         reply.waiting = waiting
         if ended:
             reply.stage("speech_end", (ended.end - ended.at) * 1000 / RATE)
         self._reply = reply
         self._given.append(reply)
         self._turns.answering(to_speech=ended is not None)
-        self._emit(events.Answering(of))
+        self._emit(events.AnswerStarted(of))
         self._giving = self._spawn(self._give(reply))
 
-    async def _give(self, reply: Reply) -> None:
+    async def _give(self, reply: AnswerTask) -> None:
         await reply.run()
         self._ended(reply)
         reply.complete()
         self._decide(self._turns.answered())
 
-    def _ended(self, reply: Reply) -> None:
+    def _ended(self, reply: AnswerTask) -> None:
         self._reply = None
         if reply.lost:
             self.voice = None
 
-    def _hear_out(self, reply: Reply) -> None:
+    def _hear_out(self, reply: AnswerTask) -> None:
         assert self._giving
         self._giving.cancel()
         self._ended(reply)
@@ -480,7 +499,7 @@ class Session:
             self._cut(self._reply.heard)
             self._decide(self._turns.answered())
 
-    def _truncate(self, item: events.Truncate) -> None:
+    def _truncate(self, item: events.TruncateAnswer) -> None:
         if self._reply and self._reply.of == item.answer:
             self._cut(item.sample)
             self._decide(self._turns.answered())
@@ -498,7 +517,7 @@ class Session:
         reply.cut(heard)
         self.record.follow()
 
-    def _return(self, item: events.Returned) -> None:
+    def _return(self, item: events.ToolResult) -> None:
         if self._reply and self._reply.returned(item.call, item.value):
             return
         if not self.record.returned(item.call, item.value):
@@ -524,13 +543,13 @@ class Session:
     # -- the outside
 
     def _note(self, message: str, refused: bool = False) -> None:
-        self._emit(events.Noted(message, refused))
+        self._emit(events.Notice(message, refused))
 
     def _emit(self, event: Event) -> None:
         if self._out.qsize() < self.settings.unread:
             self._out.put_nowait(event)
         else:
-            self._end_with(DoorStuck(f"the door has left {self.settings.unread} events lying; the conversation is over"))
+            self._end_with(ConsumerStalled(f"the door has left {self.settings.unread} events lying; the conversation is over"))
 
     async def _send(self, emit: Callable[[Event], Awaitable[None]]) -> None:
         while True:

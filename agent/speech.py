@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agent.events import Spoken
+from agent.events import WordTiming
 
 # A clause is spoken as soon as it is complete: what the first word waits for is a clause and not a sentence.
 _END = re.compile(r"[.!?…:;,\n](?=[\s\"')\]])|\n")
@@ -54,10 +54,10 @@ class Playback:
     heard: int = 0
     complete: bool = False  # nothing more will be made
     held: bool = False  # nothing is sent
-    words: list[Spoken] = field(default_factory=list)
+    words: list[WordTiming] = field(default_factory=list)
     _told: int = 0  # words that were sent
     _ends: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)], repr=False)  # of words: sample, characters
-    _last: Spoken | None = None  # whose end is not known yet
+    _last: WordTiming | None = None  # whose end is not known yet
     _chunks: list[np.ndarray] = field(default_factory=list, repr=False)
     _starts: list[int] = field(default_factory=list, repr=False)
 
@@ -65,7 +65,7 @@ class Playback:
     def over(self) -> bool:
         return self.complete and self.heard >= self.made
 
-    def make(self, pcm: np.ndarray, words: list[Spoken]) -> None:
+    def make(self, pcm: np.ndarray, words: list[WordTiming]) -> None:
         """The next samples, and the next words: these begin anywhere from the last one on."""
         if len(pcm):
             self._chunks.append(pcm)
@@ -82,7 +82,7 @@ class Playback:
         self._ends.append((self.made, characters))
         self._last = None
 
-    def send(self, ahead: float) -> tuple[int, np.ndarray, tuple[Spoken, ...]] | None:
+    def send(self, ahead: float) -> tuple[int, np.ndarray, tuple[WordTiming, ...]] | None:
         """What can be sent now, at most `ahead` seconds before what was heard: where it belongs, samples, words in it."""
         stop = min(self.made, self.heard + int(ahead * self.rate))
         if self.held or stop <= self.sent:

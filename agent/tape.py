@@ -23,7 +23,7 @@ from streams.frames import FRAME
 
 
 @dataclass(frozen=True)
-class Setting:
+class SystemPrompt:
     """What stands before everything; the last one counts. `tools` in OpenAI's form."""
 
     system: str | None = None
@@ -120,7 +120,7 @@ class Called:
 
 
 @dataclass(frozen=True)
-class Result:
+class CallResult:
     """What came of the call `of`."""
 
     of: int
@@ -150,12 +150,12 @@ class Deleted:
 
 
 Part = Sound | Typed | Seen
-Entry = Setting | Opened | Part | Closed | Asked | Answered | Heard | Called | Result | Transcript | Dropped | Deleted
+Entry = SystemPrompt | Opened | Part | Closed | Asked | Answered | Heard | Called | CallResult | Transcript | Dropped | Deleted
 
 
 # ---- the tape
 
-REFERS = {Heard: Answered, Called: Answered, Result: Called, Transcript: Opened, Deleted: Opened | Answered | Called | Sound}
+REFERS = {Heard: Answered, Called: Answered, CallResult: Called, Transcript: Opened, Deleted: Opened | Answered | Called | Sound}
 JOINED = 320_000  # bytes of sound in one entry: 10 s
 BOUND = 256 << 20  # bytes of a journal: more than two hours of sound
 
@@ -212,9 +212,9 @@ class Tape:
     def copy(self) -> Tape:
         """What it says so far but for the open turn, without a journal."""
         copy, end = Tape(self.model), len(self._entries) if self._open is None else self._open
-        facts = (Heard, Result, Transcript, Deleted)  # about what was before that turn
+        facts = (Heard, CallResult, Transcript, Deleted)  # about what was before that turn
         copy._entries = self._entries[:end]
-        copy._entries += [e for e in self._entries[end:] if isinstance(e, Setting) or (isinstance(e, facts) and e.of < end)]
+        copy._entries += [e for e in self._entries[end:] if isinstance(e, SystemPrompt) or (isinstance(e, facts) and e.of < end)]
         return copy
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ class Tape:
                 return all(there(index, Opened | Seen) for index in entry.of)
             case Transcript():
                 return entry.of != self._open and there(entry.of, Opened)
-            case Heard() | Called() | Result() | Deleted():
+            case Heard() | Called() | CallResult() | Deleted():
                 return there(entry.of, REFERS[type(entry)])
         return True
 
@@ -301,7 +301,7 @@ def _emptied(entry: Entry, words: bool) -> Entry:
             return Answered(())
         case Called() if words:
             return replace(entry, arguments={})
-        case Result() if words:
+        case CallResult() if words:
             return replace(entry, value=None)
     return entry
 

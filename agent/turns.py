@@ -22,11 +22,11 @@ from typing import Literal
 
 from streams.frames import RATE
 
-Why = Literal["silence", "released", "committed", "long"]
+EndReason = Literal["silence", "released", "committed", "long"]
 
 
 @dataclass(frozen=True, slots=True)
-class Manners:
+class TurnDetectionConfig:
     """Times are in milliseconds."""
 
     threshold: float = 0.5  # of probability, where speech begins; it ends 0.15 lower (silero's own hysteresis)
@@ -59,7 +59,7 @@ class Manners:
 
 
 @dataclass(frozen=True, slots=True)
-class Began:
+class SpeechStarted:
     """The user has the floor: what was heard from sample `start` on belongs to the turn."""
 
     at: int
@@ -67,7 +67,7 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
-class Paused:
+class PauseStarted:
     """The user has said nothing since `end`: a chance to guess at the answer. WentOn, Ended or Discarded follows."""
 
     at: int
@@ -75,23 +75,23 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
-class WentOn:
+class PauseEnded:
     """The user speaks again, in the same turn: a guess is worth nothing."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class SpeechEnded:
     """The turn is complete; the last word was over at `end`."""
 
     at: int
     end: int
-    why: Why
+    why: EndReason
 
 
 @dataclass(frozen=True, slots=True)
-class Discarded:
+class SpeechDiscarded:
     """What was heard since `start` was no turn: forget it."""
 
     at: int
@@ -99,14 +99,14 @@ class Discarded:
 
 
 @dataclass(frozen=True, slots=True)
-class Hushed:
+class OutputPaused:
     """Someone talks over the answer: play nothing more until TakenUp or Interrupted."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
-class TakenUp:
+class OutputResumed:
     """It was too short to be an interruption: go on with the answer from its sample `heard`.
 
     The talk itself lies between `start` and `end`."""
@@ -118,7 +118,7 @@ class TakenUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Interrupted:
+class BargeIn:
     """The answer is over, and everything after its sample `heard` was never said. Began follows.
 
     If nothing was heard, the last turn was cut too early, and what begins is the rest of it.
@@ -129,13 +129,23 @@ class Interrupted:
 
 
 @dataclass(frozen=True, slots=True)
-class Idle:
-    """Nobody has said anything for `Manners.idle` since the answer. Said once for each answer."""
+class IdleTimeout:
+    """Nobody has said anything for `TurnDetectionConfig.idle` since the answer. Said once for each answer."""
 
     at: int
 
 
-Event = Began | Paused | WentOn | Ended | Discarded | Hushed | TakenUp | Interrupted | Idle
+Decision = (
+    SpeechStarted
+    | PauseStarted
+    | PauseEnded
+    | SpeechEnded
+    | SpeechDiscarded
+    | OutputPaused
+    | OutputResumed
+    | BargeIn
+    | IdleTimeout
+)
 
 
 # ---- the machine
@@ -148,11 +158,11 @@ class State(Enum):
     STOPPING = auto()  # a pause, or the end
 
 
-class Turns:
+class TurnDetector:
     """One conversation's floor. `manners` may be replaced at any time and hold from the next frame on."""
 
-    def __init__(self, manners: Manners = Manners(), at: int = 0) -> None:
-        self.manners = manners
+    def __init__(self, detection: TurnDetectionConfig = TurnDetectionConfig(), at: int = 0) -> None:
+        self.detection = detection
         self.now = at
         self.state = State.QUIET
         self._talking = False  # the last frame, with hysteresis
@@ -176,10 +186,10 @@ class Turns:
 
     # -- the microphone
 
-    def hear(self, samples: int, probability: float) -> list[Event]:
+    def hear(self, samples: int, probability: float) -> list[Decision]:
         """The next frame: how long it is and how likely it holds speech."""
         assert samples > 0 and 0 <= probability <= 1, (samples, probability)
-        before, threshold = self._talking, self.manners.threshold
+        before, threshold = self._talking, self.detection.threshold
         self.now += samples
         self._talking = probability >= (threshold - 0.15 if before else threshold)
         if self._talking:
@@ -198,26 +208,26 @@ class Turns:
 
     @property
     def _listens(self) -> bool:
-        return self.manners.hands_free and (self.manners.interrupt or self._heard is None)
+        return self.detection.hands_free and (self.detection.interrupt or self._heard is None)
 
-    def _quiet(self) -> list[Event]:
-        idle = self.manners.idle
+    def _quiet(self) -> list[Decision]:
+        idle = self.detection.idle
         if idle is None or self._answered is None or self._heard is not None:
             return []
         if self.now - max(self._answered, self._end) < _samples(idle):
             return []
         self._answered = None
-        return [Idle(self.now)]
+        return [IdleTimeout(self.now)]
 
-    def _starting(self) -> list[Event]:
-        m = self.manners
+    def _starting(self) -> list[Decision]:
+        m = self.detection
         if self.now - self._end >= _samples(m.gap):
             return self._let_go()
         if self._said < _samples(m.speech):
             return []
         if self._heard is None:
             return self._open(self._onset)
-        events: list[Event] = [] if self._hushed else [Hushed(self.now)]
+        events: list[Decision] = [] if self._hushed else [OutputPaused(self.now)]
         self._hushed = True
         # Before its first word is heard nobody says "mm-hmm" to an answer: the user is still busy with the last sentence. Who
         # typed is not: a click of the keys would cancel what was asked for.
@@ -225,19 +235,19 @@ class Turns:
             events += self._interrupt() + self._open(self._onset)
         return events
 
-    def _speaking(self) -> list[Event]:
-        m, silence = self.manners, self.now - self._end
+    def _speaking(self) -> list[Decision]:
+        m, silence = self.detection, self.now - self._end
         if self._pressed is None and silence >= _samples(m.silence):
             return [self._close("silence")]
         if self.now - self._start >= _samples(m.longest):
             return [self._close("long")]
-        events: list[Event] = []
+        events: list[Decision] = []
         if self.state is State.SPEAKING and silence >= _samples(m.pause):
             self.state = State.STOPPING
-            events.append(Paused(self.now, self._end))
+            events.append(PauseStarted(self.now, self._end))
         elif self.state is State.STOPPING and self._talking:
             self.state = State.SPEAKING
-            events.append(WentOn(self.now))
+            events.append(PauseEnded(self.now))
         return events
 
     def skip(self, samples: int) -> None:
@@ -246,7 +256,7 @@ class Turns:
 
     # -- the user's other ways
 
-    def press(self) -> list[Event]:
+    def press(self) -> list[Decision]:
         """Push to talk: a turn is open from here to `release`, whatever is heard, and an answer is interrupted at once."""
         if self._pressed is not None:
             return []
@@ -257,15 +267,15 @@ class Turns:
             self._onset, self._said, self._end = self.now, 0, self.now
         return self._interrupt() + self._open(self._onset)
 
-    def release(self) -> list[Event]:
+    def release(self) -> list[Decision]:
         """Ends the turn; a mere tap discards it."""
         return [] if self._pressed is None else [self._close("released")]
 
-    def commit(self) -> list[Event]:
+    def commit(self) -> list[Decision]:
         """The turn, if one is open, is complete: a client says so, or the model has judged a pause."""
         return [self._close("committed")] if self.floor == "user" else []
 
-    def cancel(self) -> list[Event]:
+    def cancel(self) -> list[Decision]:
         """Whatever the user is saying is to be forgotten."""
         if self.floor == "user":
             return [self._discard()]
@@ -277,7 +287,7 @@ class Turns:
         """An answer is on its way, to what was said or to what was typed; nothing of it has been heard yet."""
         assert self.floor is None, f"an answer begins while the floor is the {self.floor}'s"
         self._heard, self._answered, self._to_speech = 0, None, to_speech
-        if self.state is State.STARTING and not self.manners.interrupt:
+        if self.state is State.STARTING and not self.detection.interrupt:
             self.state = State.QUIET
 
     def heard(self, samples: int) -> None:
@@ -285,7 +295,7 @@ class Turns:
         if self._heard is not None:
             self._heard = max(self._heard, samples)
 
-    def answered(self) -> list[Event]:
+    def answered(self) -> list[Decision]:
         """The answer is over, because all was heard or because it was stopped. Talk over its last word becomes a turn."""
         if self._heard is None:
             return []
@@ -294,37 +304,37 @@ class Turns:
 
     # -- transitions
 
-    def _open(self, onset: int) -> list[Event]:
-        self._start = max(onset - _samples(self.manners.pre_roll), self._free)
+    def _open(self, onset: int) -> list[Decision]:
+        self._start = max(onset - _samples(self.detection.pre_roll), self._free)
         self.state = State.SPEAKING
-        return [Began(self.now, self._start)]
+        return [SpeechStarted(self.now, self._start)]
 
-    def _close(self, why: Why) -> Event:
+    def _close(self, why: EndReason) -> Decision:
         """After this, talk that just goes on opens no turn: only a new onset does."""
         held = 0 if self._pressed is None else self.now - self._pressed
-        if why != "committed" and max(held, self._said) < _samples(self.manners.least):
+        if why != "committed" and max(held, self._said) < _samples(self.detection.least):
             return self._discard()
         self.state, self._pressed, self._answered = State.QUIET, None, None
         self._free = self.now
-        return Ended(self.now, self._end, why)
+        return SpeechEnded(self.now, self._end, why)
 
-    def _discard(self) -> Event:
+    def _discard(self) -> Decision:
         self.state, self._pressed = State.QUIET, None
-        return Discarded(self.now, self._start)
+        return SpeechDiscarded(self.now, self._start)
 
-    def _interrupt(self) -> list[Event]:
+    def _interrupt(self) -> list[Decision]:
         if self._heard is None:
             return []
-        event = Interrupted(self.now, self._heard)
+        event = BargeIn(self.now, self._heard)
         self._heard, self._hushed, self._answered = None, False, self.now
         return [event]
 
-    def _let_go(self) -> list[Event]:
+    def _let_go(self) -> list[Decision]:
         self.state = State.QUIET
         if not self._hushed or self._heard is None:
             return []
         self._hushed = False
-        return [TakenUp(self.now, self._heard, self._onset, self._end)]
+        return [OutputResumed(self.now, self._heard, self._onset, self._end)]
 
 
 def _samples(ms: int) -> int:

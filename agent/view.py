@@ -1,6 +1,6 @@
 """Views of a tape: what of a conversation a row should hold, under a budget.
 
-`view` is a pure function of the entries. While a row lives its `Views` hold `upto` still: what is let go is then decided by
+`view` is a pure function of the entries. While a row lives its `ViewComposer` keeps `upto`: what is evicted is then decided by
 the first `upto` entries alone and everything newer only lengthens the view, so that the row follows by appending. `upto`
 moves when the next row is built in the background.
 """
@@ -13,15 +13,15 @@ from typing import Literal
 
 from agent.exchanges import Exchange, Exchanges, Reply
 from agent.prompt import Prompt
-from agent.segments import Gone, Segment, Turn, View, merged, size
-from agent.tape import Entry, Part, Seen, Setting, Sound, Typed
+from agent.segments import Evicted, Segment, TurnBuilder, View, merged, size
+from agent.tape import Entry, Part, Seen, Sound, SystemPrompt, Typed
 from model.cache import RowFull
 
 # ---- an exchange as segments
 
 
 @dataclass(frozen=True)
-class _Show:
+class _Visible:
     words: bool = True
     sound: bool = True  # as it was heard; otherwise its transcript, once there is one
     pictures: frozenset[int] | None = None  # None: all
@@ -30,12 +30,12 @@ class _Show:
         return self.pictures is None or picture in self.pictures
 
 
-_WORDS = _Show(sound=False, pictures=frozenset())
+_WORDS = _Visible(sound=False, pictures=frozenset())
 _NOTHING = replace(_WORDS, words=False)
 
 
 @dataclass(frozen=True)
-class _Writer:
+class _Renderer:
     exchanges: Exchanges
     prompt: Prompt
     patch: int
@@ -44,17 +44,17 @@ class _Writer:
         setting = self.exchanges.setting
         return tuple(self.prompt.begin(setting.system, setting.tools, setting.thinking))
 
-    def exchange(self, x: Exchange, show: _Show, last: bool = False) -> list[Segment]:
+    def exchange(self, x: Exchange, show: _Visible, last: bool = False) -> list[Segment]:
         """`last`: nothing comes after it, so it may still be open, be asked, or wait for a tool."""
         if show == _NOTHING:
             return []
         turn = [] if x.role is None else self._turn(x.role, self._left(x, show), open=last and not x.closed)
         return [*turn, tuple(self._answers(x, last))] if show.words else [*turn]
 
-    def cost(self, x: Exchange, show: _Show, last: bool = False) -> int:
+    def cost(self, x: Exchange, show: _Visible, last: bool = False) -> int:
         return _total(self.exchange(x, show, last))
 
-    def _left(self, x: Exchange, show: _Show) -> Iterator[Part]:
+    def _left(self, x: Exchange, show: _Visible) -> Iterator[Part]:
         """What is left of a turn's parts."""
         told = False
         for index, part in self.exchanges.parts(x):
@@ -73,7 +73,7 @@ class _Writer:
                     told = True
 
     def _turn(self, role: str, parts: Iterable[Part], open: bool) -> Iterator[Segment]:
-        turn = Turn(self.prompt, self.patch)
+        turn = TurnBuilder(self.prompt, self.patch)
         yield tuple(self.prompt.open_turn(role))
         for part in parts:
             yield from turn.feed(part)
@@ -142,7 +142,7 @@ class _Writer:
 
 # ---- what is let go
 
-Cost = Callable[[Exchange, _Show], int]
+Cost = Callable[[Exchange, _Visible], int]
 Policy = Literal["transcripts", "verbatim"]
 
 
@@ -156,7 +156,7 @@ class Budget:
     row: int = 7168
 
 
-class Views:
+class ViewComposer:
     """Of a tape that grows: `let_go` decides by what is on it now, `view` is what a row should hold.
 
     `transcripts`: finished turns are words. Under `budget.ahead` the newest exchange's words come first, then the newest
@@ -169,11 +169,11 @@ class Views:
 
     def __init__(self, entries: Sequence[Entry], prompt: Prompt, patch: int = 48) -> None:
         self._entries, self._exchanges = entries, Exchanges(entries)
-        self._writer = _Writer(self._exchanges, prompt, patch)
-        self._fresh = _Show()
-        self._plan: dict[int, _Show] = {}
+        self._writer = _Renderer(self._exchanges, prompt, patch)
+        self._fresh = _Visible()
+        self._plan: dict[int, _Visible] = {}
         self._upto: int | None = None
-        self._gone: tuple[Gone, ...] = ()
+        self._gone: tuple[Evicted, ...] = ()
         self._spent: tuple[int, ...] = ()
 
     @property
@@ -183,7 +183,7 @@ class Views:
     def let_go(self, budget: Budget, policy: Policy, upto: int | None = None) -> None:
         """By the first `upto` entries, or by all. The system prompt and the live turn never go: RowFull says when they alone do
         not fit `budget.row`; nothing is decided then."""
-        exchanges, writer, fresh = self._exchanges, self._writer, _Show(sound=policy == "verbatim")
+        exchanges, writer, fresh = self._exchanges, self._writer, _Visible(sound=policy == "verbatim")
         exchanges.read(upto)
         exchanges.settle()
         live = exchanges.live
@@ -207,7 +207,7 @@ class Views:
         exchanges.forget([of for of, show in plan.items() if show == _NOTHING])
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> SystemPrompt:
         self._exchanges.read()
         return self._exchanges.setting
 
@@ -241,8 +241,8 @@ def view(
     upto: int | None = None,
     patch: int = 48,
 ) -> View:
-    """What a row should hold, composed at once. Raises RowFull, as `Views.let_go` does."""
-    views = Views(entries, prompt, patch)
+    """What a row should hold, composed at once. Raises RowFull, as `ViewComposer.let_go` does."""
+    views = ViewComposer(entries, prompt, patch)
     views.let_go(budget or Budget(), policy, upto)
     return views.view()
 
@@ -257,7 +257,7 @@ def _before_sound(segments: list[Segment]) -> int:
     return _total(segments[:first])
 
 
-def _transcripts(past: list[tuple[Exchange, list[int]]], room: int, cost: Cost) -> dict[int, _Show]:
+def _transcripts(past: list[tuple[Exchange, list[int]]], room: int, cost: Cost) -> dict[int, _Visible]:
     """Of exchanges and their pictures."""
     plan = {x.of: _NOTHING for x, _ in past}
     words: list[tuple[Exchange, int | None]] = [(x, None) for x, _ in reversed(past)]
@@ -276,15 +276,15 @@ def _transcripts(past: list[tuple[Exchange, list[int]]], room: int, cost: Cost) 
     return plan
 
 
-def _verbatim(past: list[Exchange], room: int, cost: Cost) -> dict[int, _Show]:
+def _verbatim(past: list[Exchange], room: int, cost: Cost) -> dict[int, _Visible]:
     plan = {x.of: _NOTHING for x in past}
     prices: list[int] = []  # newest first, and no more of them than matter: a tape may be hours long
     for x in reversed(past):
-        prices.append(cost(x, _Show()))
+        prices.append(cost(x, _Visible()))
         if sum(prices) > room:
             break
     else:
-        return {x.of: _Show() for x in past}
+        return {x.of: _Visible() for x in past}
     share = room // 4  # of which older turns are words
     newer = next(n for n in range(len(prices)) if sum(prices[: n + 1]) > room - share)
     room -= sum(prices[:newer])
@@ -292,26 +292,26 @@ def _verbatim(past: list[Exchange], room: int, cost: Cost) -> dict[int, _Show]:
         price = 0 if n < newer else cost(x, _WORDS)
         if price > room:
             break
-        plan[x.of], room = _Show() if n < newer else _WORDS, room - price
+        plan[x.of], room = _Visible() if n < newer else _WORDS, room - price
     return plan
 
 
 def _report(
-    past: list[tuple[Exchange, list[tuple[int, Part]], _Show]], policy: Policy
-) -> tuple[tuple[Gone, ...], tuple[int, ...]]:
-    gone: list[Gone] = []
+    past: list[tuple[Exchange, list[tuple[int, Part]], _Visible]], policy: Policy
+) -> tuple[tuple[Evicted, ...], tuple[int, ...]]:
+    gone: list[Evicted] = []
     spent: list[int] = []
     for x, parts, show in past:
         sounds = [part for _, part in parts if isinstance(part, Sound)]
         silent = not (show.words and show.sound) and x.transcript is not None  # without words the sound is all there is
         if not show.words:
-            gone.append(Gone(x.of, "turn"))
+            gone.append(Evicted(x.of, "turn"))
         elif policy == "verbatim" and silent and sounds:
-            gone.append(Gone(x.of, "sound"))
+            gone.append(Evicted(x.of, "sound"))
         if silent and any(sound.data for sound in sounds):
             spent.append(x.of)
         for index, part in parts:
             if isinstance(part, Seen) and not show.has(index):
-                gone += [Gone(index, "picture")] if show.words else []
+                gone += [Evicted(index, "picture")] if show.words else []
                 spent += [index] if part.data else []
     return tuple(gone), tuple(spent)

@@ -17,13 +17,13 @@ from torch import Tensor
 from model.cache import Cache, Row, RowFull
 
 if TYPE_CHECKING:
-    from model.gemma import Layer
+    from model.gemma import LayerConfig
 
 Positions = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowChunk:
     """The next `count` positions of one row. `pictures` are (start, stop) within them: a picture's positions see one
     another, so it comes whole in one chunk. The hidden states of the last `wanted` positions are returned."""
 
@@ -36,7 +36,7 @@ class Chunk:
     def positions(self) -> Positions:
         return np.arange(self.row.length, self.row.length + self.count, dtype=np.int32)
 
-    def visible(self, layer: Layer, window: int) -> tuple[Positions, Positions]:
+    def visible(self, layer: LayerConfig, window: int) -> tuple[Positions, Positions]:
         """The first and the last position that each position sees in layers of this kind.
 
         Full layers are causal. Sliding layers see the window, and within it all of their own picture (model card of Gemma 4;
@@ -50,7 +50,7 @@ class Chunk:
         return np.maximum(0, at - window + 1), last
 
 
-def check(chunks: Sequence[Chunk], cache: Cache) -> None:
+def check(chunks: Sequence[RowChunk], cache: Cache) -> None:
     """Raises RowFull where a row has no room."""
     assert chunks and len({chunk.row.index for chunk in chunks}) == len(chunks), "a pass takes one chunk of each row"
     for chunk in chunks:
@@ -63,7 +63,7 @@ def check(chunks: Sequence[Chunk], cache: Cache) -> None:
             raise RowFull(f"{chunk.row.length + chunk.count} positions do not fit in a row of {cache.length}")
 
 
-def wanted(chunks: Sequence[Chunk]) -> list[int]:
+def wanted(chunks: Sequence[RowChunk]) -> list[int]:
     """Places in the pass of the positions whose hidden states are wanted."""
     places: list[int] = []
     start = 0

@@ -21,7 +21,7 @@ from model.functional import rope
 
 if TYPE_CHECKING:
     from model.forward import ForwardPass
-    from model.gemma import Config, Layer
+    from model.gemma import GemmaConfig, LayerConfig
 
 SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
 SPOKEN = 40  # positions beside a picture that can be cut back at least
@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Reach:
+class AttentionMetadata:
     """What layers of one kind need to know of a pass."""
 
     cos: Tensor  # [B, T, 1, D], halves alike
@@ -54,22 +54,24 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Span:
+class BatchMetadata:
     """What the positions of whole prompts see: computed once, used by every layer."""
 
-    reaches: dict[Layer, Reach]
+    reaches: dict[LayerConfig, AttentionMetadata]
 
 
-def whole_span(config: Config, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Span:
+def whole_span(config: GemmaConfig, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> BatchMetadata:
     """The span of a batch without a cache: positions 0..count-1, each row seeing itself only. `blocks` [B, T] or None.
 
     Rows shorter than `count` are padded at their end, where nothing that counts can see the padding."""
     at = torch.arange(count, device=device)[None]
-    reaches = {layer: Reach(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype)) for layer in set(config.layers)}
-    return Span(reaches)
+    reaches = {
+        layer: AttentionMetadata(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype)) for layer in set(config.layers)
+    }
+    return BatchMetadata(reaches)
 
 
-def _mask(config: Config, layer: Layer, at: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _mask(config: GemmaConfig, layer: LayerConfig, at: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Full layers are causal. Sliding layers see the window, and within it all of their own picture."""
     q, k = at[:, :, None], at[:, None, :]
     allowed = k <= q
@@ -96,12 +98,12 @@ class Room:
         save 260 MiB a row."""
         return min(SLACK, self.budget + SPOKEN)
 
-    def bytes_per_row(self, config: Config, dtype: torch.dtype, slack: int | None = None) -> int:
+    def bytes_per_row(self, config: GemmaConfig, dtype: torch.dtype, slack: int | None = None) -> int:
         """With the least slack that serves, unless another is said."""
         slack = self.least_slack if slack is None else slack
         return Cache.bytes_per_row(config, min(self.length, config.max_positions), slack, dtype)
 
-    def slack(self, config: Config, dtype: torch.dtype, free: int | None) -> int:
+    def slack(self, config: GemmaConfig, dtype: torch.dtype, free: int | None) -> int:
         """The usual slack where rows with it fit into what is free; less where they do not, as much as fits."""
         if free is None:
             return SLACK
@@ -117,7 +119,7 @@ class Cache:
 
     def __init__(
         self,
-        config: Config,
+        config: GemmaConfig,
         rows: int,
         length: int,
         *,
@@ -135,12 +137,12 @@ class Cache:
         self.forward: ForwardPass | None = None  # what takes passes over these rows, once there was one
 
     @staticmethod
-    def bytes_per_row(config: Config, length: int, slack: int, dtype: torch.dtype) -> int:
+    def bytes_per_row(config: GemmaConfig, length: int, slack: int, dtype: torch.dtype) -> int:
         """Memory that one row takes, in bytes."""
         slots = sum((config.window + slack if x.sliding else length) * x.kv_heads * x.head_dim for x in config.layers)
         return 2 * slots * dtype.itemsize
 
-    def slots(self, layer: Layer) -> int:
+    def slots(self, layer: LayerConfig) -> int:
         """That can be used, of one row."""
         return self.config.window + self.slack if layer.sliding else self.length
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from model import batch, reference
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.functional import rms_norm
 from model.quantized import linear
 from model.step import Step
 
 if TYPE_CHECKING:
     from model.cache import Cache
-    from model.gemma import Block, Gemma, Layer
+    from model.gemma import Block, Gemma, LayerConfig
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 320)  # positions of a captured pass: steps; with a chunk; with a picture
 
@@ -34,13 +34,13 @@ class ForwardPass:
     def __init__(self, model: Gemma, cache: Cache, operations: ModuleType | None = None) -> None:
         self.model, self.cache = model, cache
         self._operations: Any = operations or _operations(model.device)
-        self._layers: list[tuple[Layer, Block, Tensor, Tensor]] = list(
+        self._layers: list[tuple[LayerConfig, Block, Tensor, Tensor]] = list(
             zip(model.config.layers, model.blocks, cache.keys, cache.values, strict=True)  # type: ignore[arg-type]
         )
         self._step: Step | None = None
         self._graphs: dict[int, tuple[Tensor, Tensor, Callable[[], object], Tensor]] = {}
 
-    def __call__(self, chunks: Sequence[Chunk], x: Tensor) -> Tensor | None:
+    def __call__(self, chunks: Sequence[RowChunk], x: Tensor) -> Tensor | None:
         """Appends embeddings x [positions of all chunks, H], in their order. Returns the hidden states after the final norm of
         the positions that are wanted [wanted, H], good until the next pass; None where none is. Raises RowFull before
         anything is written."""
@@ -51,7 +51,7 @@ class ForwardPass:
             self.cache.advance(chunk.row, chunk.count)
         return hidden
 
-    def _hidden(self, chunks: Sequence[Chunk], x: Tensor) -> Tensor | None:
+    def _hidden(self, chunks: Sequence[RowChunk], x: Tensor) -> Tensor | None:
         wanted = batch.wanted(chunks)
         if self._operations is reference and Step.suits(self.model, self.cache, chunks):
             self._step = self._step or Step(self.model, self.cache)
@@ -65,7 +65,9 @@ class ForwardPass:
             return self._run(x, self._operations.metadata(chunks, self.cache), chunks)
         return None if hidden is None or not wanted else select(hidden, wanted)
 
-    def _run(self, embedded: Tensor, metadata: Mapping[Layer, Any], chunks: Sequence[Chunk] | None = None) -> Tensor | None:
+    def _run(
+        self, embedded: Tensor, metadata: Mapping[LayerConfig, Any], chunks: Sequence[RowChunk] | None = None
+    ) -> Tensor | None:
         """Hidden states after the final norm [N, H]. With `chunks` the last layer computes no more than its keys and values
         for what is not wanted: nothing else is left of what was heard."""
         model, operations = self.model, self._operations

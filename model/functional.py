@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from model.gemma import Layer
+    from model.gemma import LayerConfig
 
 
 @lru_cache
@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, onto: Tensor |
 
 
 @lru_cache
-def frequencies(layer: Layer, device: torch.device) -> Tensor:
+def frequencies(layer: LayerConfig, device: torch.device) -> Tensor:
     """Angles of one position, float32 [D/2]: theta^(-2i/D) for the pairs that turn, 0 for the rest ("proportional" RoPE)."""
     half = layer.head_dim // 2
     pair = torch.arange(half, dtype=torch.float32, device=device)
@@ -48,7 +48,7 @@ def frequencies(layer: Layer, device: torch.device) -> Tensor:
     return torch.where(pair < turning, layer.theta ** (-pair / half), 0.0)
 
 
-def rope(layer: Layer, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope(layer: LayerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `rotate` takes for positions [...]: cos and sin [..., 1, D], halves alike, the first half of sin negated."""
     angle = positions[..., None, None].float() * frequencies(layer, positions.device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)

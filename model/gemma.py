@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.batch import Chunk, upload
-from model.cache import Cache, Reach, Row, Span
+from model.batch import RowChunk, upload
+from model.cache import AttentionMetadata, BatchMetadata, Cache, Row
 from model.functional import rms_norm, rotate
 from model.quantized import QuantizedLinear, Weight, linear
 from model.threads import Threads
@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerConfig:
     """What attention needs to know of one layer. Layers with equal values share masks and RoPE tables."""
 
     sliding: bool
@@ -50,7 +50,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Media:
+class MediaTokens:
     """Token ids that stand around and in place of pictures and sound."""
 
     boi: int
@@ -63,12 +63,12 @@ class Media:
 
 
 @dataclass(frozen=True)
-class Config:
+class GemmaConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     heads: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerConfig, ...]
     window: int
     max_positions: int
     softcap: float | None
@@ -80,7 +80,7 @@ class Config:
     vision_eps: float
     frame: int  # samples in one audio position
     audio_eps: float
-    media: Media
+    media: MediaTokens
 
     @property
     def patch(self) -> int:
@@ -88,7 +88,7 @@ class Config:
         return self.patch_size * self.pooling
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Config:
+    def from_json(cls, raw: Mapping[str, Any]) -> GemmaConfig:
         """Reads config.json in both dialects: `global_head_dim`/`num_global_key_value_heads` of the hub's files and
         `per_layer_config` of transformers >= 5.23. Raises CheckpointError for another model or a missing key."""
         if raw.get("model_type") != "gemma4_unified":
@@ -103,7 +103,7 @@ class Config:
     @classmethod
     def _read(
         cls, raw: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[str, Any]
-    ) -> Config:
+    ) -> GemmaConfig:
         unsupported = {
             "hidden_activation": text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
             "attention_bias": bool(text.get("attention_bias")),
@@ -136,7 +136,7 @@ class Config:
             vision_eps=vision["rms_norm_eps"],
             frame=audio["audio_embed_dim"],
             audio_eps=audio["rms_norm_eps"],
-            media=Media(
+            media=MediaTokens(
                 boi=raw["boi_token_id"],
                 eoi=raw["eoi_token_id"],
                 image=raw["image_token_id"],
@@ -148,7 +148,7 @@ class Config:
         )
 
 
-def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
+def _layers(text: Mapping[str, Any]) -> Iterator[LayerConfig]:
     rope = text["rope_parameters"]
     # transformers pads the keys to one width ("05", "11") and writes {} where all layers are alike.
     own = {key.lstrip("0") or "0": value for key, value in (text.get("per_layer_config") or {}).items()}
@@ -169,7 +169,7 @@ def _layers(text: Mapping[str, Any]) -> Iterator[Layer]:
         if turn["rope_type"] not in ("default", "proportional"):
             raise CheckpointError(f'config.json asks for RoPE of the unknown type "{turn["rope_type"]}"')
         share = turn.get("partial_rotary_factor", 1.0) if turn["rope_type"] == "proportional" else 1.0
-        yield Layer(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
+        yield LayerConfig(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
 
 
 @lru_cache
@@ -178,7 +178,7 @@ def _scale(hidden_size: int, dtype: torch.dtype) -> float:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: Layer) -> None:
+    def __init__(self, config: GemmaConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.layer, self.heads, self.eps = layer, config.heads, config.eps
         kv = layer.kv_heads * (1 if layer.shared_kv else 2)
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(layer.head_dim))
         self.out: Weight = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
 
-    def forward(self, x: Tensor, reach: Reach) -> Tensor:
+    def forward(self, x: Tensor, reach: AttentionMetadata) -> Tensor:
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
         qkv = linear(x, self.qkv).view(batch, count, -1, size)
@@ -204,7 +204,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.gate_up: Weight = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size))
         self.down: Weight = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size))
@@ -217,7 +217,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Knows nothing of its place among the layers, so a compiler needs one graph for each kind, not for each of 48."""
 
-    def __init__(self, config: Config, layer: Layer) -> None:
+    def __init__(self, config: GemmaConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.eps = config.eps
         self.input_norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -228,7 +228,7 @@ class Block(nn.Module):
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, reach: Reach) -> Tensor:
+    def forward(self, x: Tensor, reach: AttentionMetadata) -> Tensor:
         seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach)
         x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x)
         out = self.mlp(rms_norm(x, self.eps, self.pre_mlp_norm))
@@ -238,7 +238,7 @@ class Block(nn.Module):
 class Vision(nn.Module):
     """Patches -> soft tokens: LayerNorm, Linear, LayerNorm, plus the position's column and row, LayerNorm, RMSNorm, Linear."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(3 * config.patch**2)
         self.dense = nn.Linear(3 * config.patch**2, config.vision_size)
@@ -260,7 +260,7 @@ Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n,
 
 
 class Gemma(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -319,7 +319,7 @@ class Gemma(nn.Module):
                 embedded[place] = self.embed_image(*(upload(tensor, self.device) for tensor in part))
         return embedded[0] if len(parts) == 1 else torch.cat([embedded[place] for place in range(len(parts))])
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
+    def forward(self, x: Tensor, span: BatchMetadata) -> Tensor:
         """Embeddings [B, T, H] of whole prompts, without a cache -> hidden states after the final norm [B, T, H]. That is how
         nano is trained, and what every other path is tested against."""
         for layer, block in zip(self.config.layers, self.blocks, strict=True):
@@ -352,7 +352,7 @@ class Gemma(nn.Module):
         count = x.shape[1]
         keep = count if wanted is None else min(int(wanted), count)
         numbers = blocks.tolist() if isinstance(blocks, Tensor) else blocks or [()] * len(rows)
-        chunks = [Chunk(row, count, _pictures(those), keep) for row, those in zip(rows, numbers, strict=True)]
+        chunks = [RowChunk(row, count, _pictures(those), keep) for row, those in zip(rows, numbers, strict=True)]
         hidden = cache.forward(chunks, x.flatten(0, 1))
         return None if hidden is None else hidden.view(len(rows), keep, -1)
 

@@ -20,19 +20,19 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.batch import Chunk, upload
+from model.batch import RowChunk, upload
 from model.functional import rope
 
 if TYPE_CHECKING:
     from model.cache import Cache
-    from model.gemma import Attention, Config, Layer
+    from model.gemma import Attention, GemmaConfig, LayerConfig
 
 WARPS, STAGES = 8, 2  # of attention: with 32 keys at a time and 512 numbers a head, 83 KB of shared memory and no spills
 SPLITS = 64  # at most: of 8,192 positions 128 each
 
 
 @dataclass(frozen=True)
-class Metadata:
+class KernelMetadata:
     """What layers of one kind need to know of a pass over N positions; int32 [N] but for cos and sin [N, 1, D]."""
 
     cos: Tensor
@@ -49,7 +49,7 @@ class Metadata:
 # ---- planned on the host
 
 
-def table(chunks: Sequence[Chunk], cache: Cache, size: int) -> NDArray[np.int32]:
+def table(chunks: Sequence[RowChunk], cache: Cache, size: int) -> NDArray[np.int32]:
     """All numbers of a pass over `size` positions, [2 + 5 for each kind of layer, size], to be uploaded at once."""
     found = np.zeros((2 + 5 * len(kinds(cache.config)), size), np.int32)
     start = 0
@@ -62,7 +62,7 @@ def table(chunks: Sequence[Chunk], cache: Cache, size: int) -> NDArray[np.int32]
     return found
 
 
-def _fill(part: NDArray[np.int32], layer: Layer, chunks: Sequence[Chunk], cache: Cache, counts: Sequence[int]) -> None:
+def _fill(part: NDArray[np.int32], layer: LayerConfig, chunks: Sequence[RowChunk], cache: Cache, counts: Sequence[int]) -> None:
     """The five lines of one kind, for the last positions of each chunk."""
     slots, first, last, tile_starts, tile_counts = part
     slots[:], last[:] = cache.slots(layer), -1
@@ -78,25 +78,25 @@ def _fill(part: NDArray[np.int32], layer: Layer, chunks: Sequence[Chunk], cache:
         start += count
 
 
-def kinds(config: Config) -> list[Layer]:
+def kinds(config: GemmaConfig) -> list[LayerConfig]:
     return list(dict.fromkeys(config.layers))
 
 
-def views(numbers: Tensor, cache: Cache) -> dict[Layer, Metadata]:
+def views(numbers: Tensor, cache: Cache) -> dict[LayerConfig, KernelMetadata]:
     """Of a `table` on the device."""
     found = {}
     for layer, part in zip(kinds(cache.config), numbers[2:].chunk(len(kinds(cache.config))), strict=True):
         slots, first, last, starts, counts = part.unbind()
         turn = rope(layer, numbers[1], cache.dtype)
-        found[layer] = Metadata(*turn, numbers[0], slots, first, last, starts, counts, cache.slots(layer))
+        found[layer] = KernelMetadata(*turn, numbers[0], slots, first, last, starts, counts, cache.slots(layer))
     return found
 
 
-def metadata(chunks: Sequence[Chunk], cache: Cache) -> dict[Layer, Metadata]:
+def metadata(chunks: Sequence[RowChunk], cache: Cache) -> dict[LayerConfig, KernelMetadata]:
     return views(upload(table(chunks, cache, sum(chunk.count for chunk in chunks)), cache.device), cache)
 
 
-def of_wanted(meta: Metadata, layer: Layer, chunks: Sequence[Chunk], cache: Cache) -> Metadata:
+def of_wanted(meta: KernelMetadata, layer: LayerConfig, chunks: Sequence[RowChunk], cache: Cache) -> KernelMetadata:
     """Of the wanted positions alone, for `attend`."""
     counts = [chunk.wanted for chunk in chunks]
     found = np.zeros((6, sum(counts)), np.int32)
@@ -106,7 +106,7 @@ def of_wanted(meta: Metadata, layer: Layer, chunks: Sequence[Chunk], cache: Cach
     return replace(meta, rows=rows, slots=slots, first=first, last=last, tile_starts=tile_starts, tile_counts=tile_counts)
 
 
-def _queries(config: Config, layer: Layer) -> int:
+def _queries(config: GemmaConfig, layer: LayerConfig) -> int:
     """Of a tile: what the tensor cores take at least."""
     return max(16, int(triton.next_power_of_2(config.heads // layer.kv_heads)))
 
@@ -114,7 +114,7 @@ def _queries(config: Config, layer: Layer) -> int:
 # ---- norms, rotation, writing
 
 
-def norm_rope_write(qkv: Tensor, attention: Attention, meta: Metadata, keys: Tensor, values: Tensor) -> Tensor:
+def norm_rope_write(qkv: Tensor, attention: Attention, meta: KernelMetadata, keys: Tensor, values: Tensor) -> Tensor:
     heads, kv, size = attention.heads, attention.layer.kv_heads, attention.layer.head_dim
     query = torch.empty(len(qkv), heads, size, device=qkv.device, dtype=qkv.dtype)
     _norm_rope_write[(len(qkv), heads + kv)](
@@ -166,7 +166,7 @@ def _norm_rope_write(
 # ---- attention
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, meta: Metadata) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, meta: KernelMetadata) -> Tensor:
     count, heads, size = query.shape
     kv = keys.shape[1]
     splits = min(SPLITS, triton.next_power_of_2(triton.cdiv(2 * _processors(query.device), count * kv)))

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.batch import Chunk, upload
+from model.batch import RowChunk, upload
 from model.functional import rms_norm, rope, rotate
 
 if TYPE_CHECKING:
     from model.cache import Cache
-    from model.gemma import Attention, Layer
+    from model.gemma import Attention, LayerConfig
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Neighbouring positions of the pass that belong to one row."""
 
     row: int
@@ -36,26 +36,26 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Metadata:
+class ReferenceMetadata:
     """What layers of one kind need to know of a pass over N positions."""
 
     cos: Tensor  # [N, 1, D], as `rope` makes them
     sin: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
 
-def metadata(chunks: Sequence[Chunk], cache: Cache) -> dict[Layer, Metadata]:
+def metadata(chunks: Sequence[RowChunk], cache: Cache) -> dict[LayerConfig, ReferenceMetadata]:
     at = upload(np.concatenate([chunk.positions for chunk in chunks]), cache.device)
     layers = set(cache.config.layers)
-    return {layer: Metadata(*rope(layer, at, cache.dtype), _runs(layer, chunks, cache)) for layer in layers}
+    return {layer: ReferenceMetadata(*rope(layer, at, cache.dtype), _runs(layer, chunks, cache)) for layer in layers}
 
 
-def of_wanted(meta: Metadata, layer: Layer, chunks: Sequence[Chunk], cache: Cache) -> Metadata:
+def of_wanted(meta: ReferenceMetadata, layer: LayerConfig, chunks: Sequence[RowChunk], cache: Cache) -> ReferenceMetadata:
     """Of the wanted positions alone, for `attend`."""
     return replace(meta, runs=_runs(layer, chunks, cache, of_wanted=True))
 
 
-def _runs(layer: Layer, chunks: Sequence[Chunk], cache: Cache, of_wanted: bool = False) -> tuple[Run, ...]:
+def _runs(layer: LayerConfig, chunks: Sequence[RowChunk], cache: Cache, of_wanted: bool = False) -> tuple[RowRun, ...]:
     runs, start, size = [], 0, cache.slots(layer)
     for chunk in chunks:
         count = chunk.wanted if of_wanted else chunk.count
@@ -69,7 +69,7 @@ def _runs(layer: Layer, chunks: Sequence[Chunk], cache: Cache, of_wanted: bool =
             mask = torch.where(seen, 0.0, -torch.inf).to(cache.dtype).repeat(cache.config.heads // layer.kv_heads, 1)
             mask = upload(mask, cache.device)
         written = _slots(chunk.row.length, chunk.row.length + chunk.count, size)
-        runs.append(Run(chunk.row.index, start, start + count, written, _slots(oldest, end, size), mask))
+        runs.append(RowRun(chunk.row.index, start, start + count, written, _slots(oldest, end, size), mask))
         start += count
     return tuple(runs)
 
@@ -80,7 +80,7 @@ def _slots(start: int, stop: int, size: int) -> tuple[slice, ...]:
     return (slice(first, last),) if first < last else (slice(first, size), slice(0, last))
 
 
-def norm_rope_write(qkv: Tensor, attention: Attention, meta: Metadata, keys: Tensor, values: Tensor) -> Tensor:
+def norm_rope_write(qkv: Tensor, attention: Attention, meta: ReferenceMetadata, keys: Tensor, values: Tensor) -> Tensor:
     """Norms and turns queries and keys, norms values, and writes keys and values to the cache [rows, heads, slots, D].
 
     qkv [N, all heads * D] -> queries [N, heads, D]."""
@@ -101,13 +101,13 @@ def norm_rope_write(qkv: Tensor, attention: Attention, meta: Metadata, keys: Ten
     return query
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, meta: Metadata) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, meta: ReferenceMetadata) -> Tensor:
     """Queries [N, heads, D] -> what they see [N, heads * D]. Scores have no scale."""
     found = [_attend(query[run.start : run.stop], keys[run.row], values[run.row], run) for run in meta.runs]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, run: Run) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, run: RowRun) -> Tensor:
     count, heads, size = query.shape
     seen = [[memory[:, slots] for slots in run.seen] for memory in (keys, values)]
     key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in seen)

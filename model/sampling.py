@@ -15,7 +15,7 @@ from model.batch import upload
 
 
 @dataclass(frozen=True)
-class Generation:
+class SamplingParams:
     """How tokens are drawn. Defaults are Gemma 4's; a checkpoint's generation_config.json overrides them."""
 
     stop: frozenset[int]
@@ -32,10 +32,10 @@ class Generation:
             raise ValueError(f"top_k is at least 1 and top_p above 0 and at most 1, not {self.top_k} and {self.top_p}")
 
 
-Sampler = Callable[[Tensor, Sequence[Generation], Sequence[float]], Tensor]  # what `sample` is
+Sampler = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]  # what `sample` is
 
 
-def sample(logits: Tensor, generations: Sequence[Generation], uniforms: Sequence[float]) -> Tensor:
+def sample(logits: Tensor, generations: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """The next tokens of float32 logits [S, vocabulary], and their log-probabilities before temperature and cuts: float32
     [2, S], still on the device. Not a number where the logits are none.
 
@@ -70,7 +70,7 @@ def _suppressed(ids: tuple[int, ...], size: int, device: torch.device) -> Tensor
         return mask.to(device)
 
 
-def draw(logits: Tensor, how: Generation, generator: Random | None = None) -> tuple[int, float]:
+def sample_one(logits: Tensor, sampling: SamplingParams, generator: Random | None = None) -> tuple[int, float]:
     """`sample` of one row [vocabulary], on the host."""
-    token, logp = sample(logits[None], [how], [(generator or Random()).random()])[:, 0].tolist()
+    token, logp = sample(logits[None], [sampling], [(generator or Random()).random()])[:, 0].tolist()
     return int(token), logp

@@ -22,14 +22,14 @@ from model.functional import frequencies
 from model.quantized import QuantizedLinear, Weight
 
 if TYPE_CHECKING:
-    from model.batch import Chunk
-    from model.gemma import Block, Config, Gemma, Layer
+    from model.batch import RowChunk
+    from model.gemma import Block, Gemma, GemmaConfig, LayerConfig
 
 Array = NDArray[np.float32]
 GELU = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))  # gelu, by tanh: x sigmoid(x (a + b x^2))
 
 
-class _Twin:
+class _SharedBuffer:
     """The same numbers for both: a matrix with a row for each of `count`, and [count, ...]; of one alone without that axis,
     which costs numpy a tenth of a step."""
 
@@ -38,7 +38,7 @@ class _Twin:
         self.numpy: Array = self.torch.numpy().reshape(shape if count == 1 else (count, *shape))
         self._vector = self.torch[0] if count == 1 else None
 
-    def become(self, weight: Tensor, x: _Twin) -> None:
+    def become(self, weight: Tensor, x: _SharedBuffer) -> None:
         """x times the weight's transpose."""
         if self._vector is None or x._vector is None:
             torch.mm(x.torch, weight.t(), out=self.torch)
@@ -46,10 +46,10 @@ class _Twin:
             torch.mv(weight, x._vector, out=self._vector)
 
 
-class _Kind:
+class _LayerKind:
     """Where layers of one kind read and write, and how far they turn."""
 
-    def __init__(self, config: Config, layer: Layer, cache: Cache) -> None:
+    def __init__(self, config: GemmaConfig, layer: LayerConfig, cache: Cache) -> None:
         self._window = config.window if layer.sliding else None
         self._slots, self._frequencies = cache.slots(layer), frequencies(layer, torch.device("cpu")).numpy()
         self.places: list[tuple[int, int, list[slice]]] = []  # of each row: its index, the slot that is written, those to read
@@ -81,15 +81,15 @@ class Step:
 
     def __init__(self, model: Gemma, cache: Cache) -> None:
         self.model, config = model, model.config
-        self._kinds = {layer: _Kind(config, layer, cache) for layer in set(config.layers)}
+        self._kinds = {layer: _LayerKind(config, layer, cache) for layer in set(config.layers)}
         self._layers = [
-            _Layer(config, layer, block, self._kinds[layer], keys, values)  # type: ignore[arg-type]
+            _LayerStep(config, layer, block, self._kinds[layer], keys, values)  # type: ignore[arg-type]
             for layer, block, keys, values in zip(config.layers, model.blocks, cache.keys, cache.values, strict=True)
         ]
         self._eps, self._norm = config.eps, _numpy(model.norm)
 
     @staticmethod
-    def suits(model: Gemma, cache: Cache, chunks: Sequence[Chunk]) -> bool:
+    def suits(model: Gemma, cache: Cache, chunks: Sequence[RowChunk]) -> bool:
         on_cpu = model.device.type == cache.device.type == "cpu" and model.dtype == cache.dtype == torch.float32
         plain = not any(isinstance(module, QuantizedLinear) for module in model.blocks[0].modules())
         return on_cpu and plain and all(chunk.count == 1 for chunk in chunks)
@@ -111,16 +111,16 @@ class Step:
         return torch.from_numpy(out).view(count, -1)
 
 
-class _Between:
+class _Workspace:
     """What lies between the products of a layer, for so many rows."""
 
-    def __init__(self, count: int, config: Config, layer: Layer, projected: int) -> None:
+    def __init__(self, count: int, config: GemmaConfig, layer: LayerConfig, projected: int) -> None:
         heads, kv, size = config.heads, layer.kv_heads, layer.head_dim
-        self.x, self.y = _Twin(count, config.hidden_size), _Twin(count, config.hidden_size)
-        self.projected = _Twin(count, projected // size, size)
-        self.query = _Twin(count, heads + kv, 2, size // 2)  # and key, after their norm and turn
-        self.found = _Twin(count, heads, size)
-        self.wide, self.gated = _Twin(count, 2, config.intermediate_size), _Twin(count, config.intermediate_size)
+        self.x, self.y = _SharedBuffer(count, config.hidden_size), _SharedBuffer(count, config.hidden_size)
+        self.projected = _SharedBuffer(count, projected // size, size)
+        self.query = _SharedBuffer(count, heads + kv, 2, size // 2)  # and key, after their norm and turn
+        self.found = _SharedBuffer(count, heads, size)
+        self.wide, self.gated = _SharedBuffer(count, 2, config.intermediate_size), _SharedBuffer(count, config.intermediate_size)
         # By row, and there by head of keys:
         self.asked = [row[: heads * size].view(kv, -1, size) for row in self.query.torch]
         self.answers = [row.view(kv, -1, size) for row in self.found.torch]
@@ -130,11 +130,13 @@ class _Between:
         ]  # in full layers these are the keys, before their norm's weight and turn
 
 
-class _Layer:
-    def __init__(self, config: Config, layer: Layer, block: Block, kind: _Kind, keys: Tensor, values: Tensor) -> None:
+class _LayerStep:
+    def __init__(
+        self, config: GemmaConfig, layer: LayerConfig, block: Block, kind: _LayerKind, keys: Tensor, values: Tensor
+    ) -> None:
         attention, self._kind, self._eps = block.attention, kind, config.eps
         self._config, self._layer = config, layer
-        self._between: dict[int, _Between] = {}
+        self._between: dict[int, _Workspace] = {}
         self._keys, self._values = keys.numpy(), values.numpy()  # [rows, heads, slots, D]
         self._qkv, self._out = _plain(attention.qkv), _plain(attention.out)
         self._gate_up, self._down = _plain(block.mlp.gate_up), _plain(block.mlp.down)
@@ -144,10 +146,10 @@ class _Layer:
         self._qk_norm: Array = np.stack(heads).reshape(-1, 2, layer.head_dim // 2)
         self._scale = np.float32(block.scale.item())
 
-    def listen(self, x: Array, count: int) -> _Between:
+    def listen(self, x: Array, count: int) -> _Workspace:
         """Writes the positions' keys and values to their rows."""
         if (between := self._between.get(count)) is None:
-            between = self._between[count] = _Between(count, self._config, self._layer, len(self._qkv))
+            between = self._between[count] = _Workspace(count, self._config, self._layer, len(self._qkv))
         kind, query = self._kind, between.query.numpy
         _rms_norm(x, self._eps, self._input, between.x.numpy)
         between.projected.become(self._qkv, between.x)
@@ -164,7 +166,7 @@ class _Layer:
             self._values[row, :, slot] = value
         return between
 
-    def answer(self, between: _Between, x: Array) -> None:
+    def answer(self, between: _Workspace, x: Array) -> None:
         """x becomes what the layer puts out, of all that the rows hold."""
         for (row, _, seen), asked, found in zip(self._kind.places, between.asked, between.answers, strict=True):
             keys, values = _slots(self._keys[row], seen), _slots(self._values[row], seen)

@@ -27,7 +27,7 @@ class VadMissing(RuntimeError):
 
 
 @dataclass(eq=False, slots=True)
-class Listening:
+class VadState:
     """What one conversation has heard so far. `broken` counts the frames that held NaN or infinity."""
 
     rest: np.ndarray = field(default_factory=lambda: np.zeros(CONTEXT, np.float32))  # the context, then what fills no chunk yet
@@ -37,7 +37,7 @@ class Listening:
 
 
 class Vad:
-    """The weights, read once and shared: what changes from frame to frame is the `Listening` of each conversation."""
+    """The weights, read once and shared: what changes from frame to frame is the `VadState` of each conversation."""
 
     def __init__(self) -> None:
         """Raises VadMissing."""
@@ -56,10 +56,10 @@ class Vad:
         self._gate_bias = raw["lstm_cell.bias_ih"] + raw["lstm_cell.bias_hh"]
         self._final, self._final_bias = raw["final_conv.weight"][0, :, 0], raw["final_conv.bias"][0]
 
-    def start(self) -> Listening:
-        return Listening()
+    def start(self) -> VadState:
+        return VadState()
 
-    def hear(self, frame: np.ndarray, state: Listening) -> float:
+    def hear(self, frame: np.ndarray, state: VadState) -> float:
         """float32 [640] in [-1, 1] → 0..1, for the newest chunk that the frame completes (at most 24 ms are still waiting).
 
         Louder samples are clipped. A frame with NaN or infinity is heard as silence and counted: once in the recurrent
@@ -77,7 +77,7 @@ class Vad:
         state.rest = sound[at:]
         return probability
 
-    def _step(self, chunk: np.ndarray, state: Listening) -> float:
+    def _step(self, chunk: np.ndarray, state: VadState) -> float:
         """The graph of silero_vad/tinygrad_model.py for one chunk [64 + 512]."""
         padded = np.concatenate([chunk, chunk[-2 : -2 - CONTEXT : -1]])  # mirrored at the end, and there alone
         spectrum = _windows(padded, WINDOW, HOP) @ self._spectrum  # [4, 258]

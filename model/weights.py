@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.cache import NO_ROWS, Room
-from model.gemma import CheckpointError, Config, Gemma, Layer
+from model.gemma import CheckpointError, Gemma, GemmaConfig, LayerConfig
 from model.gguf_files import GgufFiles
 from model.quantized import Form, Quantized, QuantizedLinear, joined, nbytes, quantize, suits
 from model.safetensors_files import SafetensorsFiles, open_safetensors, read_json
-from model.sampling import Generation
+from model.sampling import SamplingParams
 
 NANO = Path(__file__).parent / "nano"
 CONFIG_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer*.json")
@@ -45,7 +45,7 @@ class Place:
     stop: int | None = None
 
 
-def layout(config: Config) -> dict[str, Place]:
+def layout(config: GemmaConfig) -> dict[str, Place]:
     """Every tensor of a checkpoint by its name on disk (677 for the 12B, no lm_head: it is tied)."""
     h, v = config.hidden_size, config.vision_size
     text, patch = "model.language_model.", 3 * config.patch**2
@@ -71,7 +71,7 @@ def layout(config: Config) -> dict[str, Place]:
     return places
 
 
-def _block(config: Config, layer: Layer) -> dict[str, Place]:
+def _block(config: GemmaConfig, layer: LayerConfig) -> dict[str, Place]:
     h, m, d = config.hidden_size, config.intermediate_size, layer.head_dim
     q, kv = config.heads * d, layer.kv_heads * d
     places = {
@@ -94,16 +94,16 @@ def _block(config: Config, layer: Layer) -> dict[str, Place]:
     return places
 
 
-def size(config: Config) -> int:
+def size(config: GemmaConfig) -> int:
     """Numbers in all tensors."""
     return sum(_numel(place.shape) for place in layout(config).values())
 
 
-def read_config(folder: Path) -> Config:
-    return Config.from_json(read_json(folder / "config.json"))
+def read_config(folder: Path) -> GemmaConfig:
+    return GemmaConfig.from_json(read_json(folder / "config.json"))
 
 
-def read_generation(folder: Path, config: Config) -> Generation:
+def read_generation(folder: Path, config: GemmaConfig) -> SamplingParams:
     """Sampling defaults of the checkpoint. The ids that close a picture or sound are suppressed even where the file
     forgets them: their rows of the table hold projections, and the real model would emit them once per 500 tokens."""
     path = folder / "generation_config.json"
@@ -113,7 +113,7 @@ def read_generation(folder: Path, config: Config) -> Generation:
     media = config.media
     never = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
     try:
-        return Generation(
+        return SamplingParams(
             stop=frozenset(stop if isinstance(stop, list) else [stop]),
             suppressed=tuple(sorted(never | set(raw.get("suppress_tokens") or ()))),
             greedy=not raw.get("do_sample", True),
@@ -321,21 +321,21 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def weight_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+def weight_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype) -> int:
     """Memory of all weights, the layers' matrices in `form`."""
     places = layout(config).values()
     others = sum(_numel(place.shape) for place in places if not place.parameter.startswith("blocks."))
     return layer_bytes(config, form, dtype) + others * dtype.itemsize
 
 
-def layer_bytes(config: Config, form: Form | None, dtype: torch.dtype) -> int:
+def layer_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype) -> int:
     """Memory of the layers alone, which every pass reads."""
     shapes = [place.shape for place in layout(config).values() if place.parameter.startswith("blocks.")]
     plain = sum(_numel(shape) for shape in shapes if form is None or len(shape) != 2) * dtype.itemsize
     return plain + sum(nbytes(*shape, form) for shape in shapes if form and len(shape) == 2)
 
 
-def _check_memory(weights: int, room: Room, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(weights: int, room: Room, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> None:
     free, rows = free_memory(device), room.rows * room.bytes_per_row(config, dtype)
     if free is None or weights + rows <= free:
         return

@@ -21,7 +21,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from streams.language import language_of
-from streams.voice import TOKEN, Chunk, Speech, Stream, VoiceMissing, Word, plain
+from streams.voice import TOKEN, Speech, SpeechChunk, Stream, VoiceMissing, Word, plain
 
 RATE = 22050
 CHUNK_MS = 20  # asked for; espeak rounds it up to about 50 ms
@@ -96,9 +96,9 @@ class Espeak:
         otherwise the voice's flutter goes on where the last text left it.
         """
         resolved = self._resolved(settings)
-        chunks: list[Chunk] = []
+        chunks: list[SpeechChunk] = []
 
-        def take(chunk: Chunk) -> bool:
+        def take(chunk: SpeechChunk) -> bool:
             chunks.append(chunk)
             return True
 
@@ -145,7 +145,7 @@ class _EspeakLibrary:
             raise ValueError(f"no voice variant {variant!r}: see Espeak().variants()")
         return self.voices[accent] + plus + variant
 
-    def synthesise(self, text: str, take: Callable[[Chunk], bool], *, voice: str, fresh: bool, **parameters: int) -> None:
+    def synthesise(self, text: str, take: Callable[[SpeechChunk], bool], *, voice: str, fresh: bool, **parameters: int) -> None:
         """Calls take with each chunk until it says False. Holds the lock for one part of the text at a time."""
         words, made, going = _WordTimes(text), 0, True
         failure: list[BaseException] = []
@@ -154,7 +154,7 @@ class _EspeakLibrary:
             nonlocal made, going
             try:
                 known = words.known(events, start, begun)
-                going = take(Chunk(pcm, made, known))
+                going = take(SpeechChunk(pcm, made, known))
             except BaseException as error:  # noqa: BLE001  may not cross the C frames in between
                 failure.append(error)
                 going = False
@@ -179,7 +179,7 @@ class _EspeakLibrary:
             if not going:
                 return
         if rest := words.upto(len(text), made):
-            take(Chunk(np.zeros(0, np.float32), made, rest))
+            take(SpeechChunk(np.zeros(0, np.float32), made, rest))
 
     def _on_sound(self, wav: Any, count: int, events: Any) -> int:
         if not wav:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import hf_hub_download
 
-from streams.voice import Chunk, Stream, VoiceMissing, Word, plain, words_in
+from streams.voice import SpeechChunk, Stream, VoiceMissing, Word, plain, words_in
 
 PACE = 0.07  # seconds a letter, pauses included: espeak-ng at 175 words a minute
 SLOW = 2 * PACE  # nobody is expected to speak slower than this
@@ -56,7 +56,7 @@ class PocketVoice:
     def speak(self, text: str, before: str = "") -> Stream:  # in the language of its weights, whatever was said
         return Stream(lambda take, over: self._generate(text, take, over))
 
-    def _generate(self, text: str, take: Callable[[Chunk], bool], over: threading.Event) -> None:
+    def _generate(self, text: str, take: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
         words, made = _EstimatedWordTimes(text, self.rate), 0
         with self._lock:
             if over.is_set() or not words:  # the model refuses a text without words
@@ -65,9 +65,9 @@ class PocketVoice:
             for sound in self._model.generate_audio_stream(self._state, plain(text), stop=over):
                 pcm = np.clip(np.asarray(sound, np.float32), -1, 1)
                 begin, made = made, made + len(pcm)
-                take(Chunk(pcm, begin, words.begun(made)))
+                take(SpeechChunk(pcm, begin, words.begun(made)))
         if made and not over.is_set():
-            take(Chunk(np.zeros(0, np.float32), made, words.rest(made)))
+            take(SpeechChunk(np.zeros(0, np.float32), made, words.rest(made)))
 
 
 class _EstimatedWordTimes:

@@ -29,7 +29,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class SpeechChunk:
     """A piece of the sound from `sample` on, and the words whose times became known with it, in order."""
 
     pcm: np.ndarray  # float32 [n] in [-1, 1]
@@ -54,20 +54,20 @@ class Stream:
     reader.
     """
 
-    def __init__(self, make: Callable[[Callable[[Chunk], bool], threading.Event], None]):
-        self._chunks: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()  # bounded by the text
+    def __init__(self, make: Callable[[Callable[[SpeechChunk], bool], threading.Event], None]):
+        self._chunks: queue.SimpleQueue[SpeechChunk | BaseException | None] = queue.SimpleQueue()  # bounded by the text
         self._closed = False  # for the reader, who still gets what was made before `make` ended
         self._over = threading.Event()
         self._make = make
         self._thread = threading.Thread(target=self._run, name="voice", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[SpeechChunk]:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> SpeechChunk:
         chunk = None if self._closed else self._chunks.get()
-        if isinstance(chunk, Chunk) and not self._closed:
+        if isinstance(chunk, SpeechChunk) and not self._closed:
             return chunk
         self._closed = True
         if isinstance(chunk, BaseException):
@@ -87,7 +87,7 @@ class Stream:
         self.stop()
 
     def _run(self) -> None:
-        def take(chunk: Chunk) -> bool:
+        def take(chunk: SpeechChunk) -> bool:
             self._chunks.put(chunk)
             return not self._over.is_set()
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from model.functional import frequencies
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def fake_cuda() -> Iterator[None]:
         frequencies.cache_clear()  # they are fake
 
 
-def gemma(config: Config, dtype: torch.dtype = torch.bfloat16) -> Gemma:
+def gemma(config: GemmaConfig, dtype: torch.dtype = torch.bfloat16) -> Gemma:
     """On the fake device, as loaded. To be called within `fake_cuda`."""
     with torch.device("meta"):
         model = Gemma(config)

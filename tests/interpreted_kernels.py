@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 
 from model import forward, kernels, reference
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import Attention, Config
+from model.gemma import Attention, GemmaConfig
 from tests import tiny
 from tests.test_cache import LONG, Rows, moves
 
@@ -52,7 +52,7 @@ def both(cache, chunks, wanted=False):
 
 @pytest.fixture(params=SHAPES)
 def config(request):
-    return Config.from_json(SHAPES[request.param].hub_json())
+    return GemmaConfig.from_json(SHAPES[request.param].hub_json())
 
 
 CHUNKS = (
@@ -65,7 +65,7 @@ CHUNKS = (
 
 def chunked(config, spelled, wanted=0):
     cache, rows = cache_of(config, [length for length, *_ in spelled])
-    wide = [Chunk(row, n, tuple(seen), min(wanted, n)) for row, (_, n, *seen) in zip(rows, spelled, strict=True)]
+    wide = [RowChunk(row, n, tuple(seen), min(wanted, n)) for row, (_, n, *seen) in zip(rows, spelled, strict=True)]
     return cache, wide[::-1]  # rows in another order than in the cache
 
 

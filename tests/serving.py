@@ -17,8 +17,8 @@ from openai import AsyncOpenAI
 from websockets.asyncio.client import ClientConnection, connect
 
 from agent import checkpoint
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
-from agent.settings import Settings
 from agent.view import Budget
 from model.vad import Vad
 from streams.media_files import read_audio
@@ -29,7 +29,7 @@ LOADED = tiny(640)
 VAD = Vad()
 DEMO = Path(checkpoint.__file__).parents[1] / "model/nano/demo"
 TEN = "one two three four five six seven eight nine ten."
-SETTINGS = Settings(budget=Budget(ahead=3000, row=3000), most=60, how=LOADED.generation)
+SETTINGS = ConversationConfig(budget=Budget(ahead=3000, row=3000), max_tokens=60, sampling=LOADED.generation)
 
 
 def fast() -> float:

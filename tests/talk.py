@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from agent import checkpoint, events, script
-from agent.checkpoint import Loaded
-from agent.engine import Feed
+from agent.checkpoint import LoadedModel
+from agent.engine import SequenceHandle
 from agent.prompt import Prompt
 from agent.segments import Picture, Segment, View
 from agent.session import Session
 from agent.tape import Sound
-from model.gemma import Config, Gemma
-from model.sampling import Generation, sample
+from model.gemma import Gemma, GemmaConfig
+from model.sampling import SamplingParams, sample
 from streams.pictures import decode_picture
-from streams.voice import Chunk, Word
+from streams.voice import SpeechChunk, Word
 from tests.tiny import FRAME, Recipe
 from tests.vocabulary import media, tokenizer
 
@@ -39,22 +39,22 @@ T = TypeVar("T")
 
 
 @cache
-def tiny(frame: int = FRAME) -> Loaded:
+def tiny(frame: int = FRAME) -> LoadedModel:
     raw = Recipe(hub=True, layers="ssfs", window=WINDOW).hub_json()
     raw["text_config"] |= {"vocab_size": TOKENIZER.vocab_size, "max_position_embeddings": 8192}
     raw["audio_config"]["audio_embed_dim"] = frame
     torch.manual_seed(0)
-    model = Gemma(replace(Config.from_json(raw), media=PROMPT.media))
+    model = Gemma(replace(GemmaConfig.from_json(raw), media=PROMPT.media))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:
                 p.normal_(std=1 if name == "vision.places" else p.shape[-1] ** -0.5)
     m = PROMPT.media
-    how = Generation(frozenset({END}), (m.boi, m.eoi, m.boa, m.eoa, m.image, m.audio))
-    return Loaded(model.eval(), TOKENIZER, PROMPT, how, 70)
+    sampling = SamplingParams(frozenset({END}), (m.boi, m.eoi, m.boa, m.eoa, m.image, m.audio))
+    return LoadedModel(model.eval(), TOKENIZER, PROMPT, sampling, 70)
 
 
-def greedy(loaded: Loaded) -> Generation:
+def greedy(loaded: LoadedModel) -> SamplingParams:
     return replace(loaded.generation, greedy=True, stop=frozenset())
 
 
@@ -64,8 +64,8 @@ def jpeg(seed: int = 0) -> bytes:
     return bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
 
 
-def picture(loaded: Loaded, seed: int = 0) -> Picture:
-    pieces, _ = checkpoint.cut(loaded, decode_picture(jpeg(seed), "it"), loaded.budget)
+def picture(loaded: LoadedModel, seed: int = 0) -> Picture:
+    pieces, _ = checkpoint.patchify(loaded, decode_picture(jpeg(seed), "it"), loaded.budget)
     return Picture(jpeg(seed), loaded.budget, len(pieces))
 
 
@@ -92,7 +92,7 @@ def viewed(*segments: Segment) -> View:
 class Plain:
     """A row of its own cache that holds these segments, by the verbs that need no engine."""
 
-    def __init__(self, loaded: Loaded, segments: Iterable[Segment], length: int = 2000) -> None:
+    def __init__(self, loaded: LoadedModel, segments: Iterable[Segment], length: int = 2000) -> None:
         self.loaded, self.cache = loaded, checkpoint.new_cache(loaded, 1, length)
         self.row = self.cache.claim()
         self.hidden: Tensor | None = None
@@ -103,7 +103,7 @@ class Plain:
     def append(self, segment: Segment) -> None:
         match segment:
             case Picture():
-                pieces, places = checkpoint.cut(self.loaded, decode_picture(segment.data, "it"), segment.budget)
+                pieces, places = checkpoint.patchify(self.loaded, decode_picture(segment.data, "it"), segment.budget)
                 checkpoint.append_picture(self.loaded, self.cache, self.row, pieces, places)
             case Sound():
                 for frame in segment.samples:
@@ -111,9 +111,9 @@ class Plain:
             case _:
                 self.hidden = checkpoint.append_ids(self.loaded, self.cache, self.row, list(segment), wanted=True)
 
-    def generate(self, how: Generation, most: int) -> list[tuple[int, float]]:
+    def generate(self, sampling: SamplingParams, max_tokens: int) -> list[tuple[int, float]]:
         assert self.hidden is not None
-        return list(checkpoint.generate(self.loaded, self.cache, self.row, self.hidden, how, most))
+        return list(checkpoint.generate(self.loaded, self.cache, self.row, self.hidden, sampling, max_tokens))
 
     @torch.inference_mode()
     def logits(self, ids: Iterable[int]) -> Tensor:
@@ -126,16 +126,18 @@ class Plain:
         return torch.stack(out)
 
 
-async def settled(feed: Feed) -> None:
+async def settled(feed: SequenceHandle) -> None:
     """Until everything is in the row."""
     async with asyncio.timeout(60):
         while feed.waiting:
             await asyncio.sleep(0)
 
 
-async def written(feed: Feed, *closing: Segment, how: Generation, most: int = 12) -> list[tuple[int, float]]:
+async def written(
+    feed: SequenceHandle, *closing: Segment, sampling: SamplingParams, max_tokens: int = 12
+) -> list[tuple[int, float]]:
     async with asyncio.timeout(60):
-        return [drawn async for drawn in feed.generate(*closing, how=how, most=most)]
+        return [drawn async for drawn in feed.generate(*closing, sampling=sampling, max_tokens=max_tokens)]
 
 
 def same(mine: list[tuple[int, float]], its: list[tuple[int, float]]) -> bool:
@@ -177,17 +179,17 @@ class Mind:
         self._left = None
         self._go.set()
 
-    def __call__(self, logits: Tensor, generations: Sequence[Generation], uniforms: Sequence[float]) -> Tensor:
+    def __call__(self, logits: Tensor, generations: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
         return torch.cat([self._next(*row) for row in zip(logits.split(1), generations, uniforms, strict=True)], 1)
 
-    def _next(self, logits: Tensor, how: Generation, uniform: float) -> Tensor:
-        if how is self.PROBE:
+    def _next(self, logits: Tensor, sampling: SamplingParams, uniform: float) -> Tensor:
+        if sampling is self.PROBE:
             self.logits.append(logits[0].clone())
-            return sample(logits, [how], [uniform])
-        return torch.tensor([[float(self._says(how))], [0.0]])
+            return sample(logits, [sampling], [uniform])
+        return torch.tensor([[float(self._says(sampling))], [0.0]])
 
-    def _says(self, how: Generation) -> int:
-        if how.greedy:
+    def _says(self, sampling: SamplingParams) -> int:
+        if sampling.greedy:
             return self._captions.popleft() if self._captions else END
         id = self._answer.popleft() if self._answer else END
         if self._left == 0:
@@ -262,14 +264,14 @@ class Door(script.Performance):
     async def answered(self, count: int) -> None:
         """Time passes until so many answers are over, and all captions are there."""
         async with asyncio.timeout(60):
-            while len(self.of(events.Answered)) < count or self.session.record.captions:
+            while len(self.of(events.AnswerDone)) < count or self.session.record.captions:
                 await self.quiet(40)
         await settled(self.session.record.row)
 
     @property
     def sound(self) -> np.ndarray:
         """Of the last answer, laid down where it belongs; what was sent twice must be the same."""
-        said = [event for event in self.of(events.Said) if event.answer == self.of(events.Said)[-1].answer]
+        said = [event for event in self.of(events.AudioDelta) if event.answer == self.of(events.AudioDelta)[-1].answer]
         track = np.full(max(event.sample + len(event.pcm) for event in said), np.nan, np.float32)
         for event in said:
             old = track[event.sample : event.sample + len(event.pcm)]
@@ -290,7 +292,7 @@ class Beeps:
     def speak(self, text: str, before: str = "") -> Any:
         return _Beep(self._speak(text))
 
-    def _speak(self, text: str) -> Iterator[Chunk]:
+    def _speak(self, text: str) -> Iterator[SpeechChunk]:
         at = 0
         for match in re.finditer(r"\w+", text):
             if self._left == 0:
@@ -299,12 +301,12 @@ class Beeps:
                 raise self._trouble or RuntimeError("the voice broke")
             self._left = None if self._left is None else self._left - 1
             pcm = (np.arange(2400) + self._made).astype(np.float32) / (1 << 20)
-            yield Chunk(pcm, at, (Word(*match.span(), at),))
+            yield SpeechChunk(pcm, at, (Word(*match.span(), at),))
             self._made, at = self._made + 2400, at + 2400
 
 
 class _Beep:
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
+    def __init__(self, chunks: Iterator[SpeechChunk]) -> None:
         self._chunks = chunks
 
     def __enter__(self) -> Self:
@@ -313,5 +315,5 @@ class _Beep:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> SpeechChunk:
         return next(self._chunks)

@@ -19,14 +19,14 @@ from model import weights
 from model.cache import SLACK, Cache, Room, RowFull
 from model.forward import ForwardPass
 from model.functional import rms_norm
-from model.gemma import CheckpointError, Config, Gemma
+from model.gemma import CheckpointError, Gemma, GemmaConfig
 from model.weights import NANO, read_config
 from tests import fake_cuda, tiny
 from tests.talk import tiny as tiny_loaded
 from tests.talk import words
 
 LOADED = tiny_loaded()
-TINY = Config.from_json(tiny.Recipe().hub_json())
+TINY = GemmaConfig.from_json(tiny.Recipe().hub_json())
 
 
 @pytest.mark.parametrize("config", [TINY, pytest.param(read_config(NANO), marks=pytest.mark.slow)], ids=["tiny", "nano"])
@@ -115,7 +115,7 @@ def gpus(monkeypatch):
 
 
 def test_a_small_model_stays_on_the_cpu_and_a_large_one_goes_to_the_gpu(gpus):
-    nano, large = (weights.size(Config.from_json(SHAPES[name]())) for name in ("nano", "12b"))
+    nano, large = (weights.size(GemmaConfig.from_json(SHAPES[name]())) for name in ("nano", "12b"))
     gpus(1)
     assert weights.find_device("auto", nano).type == "cpu"
     assert weights.find_device("auto", large).type == "cuda"
@@ -146,7 +146,7 @@ def test_matrices_are_transposed_for_a_cpu_in_float32_alone():
         assert {p.t().is_contiguous() for p in matrices} == {transposed}
 
 
-REAL, BF16, GIB = Config.from_json(SHAPES["12b"]()), torch.bfloat16, 2**30
+REAL, BF16, GIB = GemmaConfig.from_json(SHAPES["12b"]()), torch.bfloat16, 2**30
 
 
 def test_slack_is_as_much_as_fits_and_at_least_what_a_picture_needs():

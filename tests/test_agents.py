@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from agent import checkpoint
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
-from agent.settings import Settings
 from streams.voice import open_voice
 from tests.serving import DEMO, SETTINGS, question, serving
 from tests.talk import jpeg
@@ -67,7 +67,7 @@ async def test_typed(engine, mind, tmp_path):
 
 async def test_talk_over_an_answer_truncates_it_and_is_answered(engine, mind, tmp_path):
     mind.says("word " * 30, "Yes.")
-    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port:
+    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, max_tokens=300)) as port:
         lived = await lives(port, "interruption", tmp_path)
     assert lived["interrupted"] == 1 and words(lived["responses"][-1]) == "Yes."
     kinds = lived["kinds"]
@@ -89,7 +89,7 @@ async def test_a_function_is_called_and_its_output_used(engine, mind, tmp_path):
 async def test_a_spoken_question_about_a_picture_is_answered_by_nano(tmp_path):
     shown = (DEMO / "picture.jpg").read_bytes()
     with Engine(checkpoint.load("nano"), length=2048) as running:
-        async with serving(running, open_voice("espeak"), settings=Settings(seed=0), clock=time.monotonic) as port:
+        async with serving(running, open_voice("espeak"), settings=ConversationConfig(seed=0), clock=time.monotonic) as port:
             lived = await lives(port, "spoken", tmp_path, shown)
     answer = words(lived["responses"][0])
     assert answer.startswith("The orange square is ") and lived["heard"] > 500

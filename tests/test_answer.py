@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.answer import Answer
+from agent.answer_parser import AnswerParser
 from agent.calls import BrokenCall, ToolCall
 from agent.marks import Mark
 from agent.prompt import Thought
@@ -18,8 +18,8 @@ MARKS = '[{"box_2d": [120, 340, 560, 780], "label": "red circle"}]'
 CALL = '<|tool_call>call:look{where:<|"|>left<|"|>}<tool_call|><|tool_response>'
 
 
-def read(text: str, answer: Answer | None = None) -> tuple[Answer, list]:
-    answer = answer or Answer(TOKENIZER)
+def read(text: str, answer: AnswerParser | None = None) -> tuple[AnswerParser, list]:
+    answer = answer or AnswerParser(TOKENIZER)
     pieces = [piece for id in ids(text) for piece in answer.push(id)]
     return answer, pieces + answer.flush()
 
@@ -54,7 +54,7 @@ def test_a_stretch_goes_on_after_its_tools_in_the_same_answer():
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_after_a_tools_result_a_thought_may_be_open(thinking):
-    answer = Answer(TOKENIZER, thinking)
+    answer = AnswerParser(TOKENIZER, thinking)
     read("<|channel>thought\nhm" + CALL, answer)
     answer.begin()
     _, pieces = read("so<channel|>Red.", answer)
@@ -73,7 +73,7 @@ def test_the_ids_until_a_character_write_that_character_and_no_more_than_its_tok
     assert stretch.until(0) == 0
     for characters in range(1, len(answer.text) + 1):
         count = stretch.until(characters)
-        again = Answer(TOKENIZER)
+        again = AnswerParser(TOKENIZER)
         for id in stretch.ids[:count]:
             again.push(id)
         assert count == len(stretch.ids) or len(again.text) >= characters

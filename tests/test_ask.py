@@ -79,7 +79,7 @@ def test_streaming_gives_the_log_probabilities_of_the_whole_prompt(capsys: pytes
     samples = read_audio(QUESTION)
     x = model.embed_text(ids)
     x[ids == media.audio] = model.embed_audio(torch.from_numpy(np.pad(samples, (0, -len(samples) % 640)).reshape(-1, 640)))
-    x[ids == media.image] = model.embed_image(*checkpoint.cut(loaded, read_picture(PICTURE), loaded.budget))
+    x[ids == media.image] = model.embed_image(*checkpoint.patchify(loaded, read_picture(PICTURE), loaded.budget))
     blocks = torch.where(ids == media.image, 0, -1)[None]
     hidden = model(x[None], whole_span(model.config, len(ids), blocks, model.dtype, model.device))
     assert hidden is not None

@@ -14,9 +14,9 @@ from agent.bench.alone import Effort
 from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
 from model import threads
-from model.gemma import CheckpointError, Config, Gemma
+from model.gemma import CheckpointError, Gemma, GemmaConfig
 
-ONCE = Effort(seconds=0, least=1, most=1)
+ONCE = Effort(seconds=0, least=1, max_tokens=1)
 ALONE = {
     *(f"{what}_{count}" for what in ("append", "real_time") for count in (1, 4, 16)),
     *("step", "read", "step_over_read", "flat", "fork", "truncate", "weights", "row", "peak", "busy", "busy_over_alone"),
@@ -64,7 +64,7 @@ def test_a_line_shows_three_figures_and_leaves_out_what_was_not_measured() -> No
 
 def test_the_real_shape_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        model = Gemma(Config.from_json(SHAPES["12b"]()))
+        model = Gemma(GemmaConfig.from_json(SHAPES["12b"]()))
     assert sum(p.numel() for p in model.parameters()) == 11_959_730_224
 
 

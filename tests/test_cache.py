@@ -12,10 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.cache import Cache, NoRow, Row, RowFull, whole_span
 from model.forward import ForwardPass
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from tests import tiny
 from tests.tiny import at_once, feed
 
@@ -376,7 +376,7 @@ def test_bytes_per_row_are_the_memory_a_row_takes(model, dtype, length, slack):
 
 def test_a_row_of_the_12b_takes_what_its_card_says():
     """8 full layers of 2,048 bytes and 40 sliding layers of 8,192 bytes a position: 2,368 MiB at 131,072."""
-    config = Config.from_json(tiny.REAL)
+    config = GemmaConfig.from_json(tiny.REAL)
     assert Cache.bytes_per_row(config, 131_072, 0, torch.bfloat16) == 2_368 * 2**20
     assert Cache.bytes_per_row(config, 8_192, 1_152, torch.bfloat16) == (128 + 320 + 360) * 2**20
 
@@ -473,7 +473,7 @@ class Rows:
             pictures = ((start, rng.randint(start, count)),) if rng.random() < 0.5 else ()
             pictures = tuple(seen for seen in pictures if seen[0] < seen[1])
             if count:
-                chunks.append(Chunk(c.row, count, pictures, rng.choice((0, 1, count))))
+                chunks.append(RowChunk(c.row, count, pictures, rng.choice((0, 1, count))))
                 tapes.append((c, torch.randn(count, 16, generator=generator)))
         if not chunks:
             return

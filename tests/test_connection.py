@@ -64,7 +64,7 @@ async def test_a_conversation_without_a_socket(engine: Engine, mind: Mind) -> No
         pipe.hang_up()
         assert await ends == End(1000, "the client has gone")
         await free(engine)
-    assert any(isinstance(event, events.Answered) for event in told)
+    assert any(isinstance(event, events.AnswerDone) for event in told)
 
 
 async def test_how_a_conversation_ends(engine: Engine, mind: Mind) -> None:

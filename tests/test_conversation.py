@@ -13,13 +13,13 @@ import soundfile
 
 from agent import ask, checkpoint, events
 from agent.ask import QuestionPart
-from agent.bench.crowd import Question
-from agent.checkpoint import Loaded
+from agent.bench.load_test import SpokenQuestion
+from agent.checkpoint import LoadedModel
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.recording import Recording
-from agent.script import Performance, Turn
+from agent.script import Performance, ScriptedTurn
 from agent.session import Session
-from agent.settings import Settings
 from agent.view import Budget, Policy
 from model.nano import draw, people, speech, world
 from model.vad import Vad
@@ -36,7 +36,7 @@ PICTURE = (NANO / "demo" / "picture.jpg").read_bytes()
 
 @dataclass(frozen=True)
 class Spoken:
-    question: Question
+    question: SpokenQuestion
     words: str
 
 
@@ -47,16 +47,18 @@ def conversation(seed: int) -> list[Spoken]:
         scene = world.sample_scene(rng, *people.SIZE, count=(1, 3))
         asked = world.sample_ask(rng, scene, kind)
         said = speech.utter(asked.text, rng, held_out=True)
-        turn = Turn(people.jpeg(draw.draw(scene, rng)), said.pcm)
-        turns.append(Spoken(Question(turn, said.words[0][1], partial(people.right, asked.answer)), world.spoken(asked.text)))
+        turn = ScriptedTurn(people.jpeg(draw.draw(scene, rng)), said.pcm)
+        turns.append(
+            Spoken(SpokenQuestion(turn, said.words[0][1], partial(people.right, asked.answer)), world.spoken(asked.text))
+        )
     return turns
 
 
-async def held(loaded: Loaded, turns: list[Spoken], real_time: bool, recording: Recording | None = None) -> Performance:
+async def held(loaded: LoadedModel, turns: list[Spoken], real_time: bool, recording: Recording | None = None) -> Performance:
     played = Performance([spoken.question.turn for spoken in turns], real_time, recording=recording)
     how = replace(loaded.generation, greedy=True)
     with Engine(loaded) as engine:
-        await played.run(Session(engine, Vad(), open_voice("espeak"), Settings(how=how)))
+        await played.run(Session(engine, Vad(), open_voice("espeak"), ConversationConfig(sampling=how)))
     return played
 
 
@@ -97,12 +99,14 @@ async def test_what_was_shown_first_is_known_as_far_as_the_budget_allows(policy:
     loaded = checkpoint.load("nano")
     asks = ["What do you see?", *("Thank you.", "Hello!") * (courtesies // 2), "What do you see?"]
     for budget in (Budget(), small):
-        played = Performance([Turn(PICTURE if n == 0 else b"", typed=words, wait=0.1) for n, words in enumerate(asks)])
-        settings = Settings(how=replace(loaded.generation, greedy=True), policy=policy, budget=budget)
+        played = Performance([ScriptedTurn(PICTURE if n == 0 else b"", typed=words, wait=0.1) for n, words in enumerate(asks)])
+        settings = ConversationConfig(sampling=replace(loaded.generation, greedy=True), policy=policy, budget=budget)
         with Engine(loaded) as engine:
             await played.run(Session(engine, Vad(), None, settings))
         first, last = played.exchanges[0].text, played.exchanges[-1].text
-        gone = {(place.what, place.of) for event in played.events if isinstance(event, events.LetGo) for place in event.gone}
+        gone = {
+            (place.what, place.of) for event in played.events if isinstance(event, events.EntriesEvicted) for place in event.gone
+        }
         assert first == "I see an orange square and a red triangle."
         if budget == small:
             assert last != first and gone & {("turn", 1), ("picture", 2)}

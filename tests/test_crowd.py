@@ -8,11 +8,11 @@ import pytest
 
 from agent import checkpoint, events
 from agent.__main__ import main
-from agent.bench import chart, crowd, waits
-from agent.bench.crowd import Question, Spread, Talk
-from agent.checkpoint import Loaded
+from agent.bench import chart, load_test, waits
+from agent.bench.load_test import SpeakerTally, SpokenQuestion, Spread
+from agent.checkpoint import LoadedModel
 from agent.marks import Mark
-from agent.script import Exchange, Performance, Turn
+from agent.script import Performance, ScriptedExchange, ScriptedTurn
 from model.gemma import CheckpointError
 from model.nano import people
 from streams.frames import RATE, MediaError
@@ -24,18 +24,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return checkpoint.load("nano")
 
 
-def asker(count: int) -> Callable[[int], list[Question]]:
+def asker(count: int) -> Callable[[int], list[SpokenQuestion]]:
     return lambda seed: people.person(seed)[:count]
 
 
 @pytest.mark.slow
-async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: Loaded) -> None:
+async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: LoadedModel) -> None:
     said: list[str] = []
-    result = await crowd.session([2], loaded, open_voice("espeak"), asker(1), said.append, real_time=False)
+    result = await load_test.session([2], loaded, open_voice("espeak"), asker(1), said.append, real_time=False)
     by_crowd = json.loads(json.dumps(result))["speakers"]
     assert by_crowd.keys() == {"2", "2 busy"} and by_crowd["2"].keys() == by_crowd["2 busy"].keys()
     figures = by_crowd["2"]
@@ -50,22 +50,22 @@ async def test_a_small_crowd_is_answered_and_every_figure_is_there(loaded: Loade
 
 
 async def test_a_crowd_that_does_not_fit_is_refused_before_memory_is_taken(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waits, "free_memory", lambda device: 2**20)
     with pytest.raises(CheckpointError, match=r"16 speakers need \d+\.\d GiB for their rows, 0\.0 free on cpu"):
-        await crowd.session([1, 16], loaded, None, asker(1), print)
+        await load_test.session([1, 16], loaded, None, asker(1), print)
 
 
-def conversation(*ends: int, asked: list[tuple[int, int]], told: list[tuple[float, events.Event]]) -> Talk:
+def conversation(*ends: int, asked: list[tuple[int, int]], told: list[tuple[float, events.Event]]) -> SpeakerTally:
     """Three questions, of which the answer to the second is to be interrupted."""
-    turns = [Turn(), Turn(interrupt=2), Turn()]
+    turns = [ScriptedTurn(), ScriptedTurn(interrupt=2), ScriptedTurn()]
     played = Performance(turns)
-    played.exchanges = [Exchange(text=str(end), finish="stop") for end in ends]
+    played.exchanges = [ScriptedExchange(text=str(end), finish="stop") for end in ends]
     played.asked = asked
     played.times, played.events = [at for at, _ in told], [event for _, event in told]
-    questions = [Question(turn, 800, lambda text, marks, n=n: text == str(n)) for n, turn in enumerate(turns)]  # type: ignore[misc]
-    return Talk(questions, played, 0, 0)
+    questions = [SpokenQuestion(turn, 800, lambda text, marks, n=n: text == str(n)) for n, turn in enumerate(turns)]  # type: ignore[misc]
+    return SpeakerTally(questions, played, 0, 0)
 
 
 def test_the_answer_to_a_question_is_the_last_before_the_next_and_a_cut_one_is_not_marked() -> None:
@@ -77,7 +77,11 @@ def test_the_answer_to_a_question_is_the_last_before_the_next_and_a_cut_one_is_n
 
 
 def test_an_interruption_counts_from_the_first_words_first_sample() -> None:
-    told: list[tuple[float, events.Event]] = [(1.5, events.Cleared(1)), (4.25, events.Cleared(5)), (4.5, events.Cleared(5))]
+    told: list[tuple[float, events.Event]] = [
+        (1.5, events.OutputCleared(1)),
+        (4.25, events.OutputCleared(5)),
+        (4.5, events.OutputCleared(5)),
+    ]
     asked = [(0, 0), (2 * RATE, 1), (4 * RATE, 2)]
     assert conversation(0, 1, 2, asked=asked, told=told).interruptions() == pytest.approx([200])
     assert conversation(0, 1, 2, asked=asked, told=told[:1]).interruptions() == []
@@ -90,7 +94,7 @@ def test_a_spread_is_of_values_that_were_there() -> None:
     assert str(Spread.of("k", "wait", [])).split() == ["wait", "—"]
 
 
-async def test_a_picture_for_one_is_measured_beside_anothers_steps(loaded: Loaded) -> None:
+async def test_a_picture_for_one_is_measured_beside_anothers_steps(loaded: LoadedModel) -> None:
     said: list[str] = []
     figures = await waits.pictures(loaded, people.picture(0, *people.LARGE), said.append, count=1)
     assert figures.keys() == {"step", "picture", "gap", "over_bound"}
@@ -98,7 +102,7 @@ async def test_a_picture_for_one_is_measured_beside_anothers_steps(loaded: Loade
     assert "a picture of 280 positions, nobody talks" in said[2]
 
 
-async def test_the_chart_holds_both_series(loaded: Loaded, tmp_path) -> None:
+async def test_the_chart_holds_both_series(loaded: LoadedModel, tmp_path) -> None:
     found = await waits.first_token(loaded, people.picture(0, *people.SIZE), print, lengths=(1, 2), rounds=1)
     assert [x.keys() for x in found] == [{"seconds", "streamed", "sent_again", "ratio"}] * 2
     waits.write(tmp_path / "chart.svg", found, "nano <here>")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agent import engine
-from agent.engine import CHUNK, FEW, Engine, EngineStopped, Feed, RowLost
+from agent.engine import CHUNK, FEW, Engine, EngineStopped, RowLost, SequenceHandle
 from agent.segments import Picture, Segment, size
 from agent.tape import Sound
 from model import cache
@@ -35,12 +35,12 @@ def nobody(error: Exception) -> None:
     assert isinstance(error, EngineStopped), error
 
 
-def written(feed: Feed, closing: Segment = CLOSING, most: int = 12) -> Any:
-    return written_by(feed, closing, how=HOW, most=most)
+def written(feed: SequenceHandle, closing: Segment = CLOSING, max_tokens: int = 12) -> Any:
+    return written_by(feed, closing, sampling=HOW, max_tokens=max_tokens)
 
 
-def expected(*past: Segment, closing: Segment = CLOSING, most: int = 12) -> list[tuple[int, float]]:
-    return Plain(LOADED, (*past, closing)).generate(HOW, most)
+def expected(*past: Segment, closing: Segment = CLOSING, max_tokens: int = 12) -> list[tuple[int, float]]:
+    return Plain(LOADED, (*past, closing)).generate(HOW, max_tokens)
 
 
 def held(engine: Engine) -> threading.Event:
@@ -238,7 +238,7 @@ async def test_cancelling_stops_before_the_next_step_and_the_row_goes_on(gate, p
         feed = engine.claim(nobody)
         feed.append(*conversation(0))
         gate.allow(3)
-        drawn = feed.generate(CLOSING, how=HOW, most=100)
+        drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=100)
         said = [(await anext(drawn))[0] for _ in range(3)]
         while gate.begun < 4:
             await asyncio.sleep(0)
@@ -259,7 +259,7 @@ async def test_an_answer_ends_where_the_row_is_full_and_a_row_that_overflows_is_
     with Engine(LOADED, length=100) as engine:
         feed = engine.claim(told.append)
         feed.append(words(90))
-        assert len(await written(feed, words(5), most=50)) == 6
+        assert len(await written(feed, words(5), max_tokens=50)) == 6
         feed.append(words(20))
         with pytest.raises(RowFull, match="do not fit in a row of 100"):
             await written(feed)
@@ -286,7 +286,7 @@ async def test_a_claim_beyond_the_rows_is_refused_at_once_and_a_released_row_is_
         assert engine.free == 2
 
 
-async def lost(feed: Feed) -> Exception:
+async def lost(feed: SequenceHandle) -> Exception:
     with pytest.raises(Exception) as caught:
         await written(feed)
     return caught.value
@@ -345,7 +345,7 @@ async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypa
         for seed, feed in enumerate(feeds):
             feed.append(*conversation(seed))
         await settled(feeds[1])
-        answers = [asyncio.create_task(written(feed, most=30)) for feed in feeds]
+        answers = [asyncio.create_task(written(feed, max_tokens=30)) for feed in feeds]
         await asyncio.sleep(0)
         full.set()
         first, second, third = await asyncio.gather(*answers, return_exceptions=True)
@@ -353,7 +353,7 @@ async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypa
         feeds[1].append(words(3))
         assert isinstance(await lost(feeds[1]), RowLost)
         assert await are(told, 1) and str(told[0]) == str(second)
-        assert same(first, expected(*conversation(0), most=30)) and same(third, expected(*conversation(2), most=30))
+        assert same(first, expected(*conversation(0), max_tokens=30)) and same(third, expected(*conversation(2), max_tokens=30))
         full.clear()
         feeds[1].release()
         assert same(await written(engine.claim(nobody)), expected())
@@ -372,7 +372,7 @@ async def test_a_token_that_cannot_be_drawn_ends_one_conversation(fault):
     with Engine(LOADED, rows=2, length=600, sampler=broken) as running:
         well, ill = running.claim(nobody), running.claim(told.append)
         lost, answer = await asyncio.gather(
-            written_by(ill, CLOSING, how=LOADED.generation), written(well), return_exceptions=True
+            written_by(ill, CLOSING, sampling=LOADED.generation), written(well), return_exceptions=True
         )
         assert isinstance(lost, RowLost) and re.search("no numbers|ran out of memory", str(lost))
         assert same(answer, expected())
@@ -412,7 +412,7 @@ async def test_closing_the_engine_ends_what_is_under_way():
     told: list[Exception] = []
     engine = Engine(LOADED, length=4000)
     feed = engine.claim(told.append)
-    drawn = feed.generate(CLOSING, how=HOW, most=3000)
+    drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=3000)
     await anext(drawn)
     engine.close()
     with pytest.raises(EngineStopped, match="it was closed"):
@@ -426,7 +426,7 @@ def test_a_conversation_whose_loop_has_gone_harms_nobody():
 
         async def leaves() -> None:
             feed = engine.claim(nobody)
-            drawn = feed.generate(CLOSING, how=HOW, most=500)
+            drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=500)
             await anext(drawn)
             leaves.drawn = drawn  # type: ignore[attr-defined]  # never closed
 
@@ -446,7 +446,7 @@ def test_a_conversation_whose_loop_has_gone_harms_nobody():
 async def test_a_picture_or_a_backlog_for_one_rides_along_with_anothers_steps_one_chunk_at_a_time(passes):
     with Engine(LOADED, rows=3, length=2000) as engine:
         speaking, looking, behind = (engine.claim(nobody) for _ in range(3))
-        drawn = speaking.generate(CLOSING, how=HOW, most=1900)
+        drawn = speaking.generate(CLOSING, sampling=HOW, max_tokens=1900)
         await anext(drawn)
         row = speaking._seat.row
         assert row
@@ -464,7 +464,7 @@ async def test_a_picture_or_a_backlog_for_one_rides_along_with_anothers_steps_on
     assert all(sum(count > FEW for count in counts) <= 1 for counts in others)
 
 
-def taken(passes: list[dict[int, int]], feed: Feed) -> list[int]:
+def taken(passes: list[dict[int, int]], feed: SequenceHandle) -> list[int]:
     """In which passes of all this row had a chunk."""
     assert feed._seat.row
     index = feed._seat.row.index
@@ -476,7 +476,7 @@ async def test_what_nobody_waits_for_goes_after_what_somebody_waits_for_and_is_n
         history, asks = engine.claim(nobody), engine.claim(nobody)
         hold = held(engine)
         history.append(words(1000))
-        answer = asyncio.create_task(written(asks, words(1000), most=1))
+        answer = asyncio.create_task(written(asks, words(1000), max_tokens=1))
         await asyncio.sleep(0)
         hold.set()
         assert len(await answer) == 1
@@ -492,9 +492,9 @@ async def test_a_caption_waits_for_what_other_conversations_wait_for(passes):
         passes.clear()
         hold = held(engine)
         fork = parent.fork(background=True)
-        caption = asyncio.create_task(written(fork, words(200), most=1))
+        caption = asyncio.create_task(written(fork, words(200), max_tokens=1))
         await asyncio.sleep(0)
-        answer = asyncio.create_task(written(other, words(200, 1), most=1))
+        answer = asyncio.create_task(written(other, words(200, 1), max_tokens=1))
         await asyncio.sleep(0)
         hold.set()
         await asyncio.gather(caption, answer)
@@ -507,7 +507,7 @@ async def test_conversations_that_are_waited_for_take_turns_whoever_came_first(p
         hold = held(engine)
         answers = []
         for feed, count in zip(feeds, (1500, 300, 20), strict=True):
-            answers.append(asyncio.create_task(written(feed, words(count), most=1)))
+            answers.append(asyncio.create_task(written(feed, words(count), max_tokens=1)))
             await asyncio.sleep(0)
         hold.set()
         await asyncio.gather(*answers)
@@ -519,12 +519,12 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
     for wanted, every in ((0, 16), (1, 4)):
         with Engine(LOADED, rows=2, length=2000) as engine:
             speaks, loads = engine.claim(nobody), engine.claim(nobody)
-            drawn = speaks.generate(CLOSING, how=HOW, most=41)
+            drawn = speaks.generate(CLOSING, sampling=HOW, max_tokens=41)
             await anext(drawn)
             passes.clear()
             hold = held(engine)
             if wanted:
-                asked = asyncio.create_task(written(loads, words(1400), most=1))
+                asked = asyncio.create_task(written(loads, words(1400), max_tokens=1))
                 await asyncio.sleep(0)
             else:
                 loads.append(words(1400))

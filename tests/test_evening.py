@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from agent import checkpoint
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.session import Session
-from agent.settings import Settings
 from agent.talk import door
 from agent.talk.terminal import Terminal
 from model.vad import Vad
@@ -77,7 +77,7 @@ async def evening(minutes: int) -> tuple[list[int], str]:
     loaded, out = checkpoint.load("nano"), io.StringIO()
     microphone = Evening(minutes)
     with Engine(loaded) as engine, Terminal(out, lively=False) as terminal:
-        session = Session(engine, Vad(), open_voice("espeak"), Settings())
+        session = Session(engine, Vad(), open_voice("espeak"), ConversationConfig())
 
         async def ready() -> None:
             await asyncio.sleep(0)

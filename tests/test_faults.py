@@ -17,9 +17,9 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.segments import Segment
-from agent.settings import Settings
 from agent.view import Budget, view
 from tests import mangled
 from tests.broker import certified
@@ -101,7 +101,7 @@ async def test_headers_that_never_end_are_not_waited_for(engine, mind, begun):
 
 
 async def test_who_does_not_read_is_told_to_come_again_later(mind):
-    settings = Settings(budget=Budget(ahead=3000, row=3000), most=500, how=LOADED.generation, unread=40)
+    settings = ConversationConfig(budget=Budget(ahead=3000, row=3000), max_tokens=500, sampling=LOADED.generation, unread=40)
     with Engine(LOADED, rows=2, length=4000, sampler=mind) as running:
         async with serving(running, settings=settings) as port:
             mind.says("word " * 90)

@@ -6,14 +6,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import forward, kernels, reference
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import Config
-from model.sampling import Generation, _suppressed, sample
+from model.gemma import GemmaConfig
+from model.sampling import SamplingParams, _suppressed, sample
 from tests import fake_cuda, tiny
 
 RECIPE = tiny.Recipe(layers="ssfsf", hidden=32, kv=2, full_kv=1, head_dim=8, full_head_dim=16, window=6)
-HOW = Generation(frozenset({1}), (4, 7))
+HOW = SamplingParams(frozenset({1}), (4, 7))
 
 
 class Watched(TorchDispatchMode):
@@ -75,9 +75,9 @@ def spoken(model, cache, forward_pass, rows, watched):
     frames, ids = np.zeros((4, tiny.FRAME), np.float32), np.arange(5)
     patches, places = torch.zeros(6, 3 * tiny.SIDE**2), torch.zeros(6, 2, dtype=torch.long)
     chunks = [
-        Chunk(rows[2], 1, wanted=1),
-        Chunk(rows[0], 9),
-        Chunk(rows[3], 11, ((5, 11),), wanted=1),
+        RowChunk(rows[2], 1, wanted=1),
+        RowChunk(rows[0], 9),
+        RowChunk(rows[3], 11, ((5, 11),), wanted=1),
     ]
     x = model.embed([ids[:1], ids, frames, ids, (patches, places)])
     assert x.device.type == "cuda" and x.shape == (21, RECIPE.hidden)
@@ -93,7 +93,7 @@ def test_a_pass_on_a_cuda_device_waits_for_it_once(operations, captured, dtype, 
     with fake_cuda.fake_cuda():
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", tuple)
         monkeypatch.setattr(forward, "record", lambda run, pool: (run, run()))
-        model = fake_cuda.gemma(Config.from_json(RECIPE.hub_json()), dtype)
+        model = fake_cuda.gemma(GemmaConfig.from_json(RECIPE.hub_json()), dtype)
         cache = Cache(model.config, 4, 64, slack=20, device="cuda", dtype=dtype)
         forward_pass = forward.ForwardPass(model, cache, operations)
         if captured:

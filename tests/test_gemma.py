@@ -7,7 +7,7 @@ import torch
 
 from model.cache import Cache, whole_span
 from model.functional import rms_norm
-from model.gemma import CheckpointError, Config, Gemma
+from model.gemma import CheckpointError, Gemma, GemmaConfig
 from tests import tiny
 from tests.tiny import AUDIO, BOA, BOI, EOA, EOI, IMAGE, REAL, Prompt
 
@@ -125,7 +125,7 @@ def test_loudness_is_kept_only_near_the_noise_floor(golden, rms, share):
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 62.0), (torch.float32, 3840**0.5)])
 def test_text_embeddings_of_the_12b_are_scaled_by(dtype, scale):
-    config = replace(Config.from_json(REAL), layers=(), vocab_size=2, vision_size=4, patch_size=1, grid=1)
+    config = replace(GemmaConfig.from_json(REAL), layers=(), vocab_size=2, vision_size=4, patch_size=1, grid=1)
     model = Gemma(config).to(dtype)
     torch.nn.init.ones_(model.embedding)
     assert (model.embed_text(torch.tensor([0, 1])) == torch.tensor(scale, dtype=dtype)).all()
@@ -174,12 +174,12 @@ def test_both_dialects_of_config_json_say_the_same(name):
     hub = tiny.RECIPES[name].hub_json()
     written = tiny.as_transformers_writes(hub)
     assert "per_layer_config" in written["text_config"] and "global_head_dim" not in written["text_config"]
-    assert Config.from_json(written) == Config.from_json(hub)
+    assert GemmaConfig.from_json(written) == GemmaConfig.from_json(hub)
 
 
 def test_the_12b_reads_the_same_from_both_dialects():
-    config = Config.from_json(REAL)
-    assert Config.from_json(tiny.as_transformers_writes(REAL)) == config
+    config = GemmaConfig.from_json(REAL)
+    assert GemmaConfig.from_json(tiny.as_transformers_writes(REAL)) == config
     assert [i for i, layer in enumerate(config.layers) if not layer.sliding] == [5, 11, 17, 23, 29, 35, 41, 47]
     assert {(x.head_dim, x.kv_heads, x.shared_kv, x.theta, x.rotated) for x in config.layers} == {
         (256, 8, False, 1e4, 1.0),
@@ -191,7 +191,7 @@ def test_the_12b_reads_the_same_from_both_dialects():
 def test_head_size_of_full_layers_is_512_where_the_file_does_not_say():
     raw = tiny.RECIPES["hub"].hub_json()
     del raw["text_config"]["global_head_dim"]
-    assert {x.head_dim for x in Config.from_json(raw).layers if not x.sliding} == {512}
+    assert {x.head_dim for x in GemmaConfig.from_json(raw).layers if not x.sliding} == {512}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_feature_of_other_gemmas_is_refused(key, value):
     raw = tiny.Recipe().hub_json()
     (raw if key == "tie_word_embeddings" else raw["text_config"])[key] = value
     with pytest.raises(CheckpointError, match=f"^config.json sets {key}={value!r}, which"):
-        Config.from_json(raw)
+        GemmaConfig.from_json(raw)
 
 
 # ---- training

@@ -6,20 +6,20 @@ import pytest
 
 from agent import checkpoint
 from agent.bench import hours
-from agent.bench.crowd import Question
+from agent.bench.load_test import SpokenQuestion
 from agent.marks import Mark
-from agent.script import Turn
+from agent.script import ScriptedTurn
 from agent.view import Policy
 from model.nano import people
 
 
-def greeting(seed: int) -> list[Question]:
+def greeting(seed: int) -> list[SpokenQuestion]:
     """Shows a picture and says hello, typed."""
 
     def right(text: str, marks: list[Mark]) -> bool:
         return text.strip().startswith("Hello")
 
-    return [Question(Turn(people.picture(seed, 96, 96), typed="Hello", wait=0.1), 0, right)]
+    return [SpokenQuestion(ScriptedTurn(people.picture(seed, 96, 96), typed="Hello", wait=0.1), 0, right)]
 
 
 @pytest.mark.slow

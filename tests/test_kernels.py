@@ -13,9 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model import forward, kernels, reference
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from tests import tiny
 
 GENERATIONS = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB of shared memory by compute capability
@@ -61,7 +61,7 @@ def resources(binary, folder):
     return binary.metadata.shared / 1024, registers, stack + local
 
 
-REAL = Config.from_json(tiny.REAL)
+REAL = GemmaConfig.from_json(tiny.REAL)
 ATTENTION = {
     "12B sliding": {"HEADS": 16, "GROUP": 2, "SIZE": 256, "D": 256, "M": 16, "N": 32, "SPLITS": 32},
     "12B full": {"HEADS": 16, "GROUP": 16, "SIZE": 512, "D": 512, "M": 16, "N": 32, "SPLITS": 64},
@@ -99,7 +99,7 @@ def on_gpu(dtype):
     """Two kinds of layers in the 12B's head sizes; one cache for the kernels, a second for their references."""
     recipe = tiny.Recipe(layers="ssf", hidden=256, heads=16, kv=8, full_kv=1, head_dim=256, full_head_dim=512, window=40)
     torch.manual_seed(0)
-    model = Gemma(Config.from_json(recipe.hub_json())).to("cuda", dtype).eval().requires_grad_(False)
+    model = Gemma(GemmaConfig.from_json(recipe.hub_json())).to("cuda", dtype).eval().requires_grad_(False)
     for name, p in model.named_parameters():
         if p.ndim > 1:
             p.normal_(0, p.shape[-1] ** -0.5)
@@ -125,7 +125,7 @@ def test_passes_on_a_gpu_equal_their_references(graphs, dtype, tolerance):
         pair = []
         for pass_, places in zip((ours, theirs), rows, strict=True):
             chunks = [
-                Chunk(row, n, ((2, n - 1),) if n > 4 else (), min(n, 2)) for row, n in zip(places, counts, strict=True) if n
+                RowChunk(row, n, ((2, n - 1),) if n > 4 else (), min(n, 2)) for row, n in zip(places, counts, strict=True) if n
             ]
             pair.append(pass_(chunks, x).float())
         assert (pair[0] - pair[1]).norm() <= tolerance * pair[1].norm()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agent import checkpoint
-from agent.checkpoint import Loaded
+from agent.checkpoint import LoadedModel
 from model.nano import draw, exam, speech, world
 from model.nano.lessons import Teacher, collate
 from model.weights import NANO
@@ -19,16 +19,16 @@ CARD = NANO / "CARD.md"
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return checkpoint.load("nano")
 
 
-def _conversation(loaded: Loaded, seed: int) -> tuple[list[int], torch.Tensor | None, torch.Tensor]:
+def _conversation(loaded: LoadedModel, seed: int) -> tuple[list[int], torch.Tensor | None, torch.Tensor]:
     """Prompt ids with placeholders, frames [n, 640] or None, patches [m, 6912]: a question about a picture, spoken or typed."""
     rng, prompt = np.random.default_rng(seed), loaded.prompt
     scene = world.sample_scene(rng, 432, 336)
     ask = world.sample_ask(rng, scene, ("describe", "where", "count", "colour")[seed % 4])
-    pieces, _ = checkpoint.cut(loaded, draw.draw(scene, rng), loaded.budget)
+    pieces, _ = checkpoint.patchify(loaded, draw.draw(scene, rng), loaded.budget)
     ids = [*prompt.begin(), *prompt.open_turn(), prompt.boi, *[prompt.media.image] * len(pieces), prompt.eoi]
     if seed % 2:
         return [*ids, *prompt.text(ask.text), *prompt.close_turn()], None, pieces
@@ -37,7 +37,7 @@ def _conversation(loaded: Loaded, seed: int) -> tuple[list[int], torch.Tensor | 
     return [*ids, prompt.boa, *[prompt.media.audio] * len(frames), prompt.eoa, *prompt.close_turn()], frames, pieces
 
 
-def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: Loaded) -> None:
+def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: LoadedModel) -> None:
     from transformers import Gemma4UnifiedForConditionalGeneration
 
     theirs = Gemma4UnifiedForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32).eval()
@@ -81,7 +81,7 @@ def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: Loaded)
         assert ours == out, f"conversation {seed}"
 
 
-def test_the_card_states_what_the_exam_finds(loaded: Loaded) -> None:
+def test_the_card_states_what_the_exam_finds(loaded: LoadedModel) -> None:
     """The card's exam is longer; a short one of another seed must come out near it, so that neither drifts from the weights."""
     result = exam.examine(loaded, conversations=30, turns=3, seed=7)
     print(result)

@@ -10,10 +10,10 @@ from agent.bench.shapes import SHAPES
 from agent.plan import GIB, Machine
 from model import weights
 from model.cache import Room
-from model.gemma import CheckpointError, Config, Gemma
+from model.gemma import CheckpointError, Gemma, GemmaConfig
 from tests import tiny
 
-BIG = Config.from_json(SHAPES["12b"]())
+BIG = GemmaConfig.from_json(SHAPES["12b"]())
 
 
 def gpu(gib, gb_s=1000):

@@ -16,9 +16,20 @@ from pydantic import BaseModel
 
 from agent import events
 from agent.calls import ToolCall
-from agent.events import Answered, Answering, Called, Captioned, Counted, Said, Started, Stopped, Told, Wrote
+from agent.events import (
+    AnswerDone,
+    AnswerStarted,
+    AudioDelta,
+    InputTranscribed,
+    OutputSent,
+    TextDelta,
+    ToolCalled,
+    TurnStarted,
+    TurnStopped,
+    UsageCounted,
+)
 from agent.marks import Mark
-from agent.tape import Setting
+from agent.tape import SystemPrompt
 from streams.frames import Audio
 from tests.mangled import messages
 from tests.realtime import CLIENTS, KINDS, Client, judged, kinds
@@ -43,8 +54,8 @@ def manual() -> Client:
     return c
 
 
-def how(setting: Setting | None = None, **more: Any) -> events.Set:
-    return events.Set(setting, **{"answers": True, "most": 4096, "spoken": True, "calls": (), **more})
+def how(setting: SystemPrompt | None = None, **more: Any) -> events.UpdateSettings:
+    return events.UpdateSettings(setting, **{"answers": True, "most": 4096, "spoken": True, "calls": (), **more})
 
 
 def pcm(seconds: float, rate: int = 24_000) -> str:
@@ -60,12 +71,12 @@ def text(words: str, **more: Any) -> dict[str, Any]:
     return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}], **more}
 
 
-def said(answer: int, sample: int, seconds: float, rate: int = RATE) -> Said:
-    return Said(answer, sample, np.full(round(seconds * rate), 0.1, np.float32), rate)
+def said(answer: int, sample: int, seconds: float, rate: int = RATE) -> AudioDelta:
+    return AudioDelta(answer, sample, np.full(round(seconds * rate), 0.1, np.float32), rate)
 
 
-def answered(answer: int, words: str, finish: Any = "stop", heard: int | None = None) -> Answered:
-    return Answered(answer, words, len(words) if heard is None else heard, finish, 50, 4)
+def answered(answer: int, words: str, finish: Any = "stop", heard: int | None = None) -> AnswerDone:
+    return AnswerDone(answer, words, len(words) if heard is None else heard, finish, 50, 4)
 
 
 def refused(sent: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,7 +179,7 @@ def test_a_session_begins_with_what_holds():
     assert session["id"] == "x" and session["model"] == "nano"
     assert session["audio"]["input"]["turn_detection"]["type"] == "server_vad"
     assert session["audio"]["output"]["format"] == {"type": "audio/pcm", "rate": 24000}
-    assert c.inputs == [how(Setting())]
+    assert c.inputs == [how(SystemPrompt())]
 
 
 def test_without_a_voice_answers_are_text():
@@ -205,11 +216,11 @@ def test_an_update_says_what_holds_and_tells_the_session():
     assert session["instructions"] == "Be brief." and session["tools"] == [tool] and session["max_output_tokens"] == 99
     assert session["audio"]["input"]["noise_reduction"] is None and session["audio"]["output"]["speed"] == 1
     assert session["audio"]["output"]["voice"] == "espeak" and session["audio"]["output"]["format"] == {"type": "audio/pcmu"}
-    assert c.inputs[-1] == how(Setting("Be brief.", (tool,)), most=99, spoken=False)
+    assert c.inputs[-1] == how(SystemPrompt("Be brief.", (tool,)), max_tokens=99, spoken=False)
 
 
 @pytest.mark.parametrize(
-    ("detection", "manners"),
+    ("detection", "expected"),
     [
         ({"type": "server_vad"}, {"threshold": 0.5, "pre_roll": 300, "silence": 500, "idle": None, "hands_free": True}),
         ({"type": "server_vad", "threshold": 0.0, "prefix_padding_ms": 0}, {"threshold": 0.16, "pre_roll": 1}),
@@ -221,12 +232,12 @@ def test_an_update_says_what_holds_and_tells_the_session():
         (None, {"hands_free": False, "idle": None}),
     ],
 )
-def test_turn_detection_becomes_manners(detection, manners):
+def test_turn_detection_becomes_the_sessions(detection, expected):
     c = client()
     c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "medium"}}}})
     sent = c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
-    told = [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners][-1]
-    assert {name: getattr(told, name) for name in manners} == manners
+    told = [put.detection for put in c.inputs if isinstance(put, events.UpdateSettings) and put.detection][-1]
+    assert {name: getattr(told, name) for name in expected} == expected
     echo = sent[0]["session"]["audio"]["input"]["turn_detection"]
     assert echo is None if detection is None else echo == {**echo, **detection}
 
@@ -289,26 +300,26 @@ def test_an_update_that_cannot_be_done_changes_nothing(session, param):
 def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
     c = client()
     c.say("session.update", session={"audio": {"input": {"transcription": {"model": "whisper-1"}}}})
-    sent = c.hear(Started(1, 8000, 3200))
+    sent = c.hear(TurnStarted(1, 8000, 3200))
     assert sent == [{**sent[0], "type": "input_audio_buffer.speech_started", "audio_start_ms": 200}]
     user = sent[0]["item_id"]
-    sent = c.hear(Stopped(1, 32000, 24000, "silence"))
+    sent = c.hear(TurnStopped(1, 32000, 24000, "silence"))
     assert kinds(sent) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.committed", *ITEM]
     assert sent[0]["audio_end_ms"] == 1500 and {sent[0]["item_id"], sent[1]["item_id"], sent[2]["item"]["id"]} == {user}
     assert sent[1]["previous_item_id"] is None and sent[2]["previous_item_id"] is None
 
-    assert kinds(c.hear(Answering(4))) == ["response.created", "rate_limits.updated"]
-    sent = c.hear(Wrote(4, "Two "), Wrote(4, "balls."), said(4, 0, 0.2))
+    assert kinds(c.hear(AnswerStarted(4))) == ["response.created", "rate_limits.updated"]
+    sent = c.hear(TextDelta(4, "Two "), TextDelta(4, "balls."), said(4, 0, 0.2))
     deltas = ["response.output_audio_transcript.delta"] * 2 + ["response.output_audio.delta"]
     assert kinds(sent) == MESSAGE + deltas
     message = sent[0]["item"]["id"]
     assert sent[1]["previous_item_id"] == user and sent[3]["part"] == {"type": "audio", "transcript": ""}
-    sent = c.hear(Captioned(1, "How many balls?"))
+    sent = c.hear(InputTranscribed(1, "How many balls?"))
     kind = "conversation.item.input_audio_transcription"
     assert kinds(sent) == [f"{kind}.delta", f"{kind}.completed"] and sent[1]["transcript"] == "How many balls?"
     assert sent[1]["usage"]["input_token_details"] == {"text_tokens": 0, "audio_tokens": 0}, "which @openai/agents-realtime wants"
-    assert c.hear(Counted(4, 5, 36, 9, 4)) == []
-    sent = c.hear(Told(4, "stop"))
+    assert c.hear(UsageCounted(4, 5, 36, 9, 4)) == []
+    sent = c.hear(OutputSent(4, "stop"))
     assert kinds(sent) == ["response.output_audio.delta", *AUDIO_DONE]  # what the resampler kept inside
     response = sent[-1]["response"]
     assert response["status"] == "completed" and response["usage"]["total_tokens"] == 54
@@ -324,41 +335,41 @@ def test_a_spoken_turn_and_its_answer_in_the_order_of_openai():
 
 def test_captions_are_sent_to_who_asks_for_them():
     c = client()
-    c.hear(Started(1, 8000, 3200), Stopped(1, 32000, 24000, "silence"))
-    assert c.hear(Captioned(1, "Hello.")) == []
+    c.hear(TurnStarted(1, 8000, 3200), TurnStopped(1, 32000, 24000, "silence"))
+    assert c.hear(InputTranscribed(1, "Hello.")) == []
 
 
 def test_a_turn_without_a_caption_says_so_to_who_asks_for_captions():
     c = client()
-    c.hear(Started(1, 8000, 3200), Stopped(1, 32000, 24000, "silence"))
-    assert c.hear(events.Uncaptioned(1, "No memory")) == []
+    c.hear(TurnStarted(1, 8000, 3200), TurnStopped(1, 32000, 24000, "silence"))
+    assert c.hear(events.InputTranscriptionFailed(1, "No memory")) == []
     c.say("session.update", session={"audio": {"input": {"transcription": {"model": "whisper-1"}}}})
-    sent = c.hear(events.Uncaptioned(1, "No memory"), events.Uncaptioned(99, "Nobody"))
+    sent = c.hear(events.InputTranscriptionFailed(1, "No memory"), events.InputTranscriptionFailed(99, "Nobody"))
     assert kinds(sent) == ["conversation.item.input_audio_transcription.failed"] and sent[0]["error"]["message"] == "No memory"
 
 
 def test_a_cough_is_no_item():
     c = client()
-    c.hear(Started(1, 8000, 3200))
-    assert kinds(c.hear(events.Dismissed(1, 12000))) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"]
-    assert c.hear(Captioned(1, "?")) == []
+    c.hear(TurnStarted(1, 8000, 3200))
+    assert kinds(c.hear(events.TurnDiscarded(1, 12000))) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"]
+    assert c.hear(InputTranscribed(1, "?")) == []
 
 
 def test_text_alone():
     c = client()
     c.say("session.update", session={"output_modalities": ["text"]})
     c.say("conversation.item.create", item=text("hello"))
-    assert c.inputs[-1] == events.Write("hello", ask=False)
+    assert c.inputs[-1] == events.TextInput("hello", ask=False)
     assert kinds(c.say("response.create")) == ["response.created", "rate_limits.updated"]
-    assert c.inputs[-1] == events.Ask()
-    sent = c.hear(Answering(3), Wrote(3, "Hi"), Wrote(3, "."), answered(3, "Hi."))
+    assert c.inputs[-1] == events.CreateAnswer()
+    sent = c.hear(AnswerStarted(3), TextDelta(3, "Hi"), TextDelta(3, "."), answered(3, "Hi."))
     assert kinds(sent) == MESSAGE + ["response.output_text.delta"] * 2 + TEXT_DONE
     assert sent[-1]["response"]["output"][0]["content"] == [{"type": "output_text", "text": "Hi."}]
 
 
 def test_what_was_said_and_not_heard_is_not_kept():
     c = client()
-    c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 0.2))
+    c.hear(AnswerStarted(2), TextDelta(2, "One two three."), said(2, 0, 0.2))
     sent = c.hear(answered(2, "One two three.", "interrupted", 4))
     response = sent[-1]["response"]
     assert response["status"] == "cancelled" and response["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
@@ -367,13 +378,13 @@ def test_what_was_said_and_not_heard_is_not_kept():
 
 def test_an_answer_cut_by_its_length_says_so():
     c = client()
-    response = c.hear(Answering(2), Wrote(2, "One"), answered(2, "One", "length"))[-1]["response"]
+    response = c.hear(AnswerStarted(2), TextDelta(2, "One"), answered(2, "One", "length"))[-1]["response"]
     assert (response["status"], response["status_details"]["reason"]) == ("incomplete", "max_output_tokens")
 
 
 def test_an_answer_of_no_words():
     c = client()
-    sent = c.hear(Answering(2), answered(2, ""))
+    sent = c.hear(AnswerStarted(2), answered(2, ""))
     assert kinds(sent) == ["response.created", "rate_limits.updated", "response.done"] and sent[-1]["response"]["output"] == []
 
 
@@ -383,8 +394,8 @@ def test_cancel():
     assert error["code"] == "response_cancel_not_active" and error["message"].startswith("Cancellation failed")
     response = c.say("response.create", response={"metadata": {"a": "b"}})[0]["response"]
     assert refused(c.say("response.cancel", response_id="other"))["code"] == "response_cancel_not_active"
-    assert c.say("response.cancel", response_id=response["id"]) == [] and c.inputs[-1] == events.Stop()
-    done = c.hear(Answering(2), answered(2, "", "interrupted"))[-1]["response"]
+    assert c.say("response.cancel", response_id=response["id"]) == [] and c.inputs[-1] == events.CancelAnswer()
+    done = c.hear(AnswerStarted(2), answered(2, "", "interrupted"))[-1]["response"]
     assert done["status_details"]["reason"] == "client_cancelled" and done["metadata"] == {"a": "b"}
 
 
@@ -392,7 +403,7 @@ def test_one_response_at_a_time():
     c = client()
     c.say("response.create")
     assert refused(c.say("response.create", event_id="e"))["code"] == "conversation_already_has_active_response"
-    c.hear(Answering(2), answered(2, "x"))
+    c.hear(AnswerStarted(2), answered(2, "x"))
     assert kinds(c.say("response.create"))[0] == "response.created"
 
 
@@ -402,12 +413,12 @@ def test_a_response_may_have_settings_of_its_own():
     c.inputs.clear()
     given = {"instructions": "B", "output_modalities": ["text"], "max_output_tokens": 7, "metadata": {"k": "v"}}
     response = c.say("response.create", response=given)[0]["response"]
-    assert c.inputs == [how(Setting("B"), most=7, spoken=False), events.Ask()]
+    assert c.inputs == [how(SystemPrompt("B"), max_tokens=7, spoken=False), events.CreateAnswer()]
     assert response["output_modalities"] == ["text"] and response["max_output_tokens"] == 7
     c.inputs.clear()
-    done = c.hear(Answering(2), Wrote(2, "x"), answered(2, "x"))[-1]["response"]
+    done = c.hear(AnswerStarted(2), TextDelta(2, "x"), answered(2, "x"))[-1]["response"]
     assert done["id"] == response["id"] and done["metadata"] == {"k": "v"}
-    assert c.inputs == [how(Setting("A"))]
+    assert c.inputs == [how(SystemPrompt("A"))]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +447,7 @@ def test_a_response_may_have_settings_of_its_own():
 def test_a_response_that_cannot_be_given(given):
     c = client()
     refused(c.say("response.create", response=given))
-    assert events.Ask() not in c.inputs
+    assert events.CreateAnswer() not in c.inputs
 
 
 # ---- push to talk
@@ -450,15 +461,15 @@ def test_push_to_talk():
     sent = c.say("input_audio_buffer.commit")
     assert kinds(sent) == ["input_audio_buffer.committed", *ITEM]
     item = sent[0]["item_id"]
-    assert c.inputs[-1] == events.Commit(ask=False, name=item)
+    assert c.inputs[-1] == events.CommitTurn(ask=False, name=item)
     heard = [put for put in c.inputs if isinstance(put, Audio)]
     assert heard[-1].end == 9600
     assert [put.at for put in heard] == [0, *[put.end for put in heard[:-1]]]
-    assert c.hear(Started(1, 640, 0, item), Stopped(1, 9600, 9600, "committed")) == []
-    c.hear(Captioned(1, "Hello."))
+    assert c.hear(TurnStarted(1, 640, 0, item), TurnStopped(1, 9600, 9600, "committed")) == []
+    c.hear(InputTranscribed(1, "Hello."))
     assert c.say("conversation.item.retrieve", item_id=sent[0]["item_id"])[0]["item"]["content"][0]["transcript"] == "Hello."
     c.say("conversation.item.delete", item_id=sent[0]["item_id"])
-    assert c.inputs[-1] == events.Delete(1)
+    assert c.inputs[-1] == events.DeleteEntry(1)
 
 
 def test_a_commit_of_nothing():
@@ -473,17 +484,17 @@ def test_a_commit_of_nothing():
 def test_what_is_cleared_was_never_said():
     c = manual()
     c.say("input_audio_buffer.append", audio=pcm(0.3))
-    assert kinds(c.say("input_audio_buffer.clear")) == ["input_audio_buffer.cleared"] and c.inputs[-1] == events.Forget()
+    assert kinds(c.say("input_audio_buffer.clear")) == ["input_audio_buffer.cleared"] and c.inputs[-1] == events.DiscardTurn()
     assert refused(c.say("input_audio_buffer.commit"))
 
 
 def test_without_turn_detection_the_session_is_told_that_sound_waits_for_a_commit():
     c = client()
     c.say("session.update", session={"audio": {"input": {"turn_detection": None}}})
-    (manners,) = [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners]
-    assert manners.buffered and not manners.hands_free
+    (detection,) = [put.detection for put in c.inputs if isinstance(put, events.UpdateSettings) and put.detection]
+    assert detection.buffered and not detection.hands_free
     c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad"}}}})
-    assert not [put.manners for put in c.inputs if isinstance(put, events.Set) and put.manners][-1].buffered
+    assert not [put.detection for put in c.inputs if isinstance(put, events.UpdateSettings) and put.detection][-1].buffered
 
 
 def test_a_stream_may_be_cut_in_the_middle_of_a_sample():
@@ -516,15 +527,15 @@ def test_base64_as_it_comes():
         assert c.say("input_audio_buffer.append", audio=form) == [] and isinstance(c.inputs[-1], Audio)
     content = [{"type": "input_image", "image_url": "data:image/jpeg;base64," + base64.encodebytes(JPEG).decode()}]
     c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
-    assert c.inputs[-1] == events.Show(JPEG)
+    assert c.inputs[-1] == events.PictureInput(JPEG)
 
 
 def test_with_turn_detection_a_commit_ends_the_open_turn():
     c = client()
     assert refused(c.say("input_audio_buffer.commit"))["code"] == "input_audio_buffer_commit_empty"
-    c.hear(Started(1, 8000, 3200))
-    assert c.say("input_audio_buffer.commit") == [] and c.inputs[-1] == events.Commit(ask=False)
-    assert "input_audio_buffer.committed" in kinds(c.hear(Stopped(1, 9000, 9000, "committed")))
+    c.hear(TurnStarted(1, 8000, 3200))
+    assert c.say("input_audio_buffer.commit") == [] and c.inputs[-1] == events.CommitTurn(ask=False)
+    assert "input_audio_buffer.committed" in kinds(c.hear(TurnStopped(1, 9000, 9000, "committed")))
 
 
 def test_uncommitted_audio_is_bounded():
@@ -540,7 +551,7 @@ def test_leaving_push_to_talk_forgets_what_was_not_committed():
     c = manual()
     c.say("input_audio_buffer.append", audio=pcm(0.3))
     c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad"}}}})
-    assert events.Forget() in c.inputs
+    assert events.DiscardTurn() in c.inputs
 
 
 @pytest.mark.parametrize("audio", [None, 5, "§", "AAAAA", "AA=A" * 9 + "§", "A" * (AUDIO * 4 // 3 + 8)])
@@ -553,10 +564,10 @@ def test_audio_that_is_none(audio):
 def test_silence_brings_a_turn_of_its_own():
     c = client()
     c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 5000}}}})
-    sent = c.hear(events.Quiet(160_000))
+    sent = c.hear(events.UserIdle(160_000))
     assert kinds(sent)[:2] == ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed"]
     assert (sent[0]["audio_start_ms"], sent[0]["audio_end_ms"]) == (5000, 10000)
-    assert kinds(sent)[-2:] == ["response.created", "rate_limits.updated"] and c.inputs[-1] == events.Ask()
+    assert kinds(sent)[-2:] == ["response.created", "rate_limits.updated"] and c.inputs[-1] == events.CreateAnswer()
 
 
 # ---- items
@@ -581,7 +592,7 @@ def test_a_picture_with_words():
     c = client()
     content = [{"type": "input_image", "image_url": uri(JPEG)}, {"type": "input_text", "text": "What is it?"}]
     sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
-    assert c.inputs[-2:] == [events.Show(JPEG), events.Write("What is it?", ask=False)]
+    assert c.inputs[-2:] == [events.PictureInput(JPEG), events.TextInput("What is it?", ask=False)]
     assert sent[0]["item"]["content"][0] == {"type": "input_image", "detail": "auto"}
 
 
@@ -605,7 +616,7 @@ def test_pictures_that_are_none(address):
     c = client()
     content = [{"type": "input_image", "image_url": address}]
     refused(c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content}))
-    assert not any(isinstance(put, events.Show) for put in c.inputs)
+    assert not any(isinstance(put, events.PictureInput) for put in c.inputs)
 
 
 def test_sound_as_an_item_is_a_turn_of_its_own():
@@ -614,10 +625,10 @@ def test_sound_as_an_item_is_a_turn_of_its_own():
     sent = c.say("conversation.item.create", item={"type": "message", "role": "user", "content": content})
     assert kinds(sent) == ITEM
     recorded, item = c.inputs[-1], sent[0]["item"]["id"]
-    assert isinstance(recorded, events.Recorded) and recorded.name == item and len(recorded.samples) == RATE
-    assert c.hear(Started(1, 640, 0, item), Stopped(1, RATE, RATE, "committed")) == []
+    assert isinstance(recorded, events.RecordedInput) and recorded.name == item and len(recorded.samples) == RATE
+    assert c.hear(TurnStarted(1, 640, 0, item), TurnStopped(1, RATE, RATE, "committed")) == []
     c.say("conversation.item.delete", item_id=item)
-    assert c.inputs[-1] == events.Delete(1)
+    assert c.inputs[-1] == events.DeleteEntry(1)
 
 
 def test_sound_that_is_deleted_before_the_session_came_to_it_is_deleted_then():
@@ -625,8 +636,8 @@ def test_sound_that_is_deleted_before_the_session_came_to_it_is_deleted_then():
     content = [{"type": "input_audio", "audio": pcm(1)}]
     c.say("conversation.item.create", item={"type": "message", "role": "user", "id": "i", "content": content})
     c.say("conversation.item.delete", item_id="i")
-    c.hear(Started(1, 640, 0, "i"), Stopped(1, RATE, RATE, "committed"))
-    assert c.inputs[-1] == events.Delete(1)
+    c.hear(TurnStarted(1, 640, 0, "i"), TurnStopped(1, RATE, RATE, "committed"))
+    assert c.inputs[-1] == events.DeleteEntry(1)
 
 
 def test_an_item_holds_no_more_sound_than_a_turn():
@@ -641,11 +652,11 @@ def test_history_that_a_client_brings_along():
     c = client()
     part = {"type": "output_text", "text": "Earlier."}
     c.say("conversation.item.create", item={"type": "message", "role": "assistant", "content": [part]})
-    assert c.inputs[-1] == events.Recall("Earlier.")
+    assert c.inputs[-1] == events.PastAnswer("Earlier.")
     c.say("session.update", session={"instructions": "A"})
     part = {"type": "input_text", "text": "It is night."}
     c.say("conversation.item.create", item={"type": "message", "role": "system", "content": [part]})
-    assert c.inputs[-1] == how(Setting("A\n\nIt is night."))
+    assert c.inputs[-1] == how(SystemPrompt("A\n\nIt is night."))
 
 
 @pytest.mark.parametrize(
@@ -677,12 +688,12 @@ def test_the_oldest_items_are_forgotten():
 
 def test_delete():
     c = client()
-    c.hear(Answering(2))
-    sent = c.hear(Wrote(2, "x"))
+    c.hear(AnswerStarted(2))
+    sent = c.hear(TextDelta(2, "x"))
     item = sent[0]["item"]["id"]
     c.hear(answered(2, "x"))
     assert kinds(c.say("conversation.item.delete", item_id=item)) == ["conversation.item.deleted"]
-    assert c.inputs[-1] == events.Delete(2)
+    assert c.inputs[-1] == events.DeleteEntry(2)
     for kind in ("delete", "retrieve", "truncate"):
         code = refused(c.say(f"conversation.item.{kind}", item_id=item, **({"audio_end_ms": 0} if kind == "truncate" else {})))[
             "code"
@@ -693,11 +704,11 @@ def test_delete():
 def test_an_item_that_is_deleted_while_it_is_written_goes_when_its_response_is_over():
     c = client()
     c.say("response.create")
-    item = c.hear(Answering(2), Wrote(2, "x"))[0]["item"]["id"]
+    item = c.hear(AnswerStarted(2), TextDelta(2, "x"))[0]["item"]["id"]
     assert c.say("response.cancel") == [] and c.say("conversation.item.delete", item_id=item) == []
     sent = c.hear(answered(2, "x", "interrupted", 0))
     assert kinds(sent)[-2:] == ["response.done", "conversation.item.deleted"] and sent[-1]["item_id"] == item
-    assert c.inputs[-1] == events.Delete(2)
+    assert c.inputs[-1] == events.DeleteEntry(2)
 
 
 # ---- what was heard
@@ -705,14 +716,14 @@ def test_an_item_that_is_deleted_while_it_is_written_goes_when_its_response_is_o
 
 def test_playback_is_counted_from_when_sound_was_sent():
     c = client()
-    c.hear(Answering(2), Wrote(2, "x"), said(2, 0, 0.3))
+    c.hear(AnswerStarted(2), TextDelta(2, "x"), said(2, 0, 0.3))
     c.inputs.clear()
     for seconds in (0.1, 0.1, 0.5, 0.5):
         c.wait(seconds)
-    assert c.inputs == [events.Heard(2, 1600), events.Heard(2, 3200), events.Heard(2, 4800)]
+    assert c.inputs == [events.PlaybackPosition(2, 1600), events.PlaybackPosition(2, 3200), events.PlaybackPosition(2, 4800)]
     c.hear(said(2, 4800, 0.2), said(2, 8000, 0.2))
     c.wait(0.3)
-    assert c.inputs[-1] == events.Heard(2, 9600)
+    assert c.inputs[-1] == events.PlaybackPosition(2, 9600)
     c.hear(answered(2, "x", "interrupted", 0))
     c.inputs.clear()
     c.wait(9)
@@ -721,18 +732,18 @@ def test_playback_is_counted_from_when_sound_was_sent():
 
 def test_truncate_says_where_in_the_answer_it_was():
     c = client()
-    sent = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5), said(2, 4000, 0.5))  # taken up again at 250 ms
+    sent = c.hear(AnswerStarted(2), TextDelta(2, "One two"), said(2, 0, 0.5), said(2, 4000, 0.5))  # taken up again at 250 ms
     item = sent[2]["item"]["id"]
     c.hear(answered(2, "One two"))
     for ms, clamped, sample in ((100, 100, 1600), (500, 500, 4000), (600, 600, 5600), (5000, 1000, 12000), (0, 0, 0)):
         sent = c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=ms)
         assert kinds(sent) == ["conversation.item.truncated"] and sent[0]["audio_end_ms"] == clamped
-        assert c.inputs[-1] == events.Truncate(2, sample)
+        assert c.inputs[-1] == events.TruncateAnswer(2, sample)
 
 
 def test_what_was_truncated_has_no_transcript():
     c = client()
-    item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5), answered(2, "One two"))[2]["item"]["id"]
+    item = c.hear(AnswerStarted(2), TextDelta(2, "One two"), said(2, 0, 0.5), answered(2, "One two"))[2]["item"]["id"]
     for ms, transcript in ((900, "One two"), (200, None)):
         c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=ms)
         assert c.say("conversation.item.retrieve", item_id=item)[0]["item"]["content"][0]["transcript"] == transcript
@@ -740,9 +751,9 @@ def test_what_was_truncated_has_no_transcript():
 
 def test_truncate_stops_an_answer_that_is_being_given():
     c = client()
-    item = c.hear(Answering(2), Wrote(2, "One two"), said(2, 0, 0.5))[2]["item"]["id"]
+    item = c.hear(AnswerStarted(2), TextDelta(2, "One two"), said(2, 0, 0.5))[2]["item"]["id"]
     c.say("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=200)
-    assert c.inputs[-1] == events.Truncate(2, 3200)
+    assert c.inputs[-1] == events.TruncateAnswer(2, 3200)
     done = c.hear(answered(2, "One two", "interrupted", 3))[-1]["response"]
     assert done["status_details"]["reason"] == "client_cancelled"
 
@@ -750,7 +761,7 @@ def test_truncate_stops_an_answer_that_is_being_given():
 @pytest.mark.parametrize("more", [{}, {"audio_end_ms": -1}, {"audio_end_ms": "x"}, {"audio_end_ms": 1, "content_index": 2}])
 def test_truncations_that_are_none(more):
     c = client()
-    item = c.hear(Answering(2), Wrote(2, "x"), said(2, 0, 0.5), answered(2, "x"))[2]["item"]["id"]
+    item = c.hear(AnswerStarted(2), TextDelta(2, "x"), said(2, 0, 0.5), answered(2, "x"))[2]["item"]["id"]
     refused(c.say("conversation.item.truncate", item_id=item, **more))
     c.say("conversation.item.create", item=text("x", id="mine"))
     refused(c.say("conversation.item.truncate", item_id="mine", content_index=0, audio_end_ms=5))
@@ -765,12 +776,12 @@ def test_playback_forgets_old_items():
 
 def test_a_response_is_done_when_all_of_it_was_sent_and_its_answer_may_still_be_cut():
     c = client()
-    item = c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 2), Told(2, "stop"))[2]["item"]["id"]
+    item = c.hear(AnswerStarted(2), TextDelta(2, "One two three."), said(2, 0, 2), OutputSent(2, "stop"))[2]["item"]["id"]
     c.wait(0.5)
-    assert c.inputs[-1] == events.Heard(2, 8000)
-    assert kinds(c.hear(events.Cleared(2, 9000))) == ["input_audio_buffer.speech_started"]
+    assert c.inputs[-1] == events.PlaybackPosition(2, 8000)
+    assert kinds(c.hear(events.OutputCleared(2, 9000))) == ["input_audio_buffer.speech_started"]
     assert kinds(c.say("conversation.item.truncate", item_id=item, audio_end_ms=400)) == ["conversation.item.truncated"]
-    assert c.inputs[-1] == events.Truncate(2, 6400)
+    assert c.inputs[-1] == events.TruncateAnswer(2, 6400)
     assert c.hear(answered(2, "One two three.", "interrupted", 4)) == []
     assert c.say("conversation.item.retrieve", item_id=item)[0]["item"]["content"][0]["transcript"] is None
     before = len(c.inputs)
@@ -780,42 +791,44 @@ def test_a_response_is_done_when_all_of_it_was_sent_and_its_answer_may_still_be_
 
 def test_what_was_cut_while_it_was_played_is_not_kept():
     c = client()
-    item = c.hear(Answering(2), Wrote(2, "One two three."), said(2, 0, 2), Told(2, "stop"))[2]["item"]["id"]
-    c.hear(events.Cleared(2, 9000), answered(2, "One two three.", "interrupted", 4), Started(5, 30_000, 9000))
+    item = c.hear(AnswerStarted(2), TextDelta(2, "One two three."), said(2, 0, 2), OutputSent(2, "stop"))[2]["item"]["id"]
+    c.hear(events.OutputCleared(2, 9000), answered(2, "One two three.", "interrupted", 4), TurnStarted(5, 30_000, 9000))
     kept = c.say("conversation.item.retrieve", item_id=item)[0]["item"]
     assert kept["status"] == "incomplete" and kept["content"][0]["transcript"] == "One "
 
 
 def test_who_asks_for_the_next_response_while_one_is_played_gets_it():
     c = client()
-    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 2), Told(2, "stop"))
-    assert kinds(c.say("response.create"))[0] == "response.created" and c.inputs[-1] == events.Ask()
+    c.hear(AnswerStarted(2), TextDelta(2, "One."), said(2, 0, 2), OutputSent(2, "stop"))
+    assert kinds(c.say("response.create"))[0] == "response.created" and c.inputs[-1] == events.CreateAnswer()
     assert c.hear(answered(2, "One.")) == []
-    done = c.hear(Answering(5), Wrote(5, "Two."), Told(5, "stop"))[-1]["response"]
+    done = c.hear(AnswerStarted(5), TextDelta(5, "Two."), OutputSent(5, "stop"))[-1]["response"]
     assert done["status"] == "completed" and done["output"][0]["content"][0]["transcript"] == "Two."
 
 
 def test_talk_over_an_answer_is_told_before_it_is_known_to_be_a_turn():
     c = client()
-    c.hear(Answering(2), Wrote(2, "One two."), said(2, 0, 0.2))
-    started = c.hear(events.Cleared(2, 9600))[0]
+    c.hear(AnswerStarted(2), TextDelta(2, "One two."), said(2, 0, 0.2))
+    started = c.hear(events.OutputCleared(2, 9600))[0]
     assert (started["type"], started["audio_start_ms"]) == ("input_audio_buffer.speech_started", 600)
-    sent = c.hear(events.Passed(16_000))
+    sent = c.hear(events.FalseInterruption(16_000))
     assert kinds(sent) == ["input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"]
     assert sent[0]["item_id"] == started["item_id"] and sent[0]["audio_end_ms"] == 1000
     assert kinds(c.hear(said(2, 1600, 0.2)))[-1] == "response.output_audio.delta", "the answer goes on"
-    item = c.hear(events.Cleared(2, 32_000))[0]["item_id"]
+    item = c.hear(events.OutputCleared(2, 32_000))[0]["item_id"]
     assert kinds(c.hear(answered(2, "One two.", "interrupted", 4)))[-1] == "response.done"
-    assert c.hear(Started(5, 48_000, 31_000)) == []
-    assert c.hear(Stopped(5, 64_000, 60_000, "silence"))[0]["item_id"] == item
+    assert c.hear(TurnStarted(5, 48_000, 31_000)) == []
+    assert c.hear(TurnStopped(5, 64_000, 60_000, "silence"))[0]["item_id"] == item
 
 
 def test_whoever_asks_for_it_gets_sound_as_it_is_played():
     c = client("espeak", "playback")
-    words = tuple(events.Spoken(4 * n, 4 * n + 3, 1600 * n) for n in range(2))
-    sent = c.hear(Answering(2), Wrote(2, "One two."), replace(said(2, 0, 0.2), words=words))
+    words = tuple(events.WordTiming(4 * n, 4 * n + 3, 1600 * n) for n in range(2))
+    sent = c.hear(AnswerStarted(2), TextDelta(2, "One two."), replace(said(2, 0, 0.2), words=words))
     assert sent[-1]["words"] == [{"start": 0, "end": 3, "audio_ms": 0}, {"start": 4, "end": 7, "audio_ms": 100}]
-    assert kinds(c.hear(events.Cleared(2, 9600), events.Passed(16_000), Told(2, "stop"))) == ["attend.cleared"]
+    assert kinds(c.hear(events.OutputCleared(2, 9600), events.FalseInterruption(16_000), OutputSent(2, "stop"))) == [
+        "attend.cleared"
+    ]
     sent = c.hear(replace(said(2, 1600, 0.2), words=words[1:]))  # taken up again at a word
     assert sent[-1]["words"] == [{"start": 4, "end": 7, "audio_ms": 200}]
     assert kinds(c.hear(answered(2, "One two.")))[-1] == "response.done"
@@ -825,9 +838,9 @@ def test_whoever_asks_for_it_gets_sound_as_it_is_played():
 def test_where_talk_does_not_interrupt_what_was_sent_counts_as_heard(detection):
     c = client()
     c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
-    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 2))
-    assert c.inputs[-1] == events.Heard(2, 2 * RATE)
-    c.hear(Told(2, "stop"), answered(2, "One."))
+    c.hear(AnswerStarted(2), TextDelta(2, "One."), said(2, 0, 2))
+    assert c.inputs[-1] == events.PlaybackPosition(2, 2 * RATE)
+    c.hear(OutputSent(2, "stop"), answered(2, "One."))
     c.inputs.clear()
     c.wait(5)
     assert c.inputs == []
@@ -836,7 +849,7 @@ def test_where_talk_does_not_interrupt_what_was_sent_counts_as_heard(detection):
 def test_what_is_said_during_an_answer_that_is_not_to_be_interrupted_is_heard_after_it():
     c = client()
     c.say("session.update", session={"audio": {"input": {"turn_detection": {"type": "server_vad", "interrupt_response": False}}}})
-    c.hear(Answering(2))
+    c.hear(AnswerStarted(2))
     c.inputs.clear()
     c.say("input_audio_buffer.append", audio=pcm(0.5))
     c.say(
@@ -844,14 +857,14 @@ def test_what_is_said_during_an_answer_that_is_not_to_be_interrupted_is_heard_af
         item={"type": "message", "role": "user", "content": [{"type": "input_audio", "audio": pcm(1)}]},
     )
     c.say("input_audio_buffer.append", audio=pcm(0.5))
-    assert [type(put) for put in c.inputs] == [events.Recorded], "which waits in the session"
+    assert [type(put) for put in c.inputs] == [events.RecordedInput], "which waits in the session"
     c.hear(answered(2, "x"))
     assert sum(len(put.samples) for put in c.inputs if isinstance(put, Audio)) > 0.9 * RATE
     c.inputs.clear()
     c.say("response.create")
     c.say("input_audio_buffer.append", audio=pcm(0.5))
     assert not any(isinstance(put, Audio) for put in c.inputs), "an answer that was asked for is not to be interrupted either"
-    c.hear(Answering(4))
+    c.hear(AnswerStarted(4))
     c.inputs.clear()
     c.say("input_audio_buffer.append", audio=pcm(0.5))
     c.say("input_audio_buffer.clear")
@@ -864,20 +877,20 @@ def test_silence_counts_from_the_end_of_what_is_played():
     c = client()
     detection = {"type": "server_vad", "interrupt_response": False, "idle_timeout_ms": 5000}
     c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
-    c.hear(Answering(2), Wrote(2, "One."), said(2, 0, 3), Told(2, "stop"), answered(2, "One."))
+    c.hear(AnswerStarted(2), TextDelta(2, "One."), said(2, 0, 3), OutputSent(2, "stop"), answered(2, "One."))
     c.now += 5
-    assert c.hear(events.Quiet(160_000)) == []
+    assert c.hear(events.UserIdle(160_000)) == []
     c.wait(2.9)
     assert c.sent[-1]["type"] == "response.done"
     c.wait(0.2)
-    assert "input_audio_buffer.timeout_triggered" in kinds(c.sent) and c.inputs[-1] == events.Ask()
+    assert "input_audio_buffer.timeout_triggered" in kinds(c.sent) and c.inputs[-1] == events.CreateAnswer()
 
 
 # ---- beside the conversation
 
 
-def beside(response: dict[str, Any], *told: events.Event) -> list[events.OutOfBand]:
-    return [events.OutOfBand(response["id"], event) for event in told]
+def beside(response: dict[str, Any], *told: events.Event) -> list[events.OutOfBandEvent]:
+    return [events.OutOfBandEvent(response["id"], event) for event in told]
 
 
 def test_a_response_beside_the_conversation_leaves_no_items():
@@ -886,11 +899,11 @@ def test_a_response_beside_the_conversation_leaves_no_items():
     response = c.say("response.create", response={**given, "max_output_tokens": 9})[0]["response"]
     assert response["conversation_id"] is None and response["metadata"] == {"k": "v"}
     name = response["id"]
-    assert c.inputs[-1] == events.OutOfBandResponse(name, None, Setting("Sum up."), 9, False)
+    assert c.inputs[-1] == events.CreateOutOfBandResponse(name, None, SystemPrompt("Sum up."), 9, False)
     assert kinds(c.say("response.create"))[0] == "response.created", "the conversation goes on meanwhile"
-    told = beside(response, Answering(3), Wrote(3, "Two words."), Counted(3, 7, 0, 0, 3), answered(3, "Two words."))
-    c.hear(told[0], Answering(3))
-    sent = c.hear(told[1], Wrote(3, "Hi."), *told[2:])
+    told = beside(response, AnswerStarted(3), TextDelta(3, "Two words."), UsageCounted(3, 7, 0, 0, 3), answered(3, "Two words."))
+    c.hear(told[0], AnswerStarted(3))
+    sent = c.hear(told[1], TextDelta(3, "Hi."), *told[2:])
     ours = [event for event in sent if event.get("response_id") == response["id"] or "response" in event]
     added = ["response.output_item.added", "response.content_part.added", "response.output_text.delta"]
     assert kinds(ours) == [
@@ -913,7 +926,7 @@ def test_a_response_to_items_of_its_own():
     c.say("conversation.item.create", item=text("Earlier.", id="i1"))
     picture = {"type": "input_image", "image_url": uri(JPEG)}
     c.say("conversation.item.create", item={"type": "message", "role": "user", "id": "i2", "content": [picture]})
-    c.hear(events.Looked(7, 5, c.inputs[-1].data), Started(9, 900, 0), Stopped(9, 9000, 8000, "silence"))
+    c.hear(events.PictureAttached(7, 5, c.inputs[-1].data), TurnStarted(9, 900, 0), TurnStopped(9, 9000, 8000, "silence"))
     spoken = c.sent[-1]["item"]["id"]
     system = {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "Be brief."}]}
     past = [
@@ -925,29 +938,33 @@ def test_a_response_to_items_of_its_own():
     ]  # fmt: skip
     response = c.say("response.create", response={"conversation": "none", "input": past})[0]["response"]
     aside = c.inputs[-1]
-    assert isinstance(aside, events.OutOfBandResponse) and aside.past and aside.setting == Setting("Be brief.")
+    assert isinstance(aside, events.CreateOutOfBandResponse) and aside.past and aside.setting == SystemPrompt("Be brief.")
     told = [part for part in aside.past if not isinstance(part, Audio)]
     assert told == [
-        events.Write("Earlier.", ask=False), events.Again(7), events.Again(9), events.Write("Now.", ask=False),
-        events.Recall("Yes."), events.Show(JPEG), events.Recall("", ((ToolCall("look", {"at": 1}), "a ball"),)),
+        events.TextInput("Earlier.", ask=False), events.EntryReference(7), events.EntryReference(9),
+        events.TextInput("Now.", ask=False),
+        events.PastAnswer("Yes."), events.PictureInput(JPEG), events.PastAnswer("", ((ToolCall("look", {"at": 1}), "a ball"),)),
     ]  # fmt: skip
     assert [len(part.samples) for part in aside.past if isinstance(part, Audio)] == [RATE]
     c.say("response.cancel", response_id=response["id"])
-    assert c.inputs[-1] == events.OutOfBand(response["id"], events.Stop())
-    done = c.hear(*beside(response, Answering(9), answered(9, "", "interrupted")))[-1]["response"]
+    assert c.inputs[-1] == events.OutOfBandEvent(response["id"], events.CancelAnswer())
+    done = c.hear(*beside(response, AnswerStarted(9), answered(9, "", "interrupted")))[-1]["response"]
     assert done["status_details"]["reason"] == "client_cancelled"
 
 
 def test_a_response_to_items_of_its_own_may_be_kept():
     c = client()
     response = c.say("response.create", response={"input": []})[0]["response"]
-    assert c.inputs[-1] == events.OutOfBandResponse(response["id"], (), Setting(), None, True) and response["conversation_id"]
+    assert (
+        c.inputs[-1] == events.CreateOutOfBandResponse(response["id"], (), SystemPrompt(), None, True)
+        and response["conversation_id"]
+    )
     assert refused(c.say("response.create"))["code"] == "conversation_already_has_active_response"
-    sent = c.hear(*beside(response, Answering(9), Wrote(9, "Hi."), said(9, 0, 0.5)))
+    sent = c.hear(*beside(response, AnswerStarted(9), TextDelta(9, "Hi."), said(9, 0, 0.5)))
     assert "conversation.item.added" in kinds(sent)
-    assert c.inputs[-1] == events.OutOfBand(response["id"], events.Heard(9, RATE // 2))
+    assert c.inputs[-1] == events.OutOfBandEvent(response["id"], events.PlaybackPosition(9, RATE // 2))
     c.hear(*beside(response, answered(9, "Hi.")))
-    assert c.inputs[-1] == events.Recall("Hi.")
+    assert c.inputs[-1] == events.PastAnswer("Hi.")
 
 
 def test_not_too_many_beside_the_conversation():
@@ -969,7 +986,7 @@ def test_calls_that_a_client_brings_along():
     assert refused(c.say("conversation.item.create", item=call))["param"] == "item.call_id"
     assert len(c.inputs) == 1, "the model hears of it with its result"
     c.say("conversation.item.create", item={"type": "function_call_output", "call_id": "c1", "output": "a ball"})
-    assert c.inputs[-1] == events.Recall("", ((ToolCall("look", {"at": "left"}), "a ball"),))
+    assert c.inputs[-1] == events.PastAnswer("", ((ToolCall("look", {"at": "left"}), "a ball"),))
 
 
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
@@ -989,32 +1006,32 @@ def test_tools_are_chosen(chosen, calls, known):
     tools = [TOOL, {**TOOL, "name": "point"}]
     session = c.say("session.update", session={"tools": tools, "tool_choice": chosen})[0]["session"]
     assert session["tool_choice"] == chosen
-    assert c.inputs[-1] == how(Setting(tools=tuple(tools)) if known else None, calls=calls)
+    assert c.inputs[-1] == how(SystemPrompt(tools=tuple(tools)) if known else None, calls=calls)
     c.say("response.create", response={"tool_choice": {"type": "function", "name": "look"}})
-    assert c.inputs[-2].calls == ("look",) and c.inputs[-1] == events.Ask()
-    c.hear(Answering(3), answered(3, "x"))
+    assert c.inputs[-2].calls == ("look",) and c.inputs[-1] == events.CreateAnswer()
+    c.hear(AnswerStarted(3), answered(3, "x"))
     assert c.inputs[-1].calls == calls
     assert refused(c.say("session.update", session={"tools": [], "tool_choice": "required"}))
 
 
 def test_a_result_after_an_interruption_is_handed_on():
     c = client()
-    item = c.hear(Answering(3), Called(3, 5, ToolCall("f", {})), Called(3, 6, ToolCall("g", {})))
+    item = c.hear(AnswerStarted(3), ToolCalled(3, 5, ToolCall("f", {})), ToolCalled(3, 6, ToolCall("g", {})))
     calls = [event["item"]["call_id"] for event in item if event["type"] == "response.output_item.done"]
     output = {"type": "function_call_output", "output": "x"}
     c.say("conversation.item.create", item={**output, "call_id": calls[0]})
-    assert events.Returned(5, "x") not in c.inputs
+    assert events.ToolResult(5, "x") not in c.inputs
     c.hear(answered(3, "", "interrupted"))
-    assert c.inputs[-1] == events.Returned(5, "x")
+    assert c.inputs[-1] == events.ToolResult(5, "x")
     c.say("conversation.item.create", item={**output, "call_id": calls[1]})
-    assert c.inputs[-1] == events.Returned(6, "x")
+    assert c.inputs[-1] == events.ToolResult(6, "x")
 
 
 def test_a_call_ends_a_response_and_its_result_begins_the_next():
     c = client()
     c.say("response.create", response={"metadata": {"n": "1"}})
-    c.hear(Answering(3))
-    sent = c.hear(Wrote(3, "Wait."), Called(3, 5, ToolCall("look", {"at": "ä"})))
+    c.hear(AnswerStarted(3))
+    sent = c.hear(TextDelta(3, "Wait."), ToolCalled(3, 5, ToolCall("look", {"at": "ä"})))
     call = ["response.output_item.added", "conversation.item.added", "conversation.item.created"]
     call += ["response.function_call_arguments.delta", "response.function_call_arguments.done"]
     call += ["conversation.item.done", "response.output_item.done", "response.done"]
@@ -1026,34 +1043,34 @@ def test_a_call_ends_a_response_and_its_result_begins_the_next():
 
     result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "a ball"}
     assert kinds(c.say("conversation.item.create", item=result)) == ITEM
-    assert not any(isinstance(put, events.Returned) for put in c.inputs)
+    assert not any(isinstance(put, events.ToolResult) for put in c.inputs)
     sent = c.say("response.create")
     assert kinds(sent) == ["response.created", "rate_limits.updated", *MESSAGE, "response.output_audio.delta"]
-    assert events.Returned(5, "a ball") in c.inputs
-    done = c.hear(Wrote(3, "A ball."), answered(3, "Wait.A ball."))[-1]["response"]
+    assert events.ToolResult(5, "a ball") in c.inputs
+    done = c.hear(TextDelta(3, "A ball."), answered(3, "Wait.A ball."))[-1]["response"]
     assert done["output"][0]["content"][0]["transcript"] == "A ball." and done["metadata"] is None
 
 
 def test_calls_of_one_breath_are_one_response():
     c = client()
-    sent = c.hear(Answering(3), Called(3, 5, ToolCall("f", {}), more=1), Called(3, 6, ToolCall("g", {})))
+    sent = c.hear(AnswerStarted(3), ToolCalled(3, 5, ToolCall("f", {}), more=1), ToolCalled(3, 6, ToolCall("g", {})))
     assert kinds(sent).count("response.done") == 1
     items = sent[-1]["response"]["output"]
     assert [item["name"] for item in items] == ["f", "g"]
     c.say("conversation.item.create", item={"type": "function_call_output", "call_id": items[1]["call_id"], "output": "{}"})
     c.say("response.create")
-    told = [put for put in c.inputs if isinstance(put, events.Returned)]
-    assert told == [events.Returned(5, {"error": "there is no result"}), events.Returned(6, "{}")]
+    told = [put for put in c.inputs if isinstance(put, events.ToolResult)]
+    assert told == [events.ToolResult(5, {"error": "there is no result"}), events.ToolResult(6, "{}")]
 
 
 def test_a_result_that_nobody_waits_for_any_more():
     c = client()
-    call = c.hear(Answering(3), Called(3, 5, ToolCall("f", {})))[-1]["response"]["output"][0]["call_id"]
+    call = c.hear(AnswerStarted(3), ToolCalled(3, 5, ToolCall("f", {})))[-1]["response"]["output"][0]["call_id"]
     assert c.hear(answered(3, "", "interrupted")) == []
     result = {"type": "function_call_output", "call_id": call, "output": "late"}
     assert kinds(c.say("conversation.item.create", item=result)) == ITEM and c.inputs[-1].value == "late"
     c.say("response.create")
-    assert c.inputs[-1] == events.Ask()
+    assert c.inputs[-1] == events.CreateAnswer()
 
 
 # ---- sound
@@ -1105,7 +1122,7 @@ def test_a_second_of_sound_stays_a_second_in_any_format(given, echo):
     heard = np.concatenate([put.samples for put in c.inputs if isinstance(put, Audio)])
     assert 0.9 * RATE < len(heard) <= RATE and abs(np.abs(heard[2000:-2000]).max() - 0.5) < 0.02
     tone = (0.5 * np.sin(np.arange(RATE) * 2 * np.pi * 440 / RATE)).astype(np.float32)
-    c.hear(Answering(2), Wrote(2, "x"), *(Said(2, n * 1600, tone[n * 1600 :][:1600], RATE) for n in range(10)))
+    c.hear(AnswerStarted(2), TextDelta(2, "x"), *(AudioDelta(2, n * 1600, tone[n * 1600 :][:1600], RATE) for n in range(10)))
     c.hear(answered(2, "x"))
     back = b"".join(base64.b64decode(event["delta"]) for event in c.sent if event["type"] == "response.output_audio.delta")
     assert len(back) == format.rate * format.width
@@ -1126,19 +1143,19 @@ def test_resampling_in_pieces_is_resampling_at_once():
 def test_extensions_are_for_who_asks():
     c = client()
     assert refused(c.say("attend.camera.frame", image_url=uri(JPEG)))
-    looked = events.Looked(5, 4, JPEG)
-    mark = events.Marked(6, 5, Mark((1, 2, 3, 4), "ball"))
-    timed = events.Timed(6, {"first_token": 12.5}, 3)
-    assert c.hear(looked, Answering(6)) and c.hear(mark, timed) == []
+    looked = events.PictureAttached(5, 4, JPEG)
+    mark = events.MarkAdded(6, 5, Mark((1, 2, 3, 4), "ball"))
+    timed = events.AnswerTimings(6, {"first_token": 12.5}, 3)
+    assert c.hear(looked, AnswerStarted(6)) and c.hear(mark, timed) == []
 
     c = client("espeak", "camera", "marks", "timeline")
     assert c.say("attend.camera.frame", image_url=uri(JPEG), frame_id="f1") == []
     show = c.inputs[-1]
-    assert isinstance(show, events.Show) and show.live
-    assert c.hear(events.Looked(5, 4, show.data)) == [
+    assert isinstance(show, events.PictureInput) and show.live
+    assert c.hear(events.PictureAttached(5, 4, show.data)) == [
         {"type": "attend.camera.looked", "event_id": c.sent[-1]["event_id"], "frame_id": "f1"}
     ]
-    c.hear(Answering(6))
+    c.hear(AnswerStarted(6))
     sent = c.hear(mark, timed)
     assert sent[0]["frame_id"] == "f1" and sent[0]["mark"] == {"box_2d": [1, 2, 3, 4], "label": "ball"}
     assert sent[1]["stages_ms"] == {"first_token": 12.5}
@@ -1146,21 +1163,23 @@ def test_extensions_are_for_who_asks():
 
 def test_words_stand_in_the_sound_as_it_is_sent():
     c = client("espeak", "playback")
-    c.hear(Answering(6), Wrote(6, "Yes, a star. "))
-    one = Said(6, 0, np.zeros(RATE // 2, np.float32), RATE, (events.Spoken(0, 3, 0), events.Spoken(5, 6, RATE // 4)))
+    c.hear(AnswerStarted(6), TextDelta(6, "Yes, a star. "))
+    one = AudioDelta(
+        6, 0, np.zeros(RATE // 2, np.float32), RATE, (events.WordTiming(0, 3, 0), events.WordTiming(5, 6, RATE // 4))
+    )
     sent = c.hear(one)
     item = next(event["item_id"] for event in sent if event["type"] == "attend.words")
     assert sent[-1]["words"] == [{"start": 0, "end": 3, "audio_ms": 0}, {"start": 5, "end": 6, "audio_ms": 250}]
-    assert c.hear(events.Cleared(6))[-1]["item_id"] == item
-    again = Said(6, RATE // 4, np.zeros(RATE // 4, np.float32), RATE, (events.Spoken(5, 6, RATE // 4),))
+    assert c.hear(events.OutputCleared(6))[-1]["item_id"] == item
+    again = AudioDelta(6, RATE // 4, np.zeros(RATE // 4, np.float32), RATE, (events.WordTiming(5, 6, RATE // 4),))
     assert c.hear(again)[-1]["words"] == [{"start": 5, "end": 6, "audio_ms": 500}]  # taken up: the word is sent once more
     c = client()
-    assert "attend.words" not in kinds(c.hear(Answering(6), Wrote(6, "Yes, a star. "), one, events.Cleared(6)))
+    assert "attend.words" not in kinds(c.hear(AnswerStarted(6), TextDelta(6, "Yes, a star. "), one, events.OutputCleared(6)))
 
 
 def test_what_merely_deserves_saying_is_no_error():
     c, told = client(), client("espeak", "notes")
-    note, refusal = events.Noted("the voice is lost"), events.Noted("the picture is broken", refused=True)
+    note, refusal = events.Notice("the voice is lost"), events.Notice("the picture is broken", refused=True)
     assert c.hear(note) == [] and [(e["type"], e["message"]) for e in told.hear(note)] == [("attend.note", "the voice is lost")]
     assert refused(c.hear(refusal))["message"] == "the picture is broken"
 
@@ -1168,6 +1187,6 @@ def test_what_merely_deserves_saying_is_no_error():
 def test_nothing_that_was_cleared_counts_as_heard():
     for extension in ("playback", "marks"):
         c = client("espeak", extension)
-        c.hear(Answering(6), Wrote(6, "Yes."), said(6, 0, 0.5), events.Cleared(6))
+        c.hear(AnswerStarted(6), TextDelta(6, "Yes."), said(6, 0, 0.5), events.OutputCleared(6))
         c.wait(1)
-        assert not [e for e in c.inputs if isinstance(e, events.Heard)]
+        assert not [e for e in c.inputs if isinstance(e, events.PlaybackPosition)]

@@ -12,20 +12,20 @@ from agent import events
 from agent.calls import ToolCall
 from agent.events import Event, Input
 from agent.marks import Mark
-from agent.recording import Log
-from agent.segments import Gone
-from agent.tape import Setting
-from agent.turns import Manners
+from agent.recording import EventLog
+from agent.segments import Evicted
+from agent.tape import SystemPrompt
+from agent.turns import TurnDetectionConfig
 from streams.frames import Audio
 
 SPECIAL: dict[Any, Any] = {
     Any: {"found": [1, "two"]},
-    Gone: Gone(3, "turn"),
+    Evicted: Evicted(3, "turn"),
     Mark: Mark((1, 2, 3, 4), "cup"),
     ToolCall: ToolCall("look", {"where": ["left", {"at": 1.5}]}),
-    Setting: Setting("Be brief.", ({"name": "look"},)),
-    Manners: Manners(),
-    events.Spoken: events.Spoken(0, 3, 5),
+    SystemPrompt: SystemPrompt("Be brief.", ({"name": "look"},)),
+    TurnDetectionConfig: TurnDetectionConfig(),
+    events.WordTiming: events.WordTiming(0, 3, 5),
     np.ndarray: np.zeros(4, np.float32),
     int: 7,
     float: 0.5,
@@ -55,7 +55,7 @@ def some(kind: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [*get_args(Event), *get_args(Input)], ids=lambda kind: kind.__name__)
 def test_every_event_and_every_input_is_a_line_of_the_log(kind, tmp_path):
-    log = Log(tmp_path / "talk.jsonl", {"model": "nano"})
+    log = EventLog(tmp_path / "talk.jsonl", {"model": "nano"})
     thing = Audio(np.zeros(640, np.float32), 0) if kind is Audio else some(kind)
     if kind in get_args(Event):
         log.event(thing, None)
@@ -63,7 +63,7 @@ def test_every_event_and_every_input_is_a_line_of_the_log(kind, tmp_path):
         log.input(thing)
     log.close()
     head, *lines = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
-    assert head == {"attend": 1, "model": "nano"}
+    assert head == {"attend": 2, "model": "nano"}
     assert [line.get("event", line.get("input")) for line in lines] == ([] if kind is Audio else [kind.__name__])
-    if kind is events.LetGo:
+    if kind is events.EntriesEvicted:
         assert lines[0]["gone"] == [{"of": 3, "what": "turn"}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.scheduler import CHUNK, SHARE, STEP, Chunk, Scheduler
+from agent.scheduler import CHUNK, SHARE, STEP, PendingChunk, Scheduler
 
 
 def turns(scheduler: Scheduler, left: dict[str, int], size: int = CHUNK, awaited: bool = True, decoding: bool = False) -> str:
@@ -10,7 +10,7 @@ def turns(scheduler: Scheduler, left: dict[str, int], size: int = CHUNK, awaited
     order = ""
     while any(left.values()):
         names = [name for name, count in left.items() if count]
-        chosen = scheduler.choose([Chunk(name, min(size, left[name]), awaited) for name in names], decoding)
+        chosen = scheduler.choose([PendingChunk(name, min(size, left[name]), awaited) for name in names], decoding)
         order += "." if chosen is None else names[chosen]
         if chosen is not None:
             left[names[chosen]] -= min(size, left[names[chosen]])
@@ -25,7 +25,7 @@ def test_conversations_take_turns_and_a_short_one_does_not_wait_for_a_long_one()
 def test_turns_are_of_positions_not_of_chunks():
     scheduler, order = Scheduler(), ""
     for _ in range(12):
-        chosen = scheduler.choose([Chunk("pictures", 280, True), Chunk("words", 70, True)], decoding=False)
+        chosen = scheduler.choose([PendingChunk("pictures", 280, True), PendingChunk("words", 70, True)], decoding=False)
         order += "pw"[chosen] if chosen is not None else "."
     assert order.count("p") * 280 <= order.count("w") * 70 + 280
 
@@ -65,7 +65,7 @@ def test_what_nobody_waits_for_uses_what_is_left_and_is_given_a_small_share_wher
     assert steps == ("." * (SHARE * CHUNK // STEP - 1) + "a") * 3
     scheduler, order = Scheduler(), ""
     for _ in range(15):
-        chosen = scheduler.choose([Chunk("history", CHUNK, False), Chunk("prompt", CHUNK, True)], decoding=False)
+        chosen = scheduler.choose([PendingChunk("history", CHUNK, False), PendingChunk("prompt", CHUNK, True)], decoding=False)
         order += "hp"[chosen] if chosen is not None else "."
     assert order == "pppph" * 3
 

@@ -81,7 +81,7 @@ def test_a_conversation_is_played_told_and_recorded(tmp_path, capsys):
 def test_what_is_heard_is_reported_as_it_is_played():
     performance = script.Performance([])
     pcm = np.ones(3000, np.float32)
-    performance._playing = [events.Said(7, 0, pcm, 22050)]
+    performance._playing = [events.AudioDelta(7, 0, pcm, 22050)]
     told = [performance._play() for _ in range(5)]
     assert [heard.sample for heard in told if heard] == [882, 1764, 2646, 3000]
 

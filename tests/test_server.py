@@ -23,9 +23,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from agent import checkpoint
 from agent.__main__ import main
 from agent.commands import options
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.session import Session
-from agent.settings import Settings
 from agent.tape import Answered, Heard
 from agent.view import Budget
 from streams.voice import open_voice
@@ -248,7 +248,10 @@ TURN = ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped"
 
 async def test_talk_over_an_answer_whose_response_is_done_is_answered_and_the_client_says_what_was_heard(engine, mind):
     mind.says("word " * 30, "Yes.")
-    async with serving(engine, clock=time.monotonic, settings=replace(SETTINGS, most=300)) as port, stock(port) as connection:
+    async with (
+        serving(engine, clock=time.monotonic, settings=replace(SETTINGS, max_tokens=300)) as port,
+        stock(port) as connection,
+    ):
         await connection.response.create()
         event = await done(connection)
         assert event.response.status == "completed", "all of it was sent long before all of it was played"
@@ -635,7 +638,7 @@ async def test_the_command_answers_and_goes_when_it_is_told():
 async def test_nano_answers_a_spoken_question_about_a_picture():
     with Engine(checkpoint.load("nano"), length=2048) as engine:
         voice = open_voice("espeak")
-        async with serving(engine, voice, settings=Settings(seed=0)) as port, stock(port) as connection:
+        async with serving(engine, voice, settings=ConversationConfig(seed=0)) as port, stock(port) as connection:
             address = "data:image/jpeg;base64," + base64.b64encode((DEMO / "picture.jpg").read_bytes()).decode()
             item = {"type": "message", "role": "user", "content": [{"type": "input_image", "image_url": address}]}
             await connection.session.update(
@@ -688,7 +691,7 @@ async def test_the_examples_of_the_readmes(page, printed, capsys):
     root = DEMO.parents[2]
     (code,) = re.findall(r"^```python\n(.*?)^```", (root / page).read_text(), re.DOTALL | re.MULTILINE)
     with Engine(checkpoint.load("nano"), length=2048) as engine:
-        async with serving(engine, None, settings=Settings(seed=0)) as port:
+        async with serving(engine, None, settings=ConversationConfig(seed=0)) as port:
             code = code.replace(":8765/", f":{port}/").replace("model/nano/demo", str(DEMO))
             await asyncio.to_thread(exec, code, {})
     lines = capsys.readouterr().out.splitlines()

@@ -16,8 +16,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from agent import checkpoint
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
-from agent.settings import Settings
 from streams.voice import open_voice
 from tests.serving import DEMO, plain, question, say, serving, text, until
 from tests.test_faults import resident
@@ -83,7 +83,7 @@ async def soak(minutes: float, sample: Any = lambda *_: None) -> list[int]:
     seconds = 0.0
     acts = ("shown", "typed", "spoken", "truncated", "spoken", "beside", "spoken", "cancelled")
     with Engine(checkpoint.load("nano"), rows=2, length=2048) as engine:
-        async with serving(engine, open_voice("espeak"), settings=Settings(seed=0), patience=None) as port:
+        async with serving(engine, open_voice("espeak"), settings=ConversationConfig(seed=0), patience=None) as port:
             while seconds < minutes * 60:
                 async with plain(port, "?model=nano") as connection:
                     talker, act = Talker(connection), 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.events import Spoken
+from agent.events import WordTiming
 from agent.speech import LONG, Clauses, Playback
 
 # ---- clauses
@@ -69,9 +69,9 @@ def test_words_without_an_end_are_spoken_after_a_while(text):
 # ---- playback
 
 
-def spoken(*starts: int) -> list[Spoken]:
+def spoken(*starts: int) -> list[WordTiming]:
     """Words of three letters, one space between them."""
-    return [Spoken(4 * n, 4 * n + 3, sample) for n, sample in enumerate(starts)]
+    return [WordTiming(4 * n, 4 * n + 3, sample) for n, sample in enumerate(starts)]
 
 
 def test_what_was_heard_is_whole_words():
@@ -132,7 +132,7 @@ def test_any_playback_sends_every_sample_and_word_in_order_and_never_far_ahead(s
         match step:
             case "make":
                 starts = np.sort(np.asarray(n, int)) + max(sound.made, 0)
-                fresh = [Spoken(4 * (len(words) + k), 4 * (len(words) + k) + 3, int(start)) for k, start in enumerate(starts)]
+                fresh = [WordTiming(4 * (len(words) + k), 4 * (len(words) + k) + 3, int(start)) for k, start in enumerate(starts)]
                 words += fresh
                 sound.make(track[sound.made : sound.made + 60], fresh)
             case "send" if piece := sound.send(ahead):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.cache import Cache
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from model.step import Step
 from model.weights import NANO, lay_out, read_config
 from tests import tiny
@@ -13,7 +13,7 @@ WINDOW, SLACK = 6, 5
 TINY = tiny.Recipe(layers="ssfsf", hidden=32, kv=2, full_kv=1, head_dim=8, full_head_dim=16, window=WINDOW)
 
 
-def random_model(config: Config) -> Gemma:
+def random_model(config: GemmaConfig) -> Gemma:
     torch.manual_seed(0)
     model = Gemma(config).eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -32,7 +32,7 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
 
 @pytest.mark.parametrize(
     ("config", "counts"),
-    [(Config.from_json(TINY.hub_json()), [40]), (read_config(NANO), [1, 3, 508, 7, 70])],
+    [(GemmaConfig.from_json(TINY.hub_json()), [40]), (read_config(NANO), [1, 3, 508, 7, 70])],
     ids=["tiny", "nano"],
 )
 def test_a_step_is_what_the_general_way_computes(config, counts, monkeypatch):
@@ -86,7 +86,7 @@ def test_numbers_far_from_zero_raise_nothing():
 
 
 def test_other_types_than_float32_take_the_general_way():
-    config = Config.from_json(TINY.hub_json())
+    config = GemmaConfig.from_json(TINY.hub_json())
     model, cache = random_model(config).bfloat16(), Cache(config, 1, 50, dtype=torch.bfloat16)
     assert model.extend(cache, [cache.claim()], torch.randn(1, 1, config.hidden_size).bfloat16()) is not None
     assert cache.forward is not None and cache.forward._step is None

@@ -169,7 +169,7 @@ def noticed(wav: Path) -> float:
     """Seconds from the first sound of the user to the moment when the answer was silenced, in frames of the microphone."""
     sound, _ = soundfile.read(wav, dtype="float32")
     log = [json.loads(line) for line in wav.with_suffix(".jsonl").read_text().splitlines()]
-    silenced = next(line["at"] for line in log if line.get("event") == "Cleared")
+    silenced = next(line["at"] for line in log if line.get("event") == "OutputCleared")
     return float(silenced * FRAME - np.argmax(np.abs(sound[:, 0]) > 0.05)) / RATE
 
 

@@ -18,28 +18,28 @@ from hypothesis import strategies as st
 
 from agent.journal import JournalError
 from agent.prompt import Prompt
-from agent.segments import Gone, Picture, Run, Segment, View, size
+from agent.segments import AudioRun, Evicted, Picture, Segment, View, size
 from agent.tape import (
     Answered,
     Asked,
     Called,
+    CallResult,
     Closed,
     Deleted,
     Dropped,
     Entry,
     Heard,
     Opened,
-    Result,
     Seen,
-    Setting,
     Sound,
+    SystemPrompt,
     Tape,
     Transcript,
     Typed,
 )
-from agent.view import Budget, Views, view
+from agent.view import Budget, ViewComposer, view
 from model.cache import Cache, Row, RowFull
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from model.pixels import patches
 from streams.pictures import decode_picture
 from tests.tiny import FRAME, SIDE, Recipe
@@ -120,7 +120,7 @@ def after(view: View, held: View) -> tuple[Segment, ...] | None:
 
 
 def test_a_live_turn_stands_as_it_was_heard_typed_and_seen():
-    tape = taped(Setting("Be brief."), Opened(), Typed(" Look: "), sound(3), sound(2))
+    tape = taped(SystemPrompt("Be brief."), Opened(), Typed(" Look: "), sound(3), sound(2))
     assert shape(looks(tape)) == "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nLook:<|audio>~5"
     tape.append(seen())
     tape.append(sound(1))
@@ -170,7 +170,7 @@ def test_only_what_was_heard_of_an_answer_appears():
 
 def test_thoughts_are_in_no_later_view():
     thinking = "<|channel>thought\nhm<channel|> Yes. "
-    tape = taped(Setting(thinking=True), Opened(), Typed("x"), Asked())
+    tape = taped(SystemPrompt(thinking=True), Opened(), Typed("x"), Asked())
     begun = shape(looks(tape))
     assert begun.endswith("<|turn>model\n")
     tape.append(Answered(ids(thinking + "<turn|>"), "Yes."))
@@ -180,7 +180,7 @@ def test_thoughts_are_in_no_later_view():
 
 
 def calling(*, thinking: bool = False) -> Tape:
-    tape = taped(Setting(thinking=thinking), Opened(), Typed("x"), Asked())
+    tape = taped(SystemPrompt(thinking=thinking), Opened(), Typed("x"), Asked())
     thought = "<|channel>thought\nhm<channel|>" if thinking else ""
     calls = "<|tool_call>call:f{a:1}<tool_call|><|tool_call>call:g{}<tool_call|>"
     of = tape.append(Answered(ids(f"{thought}Wait.{calls}<|tool_response>"), "Wait."))
@@ -193,10 +193,10 @@ def test_a_model_that_waits_for_its_tools_goes_on_from_what_it_wrote():
     tape = calling(thinking=True)
     waiting = shape(looks(tape))
     assert waiting.endswith("<channel|>Wait.<|tool_call>call:f{a:1}<tool_call|><|tool_call>call:g{}<tool_call|><|tool_response>")
-    tape.append(Result(6, 3))
+    tape.append(CallResult(6, 3))
     assert shape(looks(tape)) == waiting + "response:g{value:3}<tool_response|>"
     held = looks(tape)
-    tape.append(Result(5, {"b": "c"}))
+    tape.append(CallResult(5, {"b": "c"}))
     rest = after(looks(tape), held)
     assert rest and shape(rest) == '<|tool_response>response:f{b:<|"|>c<|"|>}<tool_response|><|channel>thought\n'
     tape.append(Answered(ids("so 3<channel|>Three.<turn|>"), "Three."))
@@ -208,7 +208,7 @@ def test_a_model_that_waits_for_its_tools_goes_on_from_what_it_wrote():
 
 def test_an_interruption_takes_words_back_but_not_what_a_tool_did():
     tape = calling()
-    tape.append(Result(5, "done"))
+    tape.append(CallResult(5, "done"))
     tape.append(Heard(4, 0))
     assert shape(looks(tape)).endswith(
         '<|turn>model\n<|tool_call>call:f{a:1}<tool_call|><|tool_response>response:f{value:<|"|>done<|"|>}<tool_response|><turn|>\n'
@@ -285,7 +285,7 @@ def test_the_current_picture_stays_when_its_words_have_gone():
 
 
 def test_the_system_prompt_never_goes():
-    tape = [Setting("You are a helpful pilot."), *exchange(0)]
+    tape = [SystemPrompt("You are a helpful pilot."), *exchange(0)]
     assert shape(looks(tape, Budget(ahead=1))) == "<bos><|turn>system\nYou are a helpful pilot.<turn|>\n"
 
 
@@ -293,7 +293,7 @@ def test_the_live_turn_is_not_let_go_and_says_so_when_a_row_cannot_hold_it():
     tape = [*exchange(0), Opened(), sound(90)]
     fixed = looks(tape, Budget(ahead=1))
     assert shape(fixed) == "<bos><|turn>user\n<|audio>~90"
-    assert fixed.gone == (Gone(0, "turn"),)
+    assert fixed.gone == (Evicted(0, "turn"),)
     assert looks(tape, Budget(row=fixed.positions)).segments == fixed.segments
     with pytest.raises(RowFull, match=f"take {fixed.positions} positions and a row has room for {fixed.positions - 1}"):
         looks(tape, Budget(row=fixed.positions - 1))
@@ -317,10 +317,10 @@ def test_verbatim_keeps_all_as_it_was_then_words_then_lets_go():
     tight = looks(tape, Budget(row=400), "verbatim")
     assert shape(tight).count("~30") == shape(tight).count("#64") == 2, shape(tight)
     assert re.findall(r"[qa]\d", shape(tight))[-4:] == ["q5", "a5", "a6", "a7"]
-    assert set(tight.gone) == {gone for n in range(6) for gone in (Gone(6 * n, "sound"), Gone(6 * n + 2, "picture"))}
+    assert set(tight.gone) == {gone for n in range(6) for gone in (Evicted(6 * n, "sound"), Evicted(6 * n + 2, "picture"))}
     assert tight.spent == tuple(sorted(gone.of for gone in tight.gone))
     tighter = looks(tape, Budget(row=200), "verbatim")
-    assert shape(tighter).count("~30") == 1 and Gone(0, "turn") in tighter.gone and Gone(36, "sound") in tighter.gone
+    assert shape(tighter).count("~30") == 1 and Evicted(0, "turn") in tighter.gone and Evicted(36, "sound") in tighter.gone
 
 
 # ---- a row follows
@@ -342,7 +342,7 @@ def test_a_row_follows_a_barge_in_by_cutting_back_to_the_last_word_heard():
 
 def test_frames_that_were_fed_one_by_one_are_what_the_view_holds():
     speech = sound(1700, loud=0.5)
-    tape, run = taped(Opened()), Run(PROMPT)
+    tape, run = taped(Opened()), AudioRun(PROMPT)
     row = looks(tape)
     fed: list[Segment] = []
     for frame in speech.samples:
@@ -397,8 +397,8 @@ def conversation() -> list[Entry]:
     tools = ({"name": "f", "parameters": {"properties": {"a": {"type": "number"}}}},)
     call = ids("<|tool_call>call:f{}<tool_call|><|tool_response>")
     return [
-        *(Setting("äöü \ud83d\n", tools, True), Opened(at=7), sound(3), Typed("\n{}"), seen(b"\n\0jp\xffeg", seconds=1.5)),
-        *(Asked(), Answered(call), Called(6, "f", {"x": [1, None, "ü"]}), Result(7, [1, 2.5]), answered("Well, yes.")),
+        *(SystemPrompt("äöü \ud83d\n", tools, True), Opened(at=7), sound(3), Typed("\n{}"), seen(b"\n\0jp\xffeg", seconds=1.5)),
+        *(Asked(), Answered(call), Called(6, "f", {"x": [1, None, "ü"]}), CallResult(7, [1, 2.5]), answered("Well, yes.")),
         *(Heard(9, 2), Transcript(1, "hallo"), Dropped((1,)), Opened(), Typed("x"), Closed(), Deleted(13)),
     ]
 
@@ -547,10 +547,10 @@ def conversations(draw: st.DrawFn) -> list[Entry]:
             "answer": Answered(ids(f"{'<|channel>thought' if n % 3 else ''}hm<channel|>{words}") if n % 4 else (), words),
             "hear": Heard(last - n % 5, n % 12),
             "call": Called(last, "f", {"a": n}),
-            "result": Result(last - n % 3, n),
+            "result": CallResult(last - n % 3, n),
             "transcribe": Transcript(of, f"w{turns.index(of) + 1}" if of in turns else ""),
             "delete": Deleted(last - n),
-            "set": Setting("s" * (n % 7), thinking=n % 2 > 0),
+            "set": SystemPrompt("s" * (n % 7), thinking=n % 2 > 0),
         }[op]
         if tape.fits(entry):
             tape.append(entry)
@@ -599,7 +599,7 @@ def test_a_row_that_follows_entry_by_entry_holds_the_view_that_is_composed_at_on
 def test_views_that_are_kept_up_with_a_tape_are_those_composed_at_once(entries, policy, ahead, row, decided):
     """But for what they forget, which is tried below."""
     tape, budget, upto = Tape(), Budget(ahead, row), None
-    views = Views(tape.entries, PROMPT, SIDE)
+    views = ViewComposer(tape.entries, PROMPT, SIDE)
     views._exchanges.forget = lambda _: None  # type: ignore[method-assign]
     for number, entry in enumerate(entries):
         tape.append(entry)
@@ -622,8 +622,8 @@ def test_views_that_are_kept_up_with_a_tape_are_those_composed_at_once(entries, 
 
 
 def test_what_is_let_go_of_and_out_of_memory_does_not_come_back_and_costs_nothing_more():
-    tape = taped(Setting("Be brief."), Opened())
-    views = Views(tape.entries, PROMPT, SIDE)
+    tape = taped(SystemPrompt("Be brief."), Opened())
+    views = ViewComposer(tape.entries, PROMPT, SIDE)
     tape.append(sound(60))
     for number in range(300):
         turn = len(tape.entries) - 2
@@ -689,7 +689,7 @@ def test_any_conversation_survives_its_journal(tmp_path_factory, entries):
 def tiny() -> Gemma:
     raw = Recipe(hub=True, layers="ssfs", window=8).hub_json()
     raw["text_config"]["vocab_size"] = TOKENIZER.vocab_size
-    config = replace(Config.from_json(raw), media=PROMPT.media)
+    config = replace(GemmaConfig.from_json(raw), media=PROMPT.media)
     torch.manual_seed(0)
     model = Gemma(config)
     with torch.no_grad():
@@ -750,7 +750,14 @@ def test_a_row_rebuilt_from_the_journal_is_the_row_it_came_from(tmp_path, policy
             tape.append(entry)
             live.follow(looks(tape, policy=policy))
 
-    take(Setting("Be brief."), Opened(), Typed("look"), *(sound(1, seed) for seed in range(20)), Seen(jpeg, 40, 60, 70), Asked())
+    take(
+        SystemPrompt("Be brief."),
+        Opened(),
+        Typed("look"),
+        *(sound(1, seed) for seed in range(20)),
+        Seen(jpeg, 40, 60, 70),
+        Asked(),
+    )
     said = ids("A circle, and a square")
     for id in said:
         live.append((id,))

@@ -13,7 +13,7 @@ from agent import checkpoint, pools
 from agent.bench.shapes import SHAPES
 from model import forward, threads
 from model.cache import Cache, RowFull
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from model.threads import Threads
 
 
@@ -34,7 +34,7 @@ def machine(monkeypatch):
 
 def of_shape(name: str) -> Gemma:
     with torch.device("meta"):
-        return Gemma(Config.from_json(SHAPES[name]()))
+        return Gemma(GemmaConfig.from_json(SHAPES[name]()))
 
 
 def test_threads_follow_the_work_of_a_pass(machine):

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.turns import (
-    Began,
-    Discarded,
-    Ended,
-    Hushed,
-    Idle,
-    Interrupted,
-    Manners,
-    Paused,
-    TakenUp,
-    Turns,
-    WentOn,
+    BargeIn,
+    IdleTimeout,
+    OutputPaused,
+    OutputResumed,
+    PauseEnded,
+    PauseStarted,
+    SpeechDiscarded,
+    SpeechEnded,
+    SpeechStarted,
+    TurnDetectionConfig,
+    TurnDetector,
 )
 from model.vad import Vad
 from streams.espeak import Espeak
@@ -64,7 +64,7 @@ def heard(samples):
     return ("heard", samples)
 
 
-HANDS_FREE = Manners()
+HANDS_FREE = TurnDetectionConfig()
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ class Case:
     name: str
     steps: tuple
     expected: str  # the decisions in order, as probabilities give them
-    manners: Manners = HANDS_FREE
+    detection: TurnDetectionConfig = HANDS_FREE
 
 
-BUTTON = Manners(hands_free=False)
+BUTTON = TurnDetectionConfig(hands_free=False)
 
 CASES = [
-    Case("a sentence", (quiet(600), QUESTION, TAIL), "Began Paused Ended:silence"),
-    Case("yes", (quiet(600), talk("Yes.", 320), TAIL), "Began Paused Ended:silence"),
-    Case("no", (quiet(600), talk("No.", 240), TAIL), "Began Paused Ended:silence"),
-    Case("two", (quiet(600), talk("Two.", 240), TAIL), "Began Paused Ended:silence"),
+    Case("a sentence", (quiet(600), QUESTION, TAIL), "SpeechStarted PauseStarted SpeechEnded:silence"),
+    Case("yes", (quiet(600), talk("Yes.", 320), TAIL), "SpeechStarted PauseStarted SpeechEnded:silence"),
+    Case("no", (quiet(600), talk("No.", 240), TAIL), "SpeechStarted PauseStarted SpeechEnded:silence"),
+    Case("two", (quiet(600), talk("Two.", 240), TAIL), "SpeechStarted PauseStarted SpeechEnded:silence"),
     Case(
         "pauses inside a sentence",
         (quiet(600), talk("What colour", 600), quiet(280), talk("is the large", 600), quiet(360), talk("circle", 480), TAIL),
-        "Began Paused WentOn Paused WentOn Paused Ended:silence",
+        "SpeechStarted PauseStarted PauseEnded PauseStarted PauseEnded PauseStarted SpeechEnded:silence",
     ),
     Case(
         "a hesitation longer than the timer, and the rest before the answer is heard",
@@ -98,57 +98,61 @@ CASES = [
             talk("blue circle on the left", 1400),
             TAIL,
         ),
-        "Began Paused Ended:silence Hushed Interrupted Began Paused Ended:silence",
+        "SpeechStarted PauseStarted SpeechEnded:silence OutputPaused BargeIn SpeechStarted PauseStarted SpeechEnded:silence",
     ),
     Case(
         "two quick turns",
         (quiet(600), talk("Hello there", 600), quiet(760), talk("What do you see?", 800), TAIL),
-        "Began Paused Ended:silence Began Paused Ended:silence",
+        "SpeechStarted PauseStarted SpeechEnded:silence SpeechStarted PauseStarted SpeechEnded:silence",
     ),
-    Case("a cough", (quiet(600), COUGH, TAIL), "Began Paused Discarded"),
-    Case("a cough, then a sentence", (quiet(600), COUGH, quiet(240), QUESTION, TAIL), "Began Paused WentOn Paused Ended:silence"),
+    Case("a cough", (quiet(600), COUGH, TAIL), "SpeechStarted PauseStarted SpeechDiscarded"),
+    Case(
+        "a cough, then a sentence",
+        (quiet(600), COUGH, quiet(240), QUESTION, TAIL),
+        "SpeechStarted PauseStarted PauseEnded PauseStarted SpeechEnded:silence",
+    ),
     Case("silence", (quiet(4000),), ""),
     Case("noise", (noise(4000),), ""),
     Case("music", (music(6000),), ""),
     Case("silence over an answer", ("answering", heard(8000), quiet(3000), "answered", quiet(1000)), ""),
     Case("noise over an answer", ("answering", heard(8000), noise(3000), "answered", quiet(1000)), ""),
     Case("music over an answer", ("answering", heard(8000), music(4000), "answered", quiet(1000)), ""),
-    Case("a cough over an answer", ("answering", heard(8000), quiet(600), COUGH, TAIL, "answered"), "Hushed TakenUp"),
+    Case("a cough over an answer", ("answering", heard(8000), quiet(600), COUGH, TAIL, "answered"), "OutputPaused OutputResumed"),
     Case(
         "coughs one after the other over an answer",
         ("answering", heard(8000), quiet(600), COUGH, quiet(400), COUGH, quiet(600), COUGH, TAIL, "answered"),
-        "Hushed TakenUp Hushed TakenUp Hushed TakenUp",
+        "OutputPaused OutputResumed OutputPaused OutputResumed OutputPaused OutputResumed",
     ),
     Case(
         "mm-hmm over an answer",
         ("answering", heard(8000), quiet(600), talk("mm-hmm", 600), TAIL, "answered"),
-        "Hushed TakenUp",
+        "OutputPaused OutputResumed",
     ),
     Case(
         "uh-huh and yeah over an answer",
         ("answering", heard(8000), quiet(600), talk("uh huh", 400), quiet(900), talk("yeah", 360), TAIL, "answered"),
-        "Hushed TakenUp Hushed TakenUp",
+        "OutputPaused OutputResumed OutputPaused OutputResumed",
     ),
     Case(
         "overlapping talk",
         ("answering", heard(8000), quiet(600), talk("No, wait, I mean the other one.", 1700), TAIL),
-        "Hushed Interrupted Began Paused Ended:silence",
+        "OutputPaused BargeIn SpeechStarted PauseStarted SpeechEnded:silence",
     ),
     Case(
         "talk straight after the answer starts",
         (quiet(600), QUESTION, quiet(720), "answering", quiet(40), talk("and what shape has it got?", 1300), TAIL),
-        "Began Paused Ended:silence Hushed Interrupted Began Paused Ended:silence",
+        "SpeechStarted PauseStarted SpeechEnded:silence OutputPaused BargeIn SpeechStarted PauseStarted SpeechEnded:silence",
     ),
     Case(
         "talk that outlasts the answer",
         ("answering", heard(8000), quiet(600), talk("And what", 400), "answered", talk("about the other one?", 1000), TAIL),
-        "Hushed Began Paused Ended:silence",
+        "OutputPaused SpeechStarted PauseStarted SpeechEnded:silence",
     ),
     Case(
         "talk over an answer that cannot be interrupted",
         ("answering", heard(8000), quiet(600), QUESTION, quiet(400), "answered", quiet(200), talk("What do you see?", 800), TAIL),
-        "Began Paused Ended:silence",
-        Manners(interrupt=False),
+        "SpeechStarted PauseStarted SpeechEnded:silence",
+        TurnDetectionConfig(interrupt=False),
     ),
     Case(
         "push to talk, with a long pause",
@@ -163,42 +167,42 @@ CASES = [
             "release",
             quiet(900),
         ),
-        "Began Paused WentOn Ended:released",
+        "SpeechStarted PauseStarted PauseEnded SpeechEnded:released",
         BUTTON,
     ),
     Case(
         "push to talk, released before the last sound is over",
         (quiet(400), "press", QUESTION, "release", talk("left", 200), TAIL),
-        "Began Ended:released",
+        "SpeechStarted SpeechEnded:released",
     ),
-    Case("a tap on the button", (quiet(400), "press", quiet(80), "release", TAIL), "Began Discarded", BUTTON),
+    Case("a tap on the button", (quiet(400), "press", quiet(80), "release", TAIL), "SpeechStarted SpeechDiscarded", BUTTON),
     Case(
         "push to talk over an answer",
         ("answering", heard(8000), quiet(600), "press", talk("Stop", 280), quiet(40), "release", TAIL),
-        "Interrupted Began Ended:released",
+        "BargeIn SpeechStarted SpeechEnded:released",
         BUTTON,
     ),
     Case(
         "a pause that somebody judges to be the end",
         (quiet(600), QUESTION, quiet(200), "commit", TAIL),
-        "Began Paused Ended:committed",
+        "SpeechStarted PauseStarted SpeechEnded:committed",
     ),
     Case(
         "a turn that is taken back",
         (quiet(600), talk("What colour", 600), "cancel", talk("is it?", 300), TAIL),
-        "Began Discarded",
+        "SpeechStarted SpeechDiscarded",
     ),
     Case(
         "nobody speaks after an answer",
         ("answering", heard(8000), quiet(600), "answered", quiet(5000)),
-        "Idle",
-        Manners(idle=2000),
+        "IdleTimeout",
+        TurnDetectionConfig(idle=2000),
     ),
 ]
 
 
 def name(event):
-    return f"Ended:{event.why}" if isinstance(event, Ended) else type(event).__name__
+    return f"SpeechEnded:{event.why}" if isinstance(event, SpeechEnded) else type(event).__name__
 
 
 def names(events):
@@ -228,7 +232,7 @@ def as_probabilities(sound):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_table(case):
-    assert names(play(Turns(case.manners), case.steps, as_probabilities)) == case.expected
+    assert names(play(TurnDetector(case.detection), case.steps, as_probabilities)) == case.expected
 
 
 # ---- the same table as sound
@@ -306,17 +310,17 @@ def test_the_table_as_sound(vad, capsys):
     """What a user would notice: turns cut in the wrong place, answers that stop for nothing, and talk that is not heard."""
     rate, wrong = Counter(), []
     for case in CASES:
-        due = [word for word in case.expected.split() if word.startswith(("Ended", "Interrupted", "Idle"))]
+        due = [word for word in case.expected.split() if word.startswith(("SpeechEnded", "BargeIn", "IdleTimeout"))]
         for voice, snr in ROOMS:
-            events = play(Turns(case.manners), case.steps, Room(vad, voice, snr))
-            got = [name(event) for event in events if isinstance(event, Ended | Interrupted | Idle)]
+            events = play(TurnDetector(case.detection), case.steps, Room(vad, voice, snr))
+            got = [name(event) for event in events if isinstance(event, SpeechEnded | BargeIn | IdleTimeout)]
             more, less = Counter(got) - Counter(due), Counter(due) - Counter(got)
-            rate["interrupted"] += more.pop("Interrupted", 0)
+            rate["interrupted"] += more.pop("BargeIn", 0)
             rate["cut"] += more.total()
             rate["missed"] += less.total()
             if got != due:
                 wrong.append((case.name, voice, snr, got, due))
-    turns, answers = (sum(len(ROOMS) * case.expected.count(word) for case in CASES) for word in ("Ended", "TakenUp"))
+    turns, answers = (sum(len(ROOMS) * case.expected.count(word) for case in CASES) for word in ("SpeechEnded", "OutputResumed"))
     with capsys.disabled():
         print(
             f"\n{len(CASES)} cases × {len(ROOMS)} rooms as sound: {rate['cut']} wrong cuts in {turns} turns, "
@@ -330,15 +334,15 @@ def test_an_answer_is_hushed_within_200_ms_and_a_turn_ends_soon_after_the_timer(
     for voice, snr in ROOMS:
         for text in ("No, wait, stop it!", "What about the other one?", "Show me the triangle.", "Hold on a second."):
             room = Room(vad, voice, snr)
-            hushed, *_, ended = play(Turns(), ("answering", heard(8000), quiet(1000), talk(text, 0), TAIL), room)
-            assert isinstance(hushed, Hushed) and isinstance(ended, Ended), (text, voice)
+            hushed, *_, ended = play(TurnDetector(), ("answering", heard(8000), quiet(1000), talk(text, 0), TAIL), room)
+            assert isinstance(hushed, OutputPaused) and isinstance(ended, SpeechEnded), (text, voice)
             onsets.append(hushed.at / MS - 1000)
             ends.append(ended.at / MS - 1000 - room.spoken / MS)
     with capsys.disabled():
         for what, delays in (("onset → hushed", onsets), ("end of speech → turn ended", ends)):
             print(f"\n{what}: {min(delays):.0f} to {max(delays):.0f} ms, median {np.median(delays):.0f} of {len(delays)}", end="")
     assert max(onsets) <= 200
-    assert max(ends) <= Manners().silence + 200
+    assert max(ends) <= TurnDetectionConfig().silence + 200
 
 
 # ---- what a decision says
@@ -350,28 +354,30 @@ def run(turns, *levels):
 
 
 def test_the_first_syllable_is_kept():
-    began = run(Turns(), (1000, 0), (200, 0.9))[0]
-    assert began == Began(at=1080 * MS, start=700 * MS)
+    began = run(TurnDetector(), (1000, 0), (200, 0.9))[0]
+    assert began == SpeechStarted(at=1080 * MS, start=700 * MS)
 
 
 def test_the_kept_sound_begins_with_the_conversation_at_the_earliest():
-    assert run(Turns(at=5000), (200, 0.9))[0].start == 5000
+    assert run(TurnDetector(at=5000), (200, 0.9))[0].start == 5000
 
 
 def test_a_turn_ends_500_ms_after_the_last_word():
-    *_, paused, ended = run(Turns(), (1000, 0.9), (1000, 0))
-    assert paused == Paused(at=1120 * MS, end=1000 * MS)
-    assert ended == Ended(at=1520 * MS, end=1000 * MS, why="silence")  # the frame in which 500 ms are over
+    *_, paused, ended = run(TurnDetector(), (1000, 0.9), (1000, 0))
+    assert paused == PauseStarted(at=1120 * MS, end=1000 * MS)
+    assert ended == SpeechEnded(at=1520 * MS, end=1000 * MS, why="silence")  # the frame in which 500 ms are over
 
 
 def test_what_falls_between_the_thresholds_is_talk_only_after_talk():
-    assert run(Turns(), (2000, 0.4)) == []
-    assert names(run(Turns(), (200, 0.9), (2000, 0.4), (600, 0.3))) == "Began Paused Ended:silence"
-    assert names(run(Turns(), (400, 0.9), (200, 0), (600, 0.4))) == "Began Paused Ended:silence"  # once quiet, it does not count
+    assert run(TurnDetector(), (2000, 0.4)) == []
+    assert names(run(TurnDetector(), (200, 0.9), (2000, 0.4), (600, 0.3))) == "SpeechStarted PauseStarted SpeechEnded:silence"
+    assert (
+        names(run(TurnDetector(), (400, 0.9), (200, 0), (600, 0.4))) == "SpeechStarted PauseStarted SpeechEnded:silence"
+    )  # once quiet, it does not count
 
 
 def test_an_answer_is_taken_up_at_the_word_that_was_cut():
-    turns = Turns()
+    turns = TurnDetector()
     turns.answering()
     turns.heard(9000)
     turns.heard(24000)
@@ -380,56 +386,56 @@ def test_an_answer_is_taken_up_at_the_word_that_was_cut():
     events += run(turns, (400, 0))
 
     assert events == [
-        Hushed(1080 * MS),
-        TakenUp(1520 * MS, heard=25000, start=1000 * MS, end=1200 * MS),
+        OutputPaused(1080 * MS),
+        OutputResumed(1520 * MS, heard=25000, start=1000 * MS, end=1200 * MS),
     ]
     assert turns.floor == "agent"
 
 
 def test_an_interruption_says_what_was_heard_and_keeps_all_that_was_said():
-    turns = Turns()
+    turns = TurnDetector()
     turns.answering()
     turns.heard(24000)
     events = run(turns, (1000, 0), (1000, 0.9))
 
     assert events == [
-        Hushed(1080 * MS),
-        Interrupted(1800 * MS, heard=24000),
-        Began(1800 * MS, start=700 * MS),
+        OutputPaused(1080 * MS),
+        BargeIn(1800 * MS, heard=24000),
+        SpeechStarted(1800 * MS, start=700 * MS),
     ]
     assert turns.floor == "user"
 
 
 def test_a_sentence_cut_too_early_goes_on_without_a_gap():
-    turns = Turns()
+    turns = TurnDetector()
     ended = run(turns, (1000, 0.9), (520, 0))[-1]
     turns.answering()
     events = run(turns, (120, 0), (400, 0.9))
 
-    assert events[1:] == [Interrupted(events[0].at + 80 * MS, heard=0), Began(events[0].at + 80 * MS, start=ended.at)]
+    assert events[1:] == [BargeIn(events[0].at + 80 * MS, heard=0), SpeechStarted(events[0].at + 80 * MS, start=ended.at)]
 
 
 def test_a_television_gets_one_turn():
-    turns = Turns(Manners(pre_roll=40, longest=120_000))
+    turns = TurnDetector(TurnDetectionConfig(pre_roll=40, longest=120_000))
     events = run(turns, (150_000, 0.97))
-    assert names(events[-1:]) == "Ended:long" and events[-1].at == 120_000 * MS
+    assert names(events[-1:]) == "SpeechEnded:long" and events[-1].at == 120_000 * MS
     turns.answering()
     assert run(turns, (20_000, 0.97)) == []  # what was going on anyway interrupts nothing
-    assert names(run(turns, (200, 0), (1000, 0.9))) == "Hushed Interrupted Began"
+    assert names(run(turns, (200, 0), (1000, 0.9))) == "OutputPaused BargeIn SpeechStarted"
 
 
 def test_idle_is_said_once_and_counts_from_the_last_sound():
-    turns = Turns(Manners(idle=2000))
+    turns = TurnDetector(TurnDetectionConfig(idle=2000))
     assert run(turns, (5000, 0)) == []  # there was no answer yet
     turns.answering()
     assert run(turns, (5000, 0)) == []
     turns.answered()
-    assert names(run(turns, (1000, 0), (120, 0.9), (600, 0))) == "Began Paused Discarded"
-    assert run(turns, (1360, 0)) == [] and run(turns, (9000, 0)) == [Idle(13_120 * MS)]
+    assert names(run(turns, (1000, 0), (120, 0.9), (600, 0))) == "SpeechStarted PauseStarted SpeechDiscarded"
+    assert run(turns, (1360, 0)) == [] and run(turns, (9000, 0)) == [IdleTimeout(13_120 * MS)]
 
 
 def test_an_answer_cannot_begin_while_the_user_has_the_floor():
-    turns = Turns()
+    turns = TurnDetector()
     run(turns, (400, 0.9))
     with pytest.raises(AssertionError, match="user's"):
         turns.answering()
@@ -438,7 +444,7 @@ def test_an_answer_cannot_begin_while_the_user_has_the_floor():
 @pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
 def test_what_is_no_probability_is_refused(probability):
     with pytest.raises(AssertionError):
-        Turns().hear(FRAME, probability)
+        TurnDetector().hear(FRAME, probability)
 
 
 # ---- whatever is heard
@@ -447,8 +453,8 @@ def test_what_is_no_probability_is_refused(probability):
 class Watch:
     """Keeps its own account of the floor, from the decisions alone, and checks each of them against it."""
 
-    def __init__(self, manners):
-        self.turns, self.manners = Turns(manners), manners
+    def __init__(self, detection):
+        self.turns, self.detection = TurnDetector(detection), detection
         self.open = self.paused = self.hushed = self.answering = False
         self.heard = self.start = self.run = self.taken = self.last = 0
 
@@ -467,44 +473,44 @@ class Watch:
             self.answering = self.hushed = False
         assert self.turns.floor == ("user" if self.open else "agent" if self.answering else None)
         if self.open:
-            assert self.turns.now - self.start <= self.manners.longest * MS
+            assert self.turns.now - self.start <= self.detection.longest * MS
 
     def check(self, event):
         match event:
-            case Began():
+            case SpeechStarted():
                 assert not self.open and (not self.answering or self.turns.floor != "agent")
-                assert self.taken <= event.start <= event.at and event.at - event.start <= self.manners.keep
+                assert self.taken <= event.start <= event.at and event.at - event.start <= self.detection.keep
                 self.open, self.paused, self.answering, self.start = True, False, False, event.start
-            case Paused():
+            case PauseStarted():
                 assert self.open and not self.paused and self.start <= event.end < event.at
                 self.paused = True
-            case WentOn():
+            case PauseEnded():
                 assert self.open and self.paused
                 self.paused = False
-            case Ended():
+            case SpeechEnded():
                 assert self.open and self.start <= event.end <= event.at
                 self.open, self.taken = False, event.at
-            case Discarded():
+            case SpeechDiscarded():
                 assert self.open and event.start == self.start
                 self.open = False
-            case Hushed():
+            case OutputPaused():
                 assert self.answering and not self.hushed and not self.open
                 self.hushed = True
-            case TakenUp():
+            case OutputResumed():
                 assert self.answering and self.hushed and event.heard == self.heard and event.start < event.end <= event.at
                 self.hushed = False
-            case Interrupted():
+            case BargeIn():
                 assert self.answering and not self.open and event.heard == self.heard
                 self.answering = self.hushed = False
-            case Idle():
+            case IdleTimeout():
                 assert not self.open and not self.answering
 
 
 SMALL = [  # short times, so that everything is reached
-    Manners(longest=5000, idle=1000),
-    Manners(longest=5000, interrupt=False),
-    Manners(longest=5000, hands_free=False),
-    Manners(longest=1200, silence=80, pre_roll=100, threshold=0.3),
+    TurnDetectionConfig(longest=5000, idle=1000),
+    TurnDetectionConfig(longest=5000, interrupt=False),
+    TurnDetectionConfig(longest=5000, hands_free=False),
+    TurnDetectionConfig(longest=1200, silence=80, pre_roll=100, threshold=0.3),
 ]
 STEPS = st.one_of(
     st.tuples(st.just("hear"), st.integers(1, 25), st.floats(0, 1)),
@@ -516,8 +522,8 @@ STEPS = st.one_of(
 
 @settings(max_examples=100)
 @given(st.sampled_from(SMALL), st.lists(STEPS, min_size=15, max_size=40))
-def test_whatever_happens_the_floor_is_somebodys_or_nobodys(manners, steps):
-    watch = Watch(manners)
+def test_whatever_happens_the_floor_is_somebodys_or_nobodys(detection, steps):
+    watch = Watch(detection)
     for what, *arguments in steps:
         if what == "hear":
             times, probability = arguments

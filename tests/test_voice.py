@@ -11,7 +11,7 @@ import pytest
 
 from streams import espeak as module
 from streams.espeak import RATE, Espeak
-from streams.voice import Chunk, Stream, VoiceMissing, open_voice, words_in
+from streams.voice import SpeechChunk, Stream, VoiceMissing, open_voice, words_in
 
 TEXT = "Look at the end of the day, there are three red circles. Two of them are small!"
 
@@ -58,7 +58,7 @@ def test_stop_ends_the_stream_and_the_work_behind_it(espeak):
 
 
 def chunk(sample=0):
-    return Chunk(np.zeros(4, np.float32), sample, ())
+    return SpeechChunk(np.zeros(4, np.float32), sample, ())
 
 
 def test_a_voice_that_crashes_mid_way_raises_in_the_reader_after_what_it_had_made():

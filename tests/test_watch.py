@@ -24,7 +24,7 @@ import pytest
 
 from agent import checkpoint
 from agent.__main__ import main
-from agent.checkpoint import Loaded
+from agent.checkpoint import LoadedModel
 from agent.engine import Engine, EngineStopped
 from agent.marks import Mark
 from agent.watch import config, discovery, shots
@@ -67,7 +67,7 @@ def flat(b: int, g: int, r: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return checkpoint.load("nano")
 
 
@@ -105,7 +105,7 @@ async def serving(told: WatchConfig, visual_qa: Any) -> AsyncIterator[WatchServi
 
 
 @asynccontextmanager
-async def attending(loaded: Loaded, told: WatchConfig, kind: type[VisualQA] = VisualQA) -> AsyncIterator[WatchService]:
+async def attending(loaded: LoadedModel, told: WatchConfig, kind: type[VisualQA] = VisualQA) -> AsyncIterator[WatchService]:
     """With the model."""
     with Engine(loaded, spares=told.at_once + 1, length=2048) as engine:
         async with serving(told, kind(engine, told.system)) as it:
@@ -119,12 +119,12 @@ class Gate:
         self.asked: list[tuple[list[Shot], str, dict[str, Any]]] = []
         self.open = asyncio.Event()
         self.trouble: Exception | None = None
-        self.at_once = self.most = 0
+        self.at_once = self.max_tokens = 0
 
     async def ask(self, shots: list[Shot], question: str, **how: Any) -> VisualAnswer:
         self.asked.append((list(shots), question, how))
         self.at_once += 1
-        self.most = max(self.most, self.at_once)
+        self.max_tokens = max(self.max_tokens, self.at_once)
         try:
             await self.open.wait()
         finally:
@@ -272,7 +272,7 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         engine._orders.put(partial(hold.wait, SOON))
         asking = asyncio.create_task(visual_qa.ask([shot], QUESTION))
         await asyncio.sleep(0)
-        answering = asyncio.create_task(written(live, tuple(range(20, 50)) * 13, how=loaded.generation, most=1))
+        answering = asyncio.create_task(written(live, tuple(range(20, 50)) * 13, sampling=loaded.generation, max_tokens=1))
         await asyncio.sleep(0)
         engine.pictures.submit(lambda: None).result(SOON)  # the picture is ready to go
         monkeypatch.setattr(ForwardPass, "__call__", counted)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import weights
-from model.gemma import CheckpointError, Config, Gemma
-from model.sampling import Generation
+from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.sampling import SamplingParams
 from model.weights import layout, load, locate, read_budget, read_config, read_generation, save
 from tests import tiny
 from tests.tiny import REAL
@@ -104,7 +104,7 @@ def size_of_file(shapes):
 
 
 def test_the_12b_has_its_published_names_shapes_and_sizes():
-    ours = {name: place.shape for name, place in layout(Config.from_json(REAL)).items()}
+    ours = {name: place.shape for name, place in layout(GemmaConfig.from_json(REAL)).items()}
     assert ours == real_tensors()
     assert len(ours) == 677
     total = sum(torch.Size(shape).numel() for shape in ours.values())
@@ -121,7 +121,7 @@ def test_size_of_a_file_is_what_save_writes(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("raw", [REAL, *(recipe.hub_json() for recipe in tiny.RECIPES.values())], ids=["12b", *tiny.RECIPES])
 def test_the_tensors_of_a_checkpoint_fill_every_parameter_exactly_once(raw):
-    config = Config.from_json(raw)
+    config = GemmaConfig.from_json(raw)
     with torch.device("meta"):
         parameters = dict(Gemma(config).named_parameters())
     filled = {name: [] for name in parameters}
@@ -408,7 +408,7 @@ def test_loading_takes_no_second_copy(checkpoint, tmp_path):
     raw = tiny.Recipe(layers="sssssf", hidden=1024, head_dim=64, full_head_dim=64, hub=True).hub_json()
     raw["text_config"] |= {"vocab_size": 4_000, "intermediate_size": 2_560}
     with torch.device("meta"):
-        model = Gemma(Config.from_json(raw))
+        model = Gemma(GemmaConfig.from_json(raw))
     save(model.to_empty(device="cpu"), raw, tmp_path)
     command = [sys.executable, "-c", LOADING, checkpoint.folder, tmp_path]
     script = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -532,8 +532,8 @@ def test_ids_that_the_file_suppresses_are_added(folder):
 
 def test_sampling_is_what_the_file_says(folder):
     said = {"do_sample": False, "temperature": 0.7, "top_k": 8, "top_p": 0.5, "eos_token_id": 1}
-    assert generation(folder, said) == Generation(frozenset({1}), MEDIA, True, 0.7, 8, 0.5)
-    assert generation(folder, {"eos_token_id": 1}) == Generation(frozenset({1}), MEDIA)
+    assert generation(folder, said) == SamplingParams(frozenset({1}), MEDIA, True, 0.7, 8, 0.5)
+    assert generation(folder, {"eos_token_id": 1}) == SamplingParams(frozenset({1}), MEDIA)
 
 
 @pytest.mark.parametrize("said", [{"temperature": "hot"}, {"temperature": 0}, {"top_k": []}, {"top_p": 2}, {"eos_token_id": {}}])

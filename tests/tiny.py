@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.cache import Cache, Row, whole_span
-from model.gemma import Config, Gemma
-from model.sampling import Generation
+from model.gemma import Gemma, GemmaConfig
+from model.sampling import SamplingParams
 from model.weights import layout, load, read_generation
 
 BOI, EOI, IMAGE, VIDEO, BOA, EOA, AUDIO = range(300, 307)
@@ -137,7 +137,7 @@ def draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return noise * next((scale for end, scale in scales.items() if name.endswith(end)), 1.5 / shape[-1] ** 0.5)
 
 
-def tensors(config: Config) -> dict[str, Tensor]:
+def tensors(config: GemmaConfig) -> dict[str, Tensor]:
     return {name: draw(name, place.shape) for name, place in layout(config).items()}
 
 
@@ -154,14 +154,14 @@ class Checkpoint:
         return transformers_loads(self.folder)
 
     @property
-    def generation(self) -> Generation:
+    def generation(self) -> SamplingParams:
         return read_generation(self.folder, self.model.config)
 
 
 def write(recipe: Recipe, folder: Path) -> Checkpoint:
     raw = recipe.config_json()
     (folder / "config.json").write_text(json.dumps(raw))
-    save_file(tensors(Config.from_json(raw)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors(GemmaConfig.from_json(raw)), folder / "model.safetensors", metadata={"format": "pt"})
     return Checkpoint(folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from model.gemma import Media
+from model.gemma import MediaTokens
 from model.nano import pieces
 from model.tokenizer import CONTROL, Tokenizer
 
@@ -118,10 +118,10 @@ def parsing(kind: str) -> Backend:
     return Backend.from_str(KINDS[kind]())
 
 
-def media(t: Tokenizer) -> Media:
+def media(t: Tokenizer) -> MediaTokens:
     names = {"boi": "<|image>", "eoi": "<image|>", "image": "<|image|>", "video": "<|video|>"}
     names |= {"boa": "<|audio>", "eoa": "<audio|>", "audio": "<|audio|>"}
-    return Media(**{field: t.special(name) for field, name in names.items()})
+    return MediaTokens(**{field: t.special(name) for field, name in names.items()})
 
 
 def spell(t: Tokenizer, ids: list[int]) -> str:

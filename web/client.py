@@ -78,7 +78,7 @@ class RealtimeClient:
                         await read
         except (ConnectionClosed, InvalidHandshake, InvalidURI, OSError) as error:
             self.lost = str(error)
-            await emit(events.Failed(f"the conversation with {self._url} is over: {error}"))
+            await emit(events.SessionFailed(f"the conversation with {self._url} is over: {error}"))
 
     async def _say(self, line: ClientConnection, type: str, **fields: Any) -> None:
         await line.send(json.dumps({"type": type, **fields}))
@@ -89,29 +89,29 @@ class RealtimeClient:
                 audio = base64.b64encode(OURS.encode(item.samples)).decode()
                 await self._say(line, "input_audio_buffer.append", audio=audio)
                 self._sent.append((item.at + len(item.samples), time.monotonic()))
-            case events.Press():
+            case events.PushToTalkStart():
                 self._pressed = True
                 if self._answer is not None:
                     await self._say(line, "response.cancel")
-                    await emit(events.Cleared(self._answer))
-                await emit(events.Started(-1, 0, 0))
-            case events.Release():
+                    await emit(events.OutputCleared(self._answer))
+                await emit(events.TurnStarted(-1, 0, 0))
+            case events.PushToTalkEnd():
                 self._pressed = False
                 self._stopped, self._ended = time.monotonic(), 0.0
                 await self._say(line, "input_audio_buffer.commit")
                 await self._say(line, "response.create")
-                await emit(events.Stopped(-1, 0, 0, "released"))
-            case events.Show(live=True):
+                await emit(events.TurnStopped(-1, 0, 0, "released"))
+            case events.PictureInput(live=True):
                 self._count += 1
                 self._frames.append((f"frame{self._count}", item.data))
                 await self._say(line, "attend.camera.frame", frame_id=f"frame{self._count}", image_url=_uri(item.data))
-            case events.Show():
+            case events.PictureInput():
                 await self._create(line, {"type": "input_image", "image_url": _uri(item.data)})
-            case events.Write():
+            case events.TextInput():
                 await self._create(line, {"type": "input_text", "text": item.text})
                 if item.ask:
                     await self._say(line, "response.create")
-            case events.Heard(answer, sample) if answer == self._answer:
+            case events.PlaybackPosition(answer, sample) if answer == self._answer:
                 self._heard = sample
                 await self._over(emit)
 
@@ -123,57 +123,57 @@ class RealtimeClient:
             event = json.loads(message)
             match event["type"]:
                 case "input_audio_buffer.speech_started":
-                    await emit(events.Started(self._number(event["item_id"]), 0, event["audio_start_ms"] * RATE // 1000))
+                    await emit(events.TurnStarted(self._number(event["item_id"]), 0, event["audio_start_ms"] * RATE // 1000))
                 case "input_audio_buffer.speech_stopped":
                     await self._stop(event, emit)
                 case "input_audio_buffer.cleared":  # it was no turn
                     self._stopped = None
-                    await emit(events.Passed(0))
+                    await emit(events.FalseInterruption(0))
                 case "conversation.item.input_audio_transcription.completed":
-                    await emit(events.Captioned(self._number(event["item_id"]), event["transcript"]))
+                    await emit(events.InputTranscribed(self._number(event["item_id"]), event["transcript"]))
                 case "response.created":
                     await self._begin(event["response"]["id"], emit)
                 case "response.output_audio_transcript.delta" | "response.output_text.delta" if self._answer is not None:
                     self._reached("first_token")
                     self._text += event["delta"]
-                    await emit(events.Wrote(self._answer, event["delta"]))
+                    await emit(events.TextDelta(self._answer, event["delta"]))
                 case "response.output_audio.delta" if self._answer is not None:
                     self._reached("first_sound")
                     pcm = PCM.decode(base64.b64decode(event["delta"]))
-                    said = events.Said(self._answer, self._told, pcm, PCM.rate)
+                    said = events.AudioDelta(self._answer, self._told, pcm, PCM.rate)
                     self._item, self._told = event["item_id"], self._told + len(pcm)
                     await emit(said)
                 case "attend.words" if self._answer is not None:
-                    words = [events.Spoken(word["start"], word["end"], _samples(word["audio_ms"])) for word in event["words"]]
-                    await emit(events.Said(self._answer, self._told, np.zeros(0, np.float32), PCM.rate, tuple(words)))
+                    words = [events.WordTiming(word["start"], word["end"], _samples(word["audio_ms"])) for word in event["words"]]
+                    await emit(events.AudioDelta(self._answer, self._told, np.zeros(0, np.float32), PCM.rate, tuple(words)))
                 case "attend.cleared" if self._answer is not None:
-                    await emit(events.Cleared(self._answer))
+                    await emit(events.OutputCleared(self._answer))
                 case "attend.camera.looked":
                     if data := next((data for name, data in self._frames if name == event["frame_id"]), None):
-                        await emit(events.Looked(self._number(event["frame_id"]), -1, data))
+                        await emit(events.PictureAttached(self._number(event["frame_id"]), -1, data))
                 case "attend.mark" if self._answer is not None:
                     mark, frame = event["mark"], event["frame_id"]
                     picture = self._number(frame) if frame is not None else None
-                    await emit(events.Marked(self._answer, picture, Mark(tuple(mark["box_2d"]), mark["label"])))
+                    await emit(events.MarkAdded(self._answer, picture, Mark(tuple(mark["box_2d"]), mark["label"])))
                 case "response.done":
                     await self._done(line, event["response"], emit)
                 case "attend.note":
-                    await emit(events.Noted(event["message"]))
+                    await emit(events.Notice(event["message"]))
                 case "error":
-                    await emit(events.Noted(event["error"]["message"]))
+                    await emit(events.Notice(event["error"]["message"]))
 
     async def _stop(self, event: dict[str, Any], emit: Emit) -> None:
         end, now = event["audio_end_ms"] * RATE // 1000, time.monotonic()
         left = next((at for sample, at in self._sent if sample >= end), now)
         self._stopped, self._ended = now, (left - now) * 1000
-        await emit(events.Stopped(self._number(event["item_id"]), 0, end, "silence"))
+        await emit(events.TurnStopped(self._number(event["item_id"]), 0, end, "silence"))
 
     async def _begin(self, response: str, emit: Emit) -> None:
         self._answer = self._number(response)
         self._text, self._finish, self._kept, self._told, self._heard, self._item = "", "", "", 0, 0, ""
         self._stages = {} if self._stopped is None else {"speech_end": self._ended}
         self._begun, self._stopped = self._stopped or 0.0, None
-        await emit(events.Answering(self._answer))
+        await emit(events.AnswerStarted(self._answer))
 
     async def _done(self, line: ClientConnection, response: dict[str, Any], emit: Emit) -> None:
         if self._answer is None:
@@ -196,8 +196,8 @@ class RealtimeClient:
         answer, self._answer = self._answer, None
         finish: Any = self._finish
         kept = len(self._kept) if self._finish == "interrupted" else len(self._text)
-        await emit(events.Answered(answer, self._text, kept, finish, 0, 0))
-        await emit(events.Timed(answer, self._stages, 0))
+        await emit(events.AnswerDone(answer, self._text, kept, finish, 0, 0))
+        await emit(events.AnswerTimings(answer, self._stages, 0))
 
     def _reached(self, stage: str) -> None:
         if self._stages:

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import UNSET
 
 from agent.calls import declaration
-from agent.tape import Setting
-from agent.turns import Manners
+from agent.tape import SystemPrompt
+from agent.turns import TurnDetectionConfig
 from web.audio import PCM, Format
 from web.schema import (
     AudioFormat,
@@ -64,9 +64,9 @@ class SessionConfig:
     output: Format = PCM
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> SystemPrompt:
         """The system prompt and tools that the model is given."""
-        return Setting(self.instructions or None, () if self.tool_choice == "none" else self.tools)
+        return SystemPrompt(self.instructions or None, () if self.tool_choice == "none" else self.tools)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class SessionConfig:
         """A turn is answered as soon as it ends."""
         return self.turn_detection is None or bool(self.turn_detection["create_response"])
 
-    def manners(self, usual: Manners) -> Manners:
+    def detection(self, usual: TurnDetectionConfig) -> TurnDetectionConfig:
         """How the session detects turns; `usual` holds for what the protocol does not say."""
         given = self.turn_detection
         if given is None:

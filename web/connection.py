@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from agent import events
 from agent.events import Event, Input, weight
-from agent.session import DoorStuck, Session
+from agent.session import ConsumerStalled, Session
 from streams.frames import RATE, Audio
 from web.protocol import RealtimeProtocol
 
@@ -90,7 +90,7 @@ class Connection:
 
     def _end(self, raised: list[Exception], stopped: bool) -> End:
         match raised:
-            case [DoorStuck() as stuck, *_]:
+            case [ConsumerStalled() as stuck, *_]:
                 return End(1013, str(stuck))
             case [fault, *_]:
                 return End(1011, "something is wrong with the server; this conversation is over", fault)
@@ -108,7 +108,7 @@ class Connection:
 
     async def _emit(self, event: Event) -> None:
         self._observe(event)
-        if isinstance(event, events.Failed):
+        if isinstance(event, events.SessionFailed):
             self._failed = event.message
         self._protocol.tell(event, self._clock())
         await self._hand_on()

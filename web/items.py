@@ -12,7 +12,7 @@ import numpy as np
 
 from agent import events
 from agent.calls import ToolCall
-from agent.events import Past
+from agent.events import AnswerInput
 from streams.frames import RATE, Audio, MediaError
 from streams.pictures import check_picture
 from web.audio import LONGEST, Format, Resampler, Samples
@@ -104,10 +104,10 @@ def recording(audio: str | None, param: str, format: Format) -> Samples:
     return np.ascontiguousarray(Resampler(format.rate, RATE).push(format.decode(data), last=True))
 
 
-def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tuple[Json, list[Past]]:
+def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tuple[Json, list[AnswerInput]]:
     """A message as JSON, without its pictures and sound, and what a session takes: of a system's message nothing."""
     content: list[Json] = []
-    found: list[Past] = []
+    found: list[AnswerInput] = []
     for n, part in enumerate(message.content):
         where = f"{within}.content[{n}]"
         if part.type not in ROLES[message.role]:
@@ -115,7 +115,7 @@ def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tu
             raise InvalidRequest(f"{where}.type must be one of {known} in a message of the {message.role}", param=f"{where}.type")
         match part.type:
             case "input_image":
-                found.append(events.Show(picture(part.image_url, f"{where}.image_url")))
+                found.append(events.PictureInput(picture(part.image_url, f"{where}.image_url")))
                 content.append({"type": "input_image", "detail": part.detail or "auto"})
             case "input_audio":
                 found.append(Audio(recording(part.audio, f"{where}.audio", format), 0))
@@ -123,9 +123,9 @@ def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tu
             case _:
                 name = "transcript" if part.type == "output_audio" else "text"
                 content.append({"type": part.type, name: (words := _words(part, name, where))})
-                found += [events.Write(words, ask=False)] if message.role == "user" else []
+                found += [events.TextInput(words, ask=False)] if message.role == "user" else []
     if message.role == "assistant":
-        found = [events.Recall(text(content))]
+        found = [events.PastAnswer(text(content))]
     return item(id, "message", role=message.role, content=content), found
 
 
@@ -195,7 +195,7 @@ class ConversationItems:
         if self._items.pop(item.id, None):
             self._out.send("conversation.item.deleted", item_id=item.id)
         if item.of is not None:
-            self._out.put(events.Delete(item.of))
+            self._out.put(events.DeleteEntry(item.of))
 
 
 # ---- the input of a response
@@ -212,10 +212,10 @@ class ResponseInput:
         self._calls = dict(calls)
         self.system: list[str] = []  # messages of the system among them
 
-    def read(self, given: Sequence[InputItem]) -> tuple[Past, ...]:
+    def read(self, given: Sequence[InputItem]) -> tuple[AnswerInput, ...]:
         return tuple(part for n, item in enumerate(given) for part in self._item(item, f"response.input[{n}]"))
 
-    def _item(self, given: InputItem, where: str) -> Iterator[Past]:
+    def _item(self, given: InputItem, where: str) -> Iterator[AnswerInput]:
         match given:
             case ItemReference():
                 yield from self._reference(self._known.known(given.id, "item_not_found", f"{where}.id"), where)
@@ -230,12 +230,12 @@ class ResponseInput:
                 self.system += [text(json["content"])] if given.role == "system" else []
                 yield from found
 
-    def _output(self, call_id: str, output: str, param: str) -> Past:
+    def _output(self, call_id: str, output: str, param: str) -> AnswerInput:
         if call_id not in self._calls:
             raise InvalidRequest(f"there is no call {call_id!r}", "item_not_found", param)
-        return events.Recall("", ((self._calls[call_id], output),))
+        return events.PastAnswer("", ((self._calls[call_id], output),))
 
-    def _reference(self, item: ConversationItem, where: str) -> Iterator[Past]:
+    def _reference(self, item: ConversationItem, where: str) -> Iterator[AnswerInput]:
         json = item.json
         match json["type"], json.get("role"):
             case "function_call", _:
@@ -243,21 +243,21 @@ class ResponseInput:
             case "function_call_output", _:
                 yield self._output(json["call_id"], json["output"], where)
             case _, "assistant":
-                yield events.Recall(text(json["content"]))
+                yield events.PastAnswer(text(json["content"]))
             case _, "system":
                 self.system.append(text(json["content"]))
             case _:
                 yield from self._said(item)
 
-    def _said(self, item: ConversationItem) -> Iterator[Past]:
+    def _said(self, item: ConversationItem) -> Iterator[AnswerInput]:
         pictures = [index for index, id in self._pictures.items() if id == item.id]
         for part in item.json["content"]:
             match part["type"]:
                 case "input_text":
-                    yield events.Write(part["text"], ask=False)
+                    yield events.TextInput(part["text"], ask=False)
                 case "input_image" if pictures:
-                    yield events.Again(pictures.pop(0))
+                    yield events.EntryReference(pictures.pop(0))
                 case "input_audio" if part["transcript"] is not None:
-                    yield events.Write(part["transcript"], ask=False)
+                    yield events.TextInput(part["transcript"], ask=False)
                 case "input_audio" if item.of is not None:
-                    yield events.Again(item.of)
+                    yield events.EntryReference(item.of)

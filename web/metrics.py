@@ -49,19 +49,19 @@ class Metrics:
 
     def count(self, event: Event) -> None:
         match event:
-            case events.Timed():
+            case events.AnswerTimings():
                 for name, times in self._stages.items():
                     if name in event.stages:
                         times.observe(event.stages[name] / 1000)
                 if {"first_sound", "speech_end"} <= event.stages.keys():
                     self._silence.observe((event.stages["first_sound"] - event.stages["speech_end"]) / 1000)
-            case events.Answered(finish="interrupted"):
+            case events.AnswerDone(finish="interrupted"):
                 self._interruptions.inc()
-            case events.Uncaptioned():
+            case events.InputTranscriptionFailed():
                 self.errors.labels("caption").inc()
-            case events.Noted():
+            case events.Notice():
                 self.errors.labels("noted").inc()
-            case events.Failed():
+            case events.SessionFailed():
                 self.errors.labels("failed").inc()
 
     def page(self) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from agent import events
 from agent.events import Event
-from agent.turns import Manners
+from agent.turns import TurnDetectionConfig
 from streams.frames import RATE, Audio
 from web import items, schema
 from web.audio import BufferFull, InputAudioBuffer
@@ -35,11 +35,11 @@ class RealtimeProtocol:
         model: str,
         voice: str | None = None,
         extensions: frozenset[str] = frozenset(),
-        manners: Manners | None = None,
+        detection: TurnDetectionConfig | None = None,
         instructions: str = "",
     ) -> None:
         self.out = Outgoing(id)
-        self._model, self._extensions, self._manners = model, extensions, manners or Manners()
+        self._model, self._extensions, self._detection = model, extensions, detection or TurnDetectionConfig()
         self._paced = "playback" in extensions
         self._event_id: str | None = None  # of the client's event that is being done
         config = SessionConfig(instructions, spoken=voice is not None, turn_detection=SERVER_VAD)
@@ -51,7 +51,7 @@ class RealtimeProtocol:
         self._speaking: str | None = None  # item of the open turn
         self._whole = False  # the turn that began last came from the client as a whole
         self._talk: str | None = None  # item of the turn that talk over an answer may become
-        self._idle: tuple[float, events.Quiet] | None = None  # since when nobody says anything, were all played
+        self._idle: tuple[float, events.UserIdle] | None = None  # since when nobody says anything, were all played
         self._shown: deque[tuple[bytes, str]] = deque(maxlen=64)  # pictures that the session has not looked at, and their ids
         self.out.send("session.created", session=self._responses.session(model))
 
@@ -83,7 +83,7 @@ class RealtimeProtocol:
                 self._commit()
             case schema.InputAudioBufferClear():
                 self._buffer.clear()
-                self.out.put(events.Forget())
+                self.out.put(events.DiscardTurn())
                 self.out.send("input_audio_buffer.cleared")
             case schema.ConversationItemCreate():
                 self._create(event)
@@ -108,10 +108,10 @@ class RealtimeProtocol:
         was, now = self.config, self.config.updated(event.session)
         if (was.turn_detection is None) != (now.turn_detection is None):  # neither way may go on with the other's half
             self._buffer.clear()
-            self.out.put(events.Forget())
+            self.out.put(events.DiscardTurn())
         self._buffer.set(now.input, manual=now.turn_detection is None)
         if now.turn_detection != was.turn_detection:
-            self.out.put(events.Set(manners=now.manners(self._manners)))
+            self.out.put(events.UpdateSettings(detection=now.detection(self._detection)))
         self._responses.update(now)
         self._hold_sound()
         self.out.send("session.updated", session=self._responses.session(self._model))
@@ -127,12 +127,12 @@ class RealtimeProtocol:
         if self.config.turn_detection is not None:
             if self._speaking is None:
                 raise InvalidRequest("nothing was said that could be committed", empty)
-            self.out.put(events.Commit(ask=False))
+            self.out.put(events.CommitTurn(ask=False))
         elif (ms := self._buffer.milliseconds) < SHORTEST:
             raise InvalidRequest(f"a commit needs {SHORTEST} ms of audio, and there are {ms} ms", empty)
         else:
             id = self.out.new("item")
-            self.out.put(*self._buffer.commit(), events.Commit(ask=False, name=id))
+            self.out.put(*self._buffer.commit(), events.CommitTurn(ask=False, name=id))
             self._committed(id)
 
     def _committed(self, id: str, of: int | None = None) -> None:
@@ -163,10 +163,10 @@ class RealtimeProtocol:
         for part in parts:
             match part:
                 case Audio():
-                    self.out.put(events.Recorded(part.samples, id))
-                case events.Show():
+                    self.out.put(events.RecordedInput(part.samples, id))
+                case events.PictureInput():
                     self._show(part, id)
-                case events.Write() | events.Recall():
+                case events.TextInput() | events.PastAnswer():
                     self.out.put(part)
         return json
 
@@ -183,10 +183,10 @@ class RealtimeProtocol:
             self._items.delete(item)
 
     def _camera_frame(self, event: schema.AttendCameraFrame) -> None:
-        show = events.Show(items.picture(event.image_url, "image_url"), live=True)
+        show = events.PictureInput(items.picture(event.image_url, "image_url"), live=True)
         self._show(show, self.out.new("frame") if event.frame_id is None else event.frame_id)
 
-    def _show(self, show: events.Show, id: str) -> None:
+    def _show(self, show: events.PictureInput, id: str) -> None:
         self._shown.append((show.data, id))
         while sum(len(data) for data, _ in self._shown) > SHOWN and len(self._shown) > 1:
             self._shown.popleft()
@@ -198,36 +198,36 @@ class RealtimeProtocol:
         self._responses.tell(event, now)
         self._hold_sound()
         match event:
-            case events.Started():
+            case events.TurnStarted():
                 self._started(event)
-            case events.Stopped():
+            case events.TurnStopped():
                 self._stopped(event)
-            case events.Dismissed() if self._speaking:
+            case events.TurnDiscarded() if self._speaking:
                 self._no_turn(self._speaking, event.at)
                 self._speaking = None
-            case events.Cleared(start=int(start)) if not self._paced:
+            case events.OutputCleared(start=int(start)) if not self._paced:
                 self._talk = self._speech_started(start)
-            case events.Passed() if self._talk:
+            case events.FalseInterruption() if self._talk:
                 self._no_turn(self._talk, event.at)
                 self._talk = None
-            case events.Captioned():
+            case events.InputTranscribed():
                 self._captioned(event)
-            case events.Uncaptioned():
+            case events.InputTranscriptionFailed():
                 self._uncaptioned(event)
-            case events.Looked():
+            case events.PictureAttached():
                 self._looked(event)
-            case events.Marked() if "marks" in self._extensions:
+            case events.MarkAdded() if "marks" in self._extensions:
                 self._marked(event)
-            case events.Timed() if "timeline" in self._extensions:
+            case events.AnswerTimings() if "timeline" in self._extensions:
                 self.out.send("attend.timeline", answer=event.answer, stages_ms=dict(event.stages), waiting=event.waiting)
-            case events.Quiet():
+            case events.UserIdle():
                 self._idle = self._since(now), event
                 self.played(now)
-            case events.Noted(refused=True):
+            case events.Notice(refused=True):
                 self.error(event.message, "invalid_request_error", "invalid_value")
-            case events.Noted() if "notes" in self._extensions:
+            case events.Notice() if "notes" in self._extensions:
                 self.out.send("attend.note", message=event.message)
-            case events.Failed():
+            case events.SessionFailed():
                 self.error(event.message, "server_error", "session_failed")
 
     def played(self, now: float) -> None:
@@ -252,20 +252,20 @@ class RealtimeProtocol:
         self.out.send("input_audio_buffer.speech_stopped", audio_end_ms=_ms(at), item_id=item)
         self.out.send("input_audio_buffer.cleared")
 
-    def _started(self, event: events.Started) -> None:
+    def _started(self, event: events.TurnStarted) -> None:
         self._idle, self._whole = None, event.name is not None
         if event.name is not None:
             remember(self._turns, event.turn, event.name)
         else:
             self._speaking, self._talk = self._talk or self._speech_started(event.start), None
 
-    def _stopped(self, event: events.Stopped) -> None:
+    def _stopped(self, event: events.TurnStopped) -> None:
         if self._whole:
             self._whole = False
             if item := self._items.get(self._turns.get(event.turn)):
                 item.of = event.turn
             else:  # it was deleted before the session came to it
-                self.out.put(events.Delete(event.turn))
+                self.out.put(events.DeleteEntry(event.turn))
         elif id := self._speaking:
             self._speaking = None
             remember(self._turns, event.turn, id)
@@ -280,7 +280,7 @@ class RealtimeProtocol:
         parts = [n for n, part in content if part["type"] == "input_audio" and part["transcript"] is None]
         return (item, parts[0]) if parts else None
 
-    def _captioned(self, event: events.Captioned) -> None:
+    def _captioned(self, event: events.InputTranscribed) -> None:
         if (place := self._untold(event.turn)) is None:
             return
         item, part = place
@@ -293,13 +293,13 @@ class RealtimeProtocol:
             done = {"transcript": event.text, "usage": NO_TOKENS}
             self.out.send("conversation.item.input_audio_transcription.completed", **where, **done)
 
-    def _uncaptioned(self, event: events.Uncaptioned) -> None:
+    def _uncaptioned(self, event: events.InputTranscriptionFailed) -> None:
         if (place := self._untold(event.turn)) and self.config.transcription:
             error = {"type": "server_error", "code": "transcription_failed", "message": event.message, "param": None}
             where = {"item_id": place[0].id, "content_index": place[1]}
             self.out.send("conversation.item.input_audio_transcription.failed", **where, error=error)
 
-    def _looked(self, event: events.Looked) -> None:
+    def _looked(self, event: events.PictureAttached) -> None:
         while self._shown:
             data, id = self._shown.popleft()
             if data is event.data:
@@ -308,7 +308,7 @@ class RealtimeProtocol:
                     self.out.send("attend.camera.looked", frame_id=id)
                 return
 
-    def _marked(self, event: events.Marked) -> None:
+    def _marked(self, event: events.MarkAdded) -> None:
         frame = None if event.picture is None else self._pictures.get(event.picture)
         mark = {"box_2d": list(event.mark.box), "label": event.mark.label}
         response = self._responses.active
@@ -318,7 +318,7 @@ class RealtimeProtocol:
         """When the silence that the session tells of ends, by what the client has played."""
         return self._responses.playback.end + (self.config.idle or 0) if self.config.uninterrupted else now
 
-    def _timeout(self, event: events.Quiet) -> None:
+    def _timeout(self, event: events.UserIdle) -> None:
         self._idle, item, end = None, self.out.new("item"), _ms(event.at)
         start = max(0, end - round(1000 * (self.config.idle or 0)))
         self.out.send("input_audio_buffer.timeout_triggered", audio_start_ms=start, audio_end_ms=end, item_id=item)

@@ -37,7 +37,7 @@ class Response:
     ) -> None:
         self.id, self.config, self.kept, self.answer = out.new("resp"), config, kept, answer
         self.cancelled = False  # by the client
-        self.cost: events.Counted | None = None  # of the last stretch of its answer
+        self.cost: events.UsageCounted | None = None  # of the last stretch of its answer
         self.begun = base  # characters of the answer before the open message
         self._out, self._metadata, self._voice = out, params.metadata, voice
         self._items: list[ConversationItem] = []
@@ -66,7 +66,7 @@ class Response:
         kind = "output_audio_transcript" if self.config.spoken else "output_text"
         self._out.send(f"response.{kind}.delta", **self._place(message), delta=words)
 
-    def say(self, said: events.Said) -> None:
+    def say(self, said: events.AudioDelta) -> None:
         message = self._opened()
         if self._resampler and said.sample != self._next:  # the answer is taken up again at a word
             self._sound(message, self._resampler.flush())
@@ -74,7 +74,7 @@ class Response:
         self._next = said.sample + len(said.pcm)
         self._sound(message, self._resampler.push(said.pcm))
 
-    def call(self, called: events.Called, call_id: str) -> None:
+    def call(self, called: events.ToolCalled, call_id: str) -> None:
         self._close("completed")
         name, arguments = called.tool.name, json.dumps(called.tool.arguments, ensure_ascii=False)
         item = self._begin(items.function_call(self._out.new("item"), call_id, name, "", "in_progress"), called.call)
@@ -175,8 +175,8 @@ class Response:
         self._end(message, items.assistant_message(message.id, status, kept, self.config.spoken))
 
 
-def _usage(cost: events.Counted | None) -> Json:
-    cost = cost or events.Counted(0, 0, 0, 0, 0)
+def _usage(cost: events.UsageCounted | None) -> Json:
+    cost = cost or events.UsageCounted(0, 0, 0, 0, 0)
     before = cost.text + cost.sound + cost.pictures
     return {
         "total_tokens": before + cost.tokens,

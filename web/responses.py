@@ -13,7 +13,7 @@ from dataclasses import replace
 from agent import events
 from agent.calls import ToolCall
 from agent.events import Event
-from agent.tape import Setting
+from agent.tape import SystemPrompt
 from web import items
 from web.audio import PlaybackClock
 from web.config import MAX_TOKENS, SessionConfig
@@ -52,7 +52,7 @@ class Responses:
         self._brought: dict[str, ToolCall] = {}  # by the client, by call_id
         self._waits: set[int] = set()  # calls whose results the answer needs
         self._returned: dict[int, str] = {}  # what came of them so far
-        self._late: list[events.Said] = []  # sound of an answer that waits for tools, and goes on in the next response
+        self._late: list[events.AudioDelta] = []  # sound of an answer that waits for tools, and goes on in the next response
         self._tune(config, always=True)
 
     @property
@@ -99,9 +99,9 @@ class Responses:
             return
         setting = self._setting(config, self._system) if always or config.setting != was.setting else None
         most, answers = config.max_tokens or MAX_TOKENS, self.config.answers
-        self._out.put(events.Set(setting, answers=answers, most=most, spoken=config.spoken, calls=config.calls))
+        self._out.put(events.UpdateSettings(setting, answers=answers, max_tokens=most, spoken=config.spoken, calls=config.calls))
 
-    def _setting(self, config: SessionConfig, system: list[str]) -> Setting:
+    def _setting(self, config: SessionConfig, system: list[str]) -> SystemPrompt:
         return replace(config.setting, system="\n\n".join(filter(None, [config.instructions, *system])) or None)
 
     # -- the client's side
@@ -119,7 +119,7 @@ class Responses:
         else:
             self._tune(config)
             self._begin(config, params)
-            self._out.put(events.Ask())
+            self._out.put(events.CreateAnswer())
 
     def _create_out_of_band(self, params: ResponseParams, config: SessionConfig) -> None:
         if len(self._out_of_band) == OUT_OF_BAND:
@@ -132,14 +132,14 @@ class Responses:
         response = Response(self._out, config, params, self._voice or "none", kept)
         self._out_of_band[response.id] = response
         asked = self._setting(config, system), config.max_tokens, config.spoken, config.calls
-        self._out.put(events.OutOfBandResponse(response.id, past, *asked))
+        self._out.put(events.CreateOutOfBandResponse(response.id, past, *asked))
 
     def _go_on(self, params: ResponseParams, config: SessionConfig, now: float) -> None:
         """The answer has its tools' results."""
         config = replace(config, spoken=self._tuned.spoken, max_tokens=self._tuned.max_tokens)
         self._begin(config, params, self._answer, self._written)
         for number in sorted(self._waits):
-            self._out.put(events.Returned(number, self._returned.get(number, {"error": "there is no result"})))
+            self._out.put(events.ToolResult(number, self._returned.get(number, {"error": "there is no result"})))
         self._waits.clear()
         self._returned.clear()
         late, self._late = self._late, []
@@ -156,15 +156,15 @@ class Responses:
             what = "no active response found" if id is None else f"there is no response {id!r} in progress"
             raise InvalidRequest(f"Cancellation failed: {what}", "response_cancel_not_active", "response_id")
         response.cancelled = True
-        stop = events.Stop()
-        self._out.put(events.OutOfBand(response.id, stop) if response.id in self._out_of_band else stop)
+        stop = events.CancelAnswer()
+        self._out.put(events.OutOfBandEvent(response.id, stop) if response.id in self._out_of_band else stop)
 
     def truncate(self, item: ConversationItem, ms: int, talking: bool) -> int:
         """Of the item's sound only so much was heard; returns how much that can be. `talking`: as the user talks over it."""
         if (place := self.playback.place(item.id, ms)) is None:
             raise InvalidRequest("Only model output audio messages can be truncated", "unsupported_content_type", "item_id")
         answer, sample, heard = place
-        self._out.put(events.Truncate(answer, sample))
+        self._out.put(events.TruncateAnswer(answer, sample))
         if answer == self._answer:
             self.playback.stop()
             if self._response and self._response.answer == answer:
@@ -184,67 +184,67 @@ class Responses:
     def bring_output(self, given: FunctionCallOutputItem, id: str) -> Json:
         call_id, output = given.call_id, given.output
         if call_id in self._brought:
-            self._out.put(events.Recall("", ((self._brought[call_id], output),)))
+            self._out.put(events.PastAnswer("", ((self._brought[call_id], output),)))
         elif (number := self._calls.get(call_id)) is None:
             raise InvalidRequest(f"there is no call {call_id!r}", "item_not_found", "item.call_id")
         elif number in self._waits:
             self._returned[number] = output
         else:
-            self._out.put(events.Returned(number, output))
+            self._out.put(events.ToolResult(number, output))
         return items.item(id, "function_call_output", call_id=call_id, output=output)
 
     # -- the session's side
 
     def tell(self, event: Event, now: float) -> None:
         match event:
-            case events.Answering(answer):
+            case events.AnswerStarted(answer):
                 self._answer, self._sent, self._written = answer, None, 0
                 response = self._response or self._begin(self._tuned, ResponseParams())
                 response.answer = answer
-            case events.Wrote():
+            case events.TextDelta():
                 self._responding().write(event.text)
                 self._written += len(event.text)
-            case events.Said():
+            case events.AudioDelta():
                 self._said(event, now)
-            case events.Cleared() if event.answer == self._answer:
+            case events.OutputCleared() if event.answer == self._answer:
                 self.playback.stop()
                 if self._paced and self._response and self._response.open:
                     self._out.send("attend.cleared", item_id=self._response.message)
-            case events.Counted() if self._response and self._response.answer == event.answer:
+            case events.UsageCounted() if self._response and self._response.answer == event.answer:
                 self._response.cost = event
-            case events.Called():
+            case events.ToolCalled():
                 self._called(event)
-            case events.Told() if not self._paced:
+            case events.OutputSent() if not self._paced:
                 self._sent = self._response
                 self._end(event.finish)
-            case events.Answered():
+            case events.AnswerDone():
                 self._over(event)
-            case events.OutOfBand(name, inner) if name in self._out_of_band:
+            case events.OutOfBandEvent(name, inner) if name in self._out_of_band:
                 self._tell_out_of_band(self._out_of_band[name], inner)
 
     def _tell_out_of_band(self, response: Response, event: object) -> None:
         match event:
-            case events.Wrote():
+            case events.TextDelta():
                 response.write(event.text)
-            case events.Said():
+            case events.AudioDelta():
                 response.say(event)
-                heard = events.Heard(event.answer, event.sample + len(event.pcm))
-                self._out.put(events.OutOfBand(response.id, heard))
-            case events.Called():  # nobody waits for it; the client may bring it along with its result
+                heard = events.PlaybackPosition(event.answer, event.sample + len(event.pcm))
+                self._out.put(events.OutOfBandEvent(response.id, heard))
+            case events.ToolCalled():  # nobody waits for it; the client may bring it along with its result
                 response.call(event, call_id := self._out.new("call"))
                 remember(self._brought, call_id, event.tool)
-            case events.Counted():
+            case events.UsageCounted():
                 response.cost = event
-            case events.Answered():
+            case events.AnswerDone():
                 del self._out_of_band[response.id]
                 response.finish(event.finish)
                 if response.kept is not None and event.text.strip():
-                    self._out.put(events.Recall(event.text))
+                    self._out.put(events.PastAnswer(event.text))
 
     def played(self, now: float) -> None:
         """Time has gone on: what the client has played of what was sent."""
         if (reached := self.playback.heard(now)) and not self._at_once:
-            self._out.put(events.Heard(*reached))
+            self._out.put(events.PlaybackPosition(*reached))
 
     @property
     def _at_once(self) -> bool:
@@ -255,7 +255,7 @@ class Responses:
         """The response in progress; after a tool's results that nobody asked for, one more."""
         return self._response or self._begin(self._tuned, ResponseParams(), self._answer, self._written)
 
-    def _said(self, event: events.Said, now: float) -> None:
+    def _said(self, event: events.AudioDelta, now: float) -> None:
         if self._response:
             self._response.say(event)
             item = self._response.message
@@ -263,11 +263,11 @@ class Responses:
             if self._paced and event.words:
                 self._words(event, item, offset - event.sample / event.rate, self._response.begun)
             if self._at_once:
-                self._out.put(events.Heard(event.answer, event.sample + len(event.pcm)))
+                self._out.put(events.PlaybackPosition(event.answer, event.sample + len(event.pcm)))
         elif not self._sent:  # else it was taken up again at a word, and its response is done
             self._late.append(event)
 
-    def _words(self, event: events.Said, item: str, before: float, begun: int) -> None:
+    def _words(self, event: events.AudioDelta, item: str, before: float, begun: int) -> None:
         """Where each word stands in the item's text and sound, but for those of an item before the tools."""
         words = [
             {
@@ -280,7 +280,7 @@ class Responses:
         ]
         self._out.send("attend.words", item_id=item, words=words)
 
-    def _called(self, event: events.Called) -> None:
+    def _called(self, event: events.ToolCalled) -> None:
         call_id = self._out.new("call")
         self._responding().call(event, call_id)
         remember(self._calls, call_id, event.call)
@@ -296,7 +296,7 @@ class Responses:
             if not self._waits:
                 self._tune(self.config)
 
-    def _over(self, event: events.Answered) -> None:
+    def _over(self, event: events.AnswerDone) -> None:
         if event.finish == "interrupted":
             self.playback.stop()
         if event.answer != self._answer:
@@ -309,7 +309,7 @@ class Responses:
             self._end(event.finish, event.heard if event.finish == "interrupted" else None)
         if self._waits:  # for tools: what they bring now is kept for later
             for number, value in self._returned.items():
-                self._out.put(events.Returned(number, value))
+                self._out.put(events.ToolResult(number, value))
             self._waits.clear()
             self._returned.clear()
             self._tune(self.config)

@@ -24,10 +24,10 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from agent import events
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine, EngineStopped
 from agent.events import Event
 from agent.session import Session
-from agent.settings import Settings
 from model.cache import NoRow
 from model.vad import Vad
 from streams.frames import RATE
@@ -57,7 +57,7 @@ class Options:
     port: int = 8765
     model: str = "nano"
     voice: str = "default"  # what it is called
-    settings: Settings = field(default_factory=Settings)
+    settings: ConversationConfig = field(default_factory=ConversationConfig)
     tls: ssl.SSLContext | None = None
     log_content: bool = False
     log_json: bool = False
@@ -190,7 +190,7 @@ class Server:
     def _connected(self, connection: ServerConnection, session: Session, name: str, asked: frozenset[str]) -> Connection:
         o = self.options
         voice = o.voice if self.voice else None
-        protocol = RealtimeProtocol(name, o.model, voice, asked, o.settings.manners, o.settings.setting.system or "")
+        protocol = RealtimeProtocol(name, o.model, voice, asked, o.settings.detection, o.settings.setting.system or "")
 
         async def messages() -> AsyncIterator[str | bytes]:
             with suppress(ConnectionClosed):
@@ -205,7 +205,7 @@ class Server:
 
         return Connection(session, protocol, messages(), send, self.stopping, partial(self._observe, name), o.clock)
 
-    async def _seat(self, connection: ServerConnection, settings: Settings) -> Session:
+    async def _seat(self, connection: ServerConnection, settings: ConversationConfig) -> Session:
         """Everybody waits for the model. Who asked for the extension `queue` is told how much of it is there, waits in line for a
         row too, and is told how many are before it."""
         queue, told, self._line = "queue" in _extensions(connection), None, [*self._line, connection]
@@ -236,19 +236,21 @@ class Server:
     def _observe(self, name: str, event: Event) -> None:
         self.metrics.count(event)
         match event:
-            case events.Stopped():
+            case events.TurnStopped():
                 self.say("turn", name, turn=event.turn, ms=event.end * 1000 // RATE, by=event.why)
-            case events.Captioned():
+            case events.InputTranscribed():
                 self.say("caption", name, event.text, turn=event.turn)
-            case events.Answered():
+            case events.AnswerDone():
                 self.say("answer", name, event.text, answer=event.answer, finish=event.finish, tokens=event.tokens)
-            case events.Timed():
+            case events.AnswerTimings():
                 self.say("times", name, answer=event.answer, ms={key: round(ms) for key, ms in event.stages.items()})
-            case events.LetGo():
+            case events.EntriesEvicted():
                 self.say("let go", name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
-            case events.OutOfBand(_, inner) if isinstance(inner, events.Answered | events.Timed | events.Failed):
+            case events.OutOfBandEvent(_, inner) if isinstance(
+                inner, events.AnswerDone | events.AnswerTimings | events.SessionFailed
+            ):
                 self._observe(name, inner)
-            case events.Noted() | events.Failed():
+            case events.Notice() | events.SessionFailed():
                 self.say("trouble", name, message=event.message)
 
     def say(self, what: str, name: str, content: str | None = None, **fields: Any) -> None:

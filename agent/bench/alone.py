@@ -25,8 +25,8 @@ from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
 from model import weights
 from model.cache import SLACK, Cache, Row
-from model.gemma import CheckpointError, Config, Gemma
-from model.sampling import Generation, draw
+from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.sampling import SamplingParams, sample_one
 from model.threads import Threads
 from streams.frames import RATE
 
@@ -34,7 +34,7 @@ SPEECH, PICTURE = (2, 10, 30), (14, 20)  # seconds; lines and columns of patches
 OPENING, CLOSING = 8, 10  # positions before the picture, and from the end of the sound to the start of the answer
 LENGTH, ROWS = 4096, len(SPEECH) + 1  # of the cache for one speaker; the last row is for forks
 CHUNKS, CROWD, DEPTH = (1, 4, 16), (1, 4, 16), 512  # frames at a time; rows of one step, positions in each of them
-GREEDY = Generation(stop=frozenset(), suppressed=(0,), greedy=True)
+GREEDY = SamplingParams(stop=frozenset(), suppressed=(0,), greedy=True)
 
 Times = Mapping[str, list[float]]  # seconds of each contender, by rounds
 
@@ -49,7 +49,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class BenchPrompt:
     """Opening, picture, sound, closing; placeholder ids stand where the media go."""
 
     ids: Tensor
@@ -59,7 +59,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchSetup:
     """What one shape is measured with; `prompts` and `rows` by seconds of speech. `beside` is None without transformers."""
 
     model: Gemma
@@ -67,7 +67,7 @@ class Setting:
     beside: Any
     cache: Cache
     rows: Mapping[int, Row]
-    prompts: Mapping[int, Prompt]
+    prompts: Mapping[int, BenchPrompt]
     effort: Effort
 
 
@@ -106,7 +106,7 @@ def model(
     return {**there, "shapes": result}
 
 
-def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure(name: str, s: BenchSetup, say: Callable[[str], None]) -> dict[str, Any]:
     config, size, dtype = s.model.config, sum(p.numel() for p in s.model.parameters()), str(s.model.dtype).removeprefix("torch.")
     shape = f"hidden {config.hidden_size}, {len(config.layers)} layers, vocabulary {config.vocab_size:,}"
     counts = [s.model.threads.count(s.model.product, positions) for positions in (1, CROWD[-1])]
@@ -134,9 +134,9 @@ def _measure(name: str, s: Setting, say: Callable[[str], None]) -> dict[str, Any
     return {"parameters": size, "dtype": dtype, "threads": counts, "logits_differ_by": differ, "figures": figures}
 
 
-def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort, threads: Threads) -> Setting:
+def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort, threads: Threads) -> BenchSetup:
     raw = SHAPES[name]()
-    gemma, config = _random(name, device), Config.from_json(raw)
+    gemma, config = _random(name, device), GemmaConfig.from_json(raw)
     gemma.threads = threads
     size, free = sum(p.nbytes for p in gemma.parameters()), weights.free_memory(device)
     # On a CPU transformers takes the very same tensors; on a GPU it makes a copy, by way of the host.
@@ -145,10 +145,10 @@ def _prepare(name: str, device: torch.device, transformers: Any, effort: Effort,
     cache = Cache(config, ROWS, LENGTH, device=device, dtype=gemma.dtype)
     generator = torch.Generator(device).manual_seed(1)
     prompts = {seconds: _prompt(config, seconds, generator) for seconds in SPEECH}
-    return Setting(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
+    return BenchSetup(gemma, transformers, beside, cache, {seconds: cache.claim() for seconds in SPEECH}, prompts, effort)
 
 
-def _rows_bytes(config: Config, dtype: torch.dtype) -> int:
+def _rows_bytes(config: GemmaConfig, dtype: torch.dtype) -> int:
     """Of every row that is measured with."""
     speaker, crowd = (Cache.bytes_per_row(config, *x, dtype) for x in ((LENGTH, SLACK), (2 * DEPTH, 0)))
     return ROWS * speaker + CROWD[-1] * crowd
@@ -156,7 +156,7 @@ def _rows_bytes(config: Config, dtype: torch.dtype) -> int:
 
 def _random(name: str, device: torch.device) -> Gemma:
     """A model of a shape with random weights. Raises CheckpointError where it and its rows do not fit."""
-    config, dtype = Config.from_json(SHAPES[name]()), torch.float32 if device.type == "cpu" else torch.bfloat16
+    config, dtype = GemmaConfig.from_json(SHAPES[name]()), torch.float32 if device.type == "cpu" else torch.bfloat16
     free, needed = weights.free_memory(device), weights.size(config) * dtype.itemsize + _rows_bytes(config, dtype)
     if free is not None and needed > free:
         raise CheckpointError(f"measuring {name} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free on {device}")
@@ -165,7 +165,7 @@ def _random(name: str, device: torch.device) -> Gemma:
     return random_model(config, device, dtype)
 
 
-def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Gemma:
+def random_model(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> Gemma:
     with torch.device("meta"):
         gemma = Gemma(config).to(dtype)
     gemma.to_empty(device=device).eval().requires_grad_(False)
@@ -186,7 +186,7 @@ def _beside(gemma: Gemma, raw: dict[str, Any], transformers: Any) -> Any:
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=gemma.dtype).to(gemma.device).eval()
 
 
-def _prompt(config: Config, seconds: int, generator: torch.Generator) -> Prompt:
+def _prompt(config: GemmaConfig, seconds: int, generator: torch.Generator) -> BenchPrompt:
     device, media, patches, count = generator.device, config.media, math.prod(PICTURE), seconds * RATE // config.frame
     words = torch.randint(20, 1000, (OPENING + CLOSING - 1,), generator=generator, device=device).tolist()
     sound = [media.boa, *[media.audio] * count, media.eoa]
@@ -194,10 +194,10 @@ def _prompt(config: Config, seconds: int, generator: torch.Generator) -> Prompt:
     pixels = torch.rand(patches, 3 * config.patch**2, generator=generator, device=device)
     places = torch.cartesian_prod(*map(torch.arange, PICTURE)).flip(-1).to(device)
     frames = 0.1 * torch.randn(count, config.frame, generator=generator, device=device)
-    return Prompt(torch.tensor(ids, device=device), pixels, places, frames)
+    return BenchPrompt(torch.tensor(ids, device=device), pixels, places, frames)
 
 
-def _turns(s: Setting, contenders: Mapping[str, Callable[[], object]], warm: bool = True) -> Times:
+def _turns(s: BenchSetup, contenders: Mapping[str, Callable[[], object]], warm: bool = True) -> Times:
     """With `warm`, after a round that does not count."""
     settle: Callable[[], None] = (lambda: None) if s.model.device.type == "cpu" else torch.accelerator.synchronize
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -226,14 +226,14 @@ def _over(key: str, what: str, times: Times, a: str, b: str) -> Figure:
     return Figure(key, what, "×", median(x / y for x, y in zip(times[a], times[b], strict=True)))
 
 
-def _extend(s: Setting, row: Row, x: Tensor, blocks: Tensor | None = None) -> Tensor:
+def _extend(s: BenchSetup, row: Row, x: Tensor, blocks: Tensor | None = None) -> Tensor:
     """Appends x [T, H]; logits of the last position."""
     hidden = s.model.extend(s.cache, [row], x[None], blocks=blocks, wanted=1)
     assert hidden is not None
     return s.model.logits(hidden[0, -1])
 
 
-def _whole(s: Setting, seconds: int, seen: bool = True) -> Tensor:
+def _whole(s: BenchSetup, seconds: int, seen: bool = True) -> Tensor:
     """Logits after the whole prompt, which goes into its emptied row in one chunk."""
     prompt, media = s.prompts[seconds], s.model.config.media
     s.cache.truncate(s.rows[seconds], 0)
@@ -244,7 +244,7 @@ def _whole(s: Setting, seconds: int, seen: bool = True) -> Tensor:
     return _extend(s, s.rows[seconds], x, torch.where(looking, 0, -1)[None] if seen else None)
 
 
-def _theirs(s: Setting, seconds: int, seen: bool = True, past: Any = None) -> Any:
+def _theirs(s: BenchSetup, seconds: int, seen: bool = True, past: Any = None) -> Any:
     """The same by transformers: its output, with logits and a cache."""
     prompt, media = s.prompts[seconds], s.model.config.media
     kinds = ((prompt.ids == media.image) * 1 + (prompt.ids == media.audio) * 3)[None] if seen else None
@@ -258,7 +258,7 @@ def _sound(frames: Tensor) -> dict[str, Tensor]:
     return {"input_features": frames[None], "input_features_mask": torch.ones_like(frames[None, :, 0], dtype=torch.bool)}
 
 
-def _append(s: Setting) -> Iterator[Figure]:
+def _append(s: BenchSetup) -> Iterator[Figure]:
     """Sound that nobody answers yet, after 10 s of it and a picture; neither side computes logits."""
     row, frames, config = s.cache.fork(s.rows[10]), s.prompts[30].frames, s.model.config
     past = _theirs(s, 10).past_key_values if s.beside else None
@@ -283,7 +283,7 @@ def _append(s: Setting) -> Iterator[Figure]:
         yield Figure(f"real_time_{count}", "  times real time", "×", pace, their_pace)
 
 
-def _step(s: Setting) -> Iterator[Figure]:
+def _step(s: BenchSetup) -> Iterator[Figure]:
     """One token in hand, the next one drawn, after 10 s of sound and a picture."""
     row, token = s.cache.fork(s.rows[10]), torch.tensor([20], device=s.model.device)
     needed = [p for name, p in s.model.named_parameters() if not name.startswith(("vision.", "audio."))]
@@ -293,7 +293,7 @@ def _step(s: Setting) -> Iterator[Figure]:
         pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
 
     def step() -> None:
-        draw(_extend(s, row, s.model.embed_text(token)), GREEDY)
+        sample_one(_extend(s, row, s.model.embed_text(token)), GREEDY)
 
     def their_step(past: Any) -> None:
         with s.model.threads.running(s.model.product, 1):
@@ -314,14 +314,14 @@ def _step(s: Setting) -> Iterator[Figure]:
     yield _over("step_over_read", "  a step over that", times, "attend", "read")
 
 
-def _first_token(s: Setting) -> Iterator[Figure]:
+def _first_token(s: BenchSetup) -> Iterator[Figure]:
     """Streamed, all but the last frame is in the row: timed are that frame and the closing, in one chunk, and the draw."""
 
     def streamed(seconds: int) -> None:
         row, prompt = s.rows[seconds], s.prompts[seconds]
         s.cache.truncate(row, len(prompt.ids) - CLOSING - 1)
         last, closing = s.model.embed_audio(prompt.frames[-1:]), s.model.embed_text(prompt.ids[-CLOSING:])
-        draw(_extend(s, row, torch.cat((last, closing))), GREEDY)
+        sample_one(_extend(s, row, torch.cat((last, closing))), GREEDY)
 
     for seconds in SPEECH:
         runs: dict[str, Callable[[], object]] = {"whole": partial(_whole, s, seconds), "streamed": partial(streamed, seconds)}
@@ -335,7 +335,7 @@ def _first_token(s: Setting) -> Iterator[Figure]:
     yield _over("flat", f"  streamed, {SPEECH[-1]} s over {SPEECH[0]} s", ends, "long", "short")
 
 
-def _crowd(s: Setting) -> Iterator[Figure]:
+def _crowd(s: BenchSetup) -> Iterator[Figure]:
     """A step of many rows; they hold no real keys, which changes nothing, but not untouched memory either."""
     cache = Cache(s.model.config, CROWD[-1], 2 * DEPTH, slack=0, device=s.model.device, dtype=s.model.dtype)
     rows = [cache.claim() for _ in range(CROWD[-1])]
@@ -356,10 +356,10 @@ def _crowd(s: Setting) -> Iterator[Figure]:
             yield _over(f"rows_{count}_over_1", "  over one alone", times, f"{count}", "1")
 
 
-def _beside_busy(s: Setting) -> Iterator[Figure]:
+def _beside_busy(s: BenchSetup) -> Iterator[Figure]:
     """A step while another process computes without end: on a CPU every product ends at a barrier, where threads wait."""
     row, token = s.cache.fork(s.rows[10]), torch.tensor([20], device=s.model.device)
-    runs = {"step": lambda: draw(_extend(s, row, s.model.embed_text(token)), GREEDY)}
+    runs = {"step": lambda: sample_one(_extend(s, row, s.model.embed_text(token)), GREEDY)}
     alone = _turns(s, runs)
     with machine.busy(0):
         times = _turns(s, runs)
@@ -370,7 +370,7 @@ def _beside_busy(s: Setting) -> Iterator[Figure]:
     yield Figure("busy_over_alone", "  over one alone", "×", median(times["step"]) / median(alone["step"]))
 
 
-def _rows(s: Setting) -> Iterator[Figure]:
+def _rows(s: BenchSetup) -> Iterator[Figure]:
     row = s.rows[SPEECH[-1]]
     end = row.length
 

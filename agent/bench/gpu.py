@@ -31,20 +31,20 @@ from torch import Tensor
 
 from agent.bench import alone
 from agent.bench.shapes import SHAPES
-from agent.checkpoint import Loaded
-from agent.engine import Engine, Feed
+from agent.checkpoint import LoadedModel
+from agent.engine import Engine, SequenceHandle
 from agent.tape import Sound
 from model import reference
-from model.batch import Chunk
+from model.batch import RowChunk
 from model.cache import Cache, Row
 from model.forward import BUCKETS, ForwardPass
-from model.gemma import CheckpointError, Config, Gemma
+from model.gemma import CheckpointError, Gemma, GemmaConfig
 from model.quantized import Form, QuantizedLinear, quantize
-from model.sampling import Generation, sample
+from model.sampling import SamplingParams, sample
 from streams.frames import RATE
 
 SECONDS = 400  # for all of it
-HOW = Generation(stop=frozenset(), suppressed=(0,), temperature=0.7)
+HOW = SamplingParams(stop=frozenset(), suppressed=(0,), temperature=0.7)
 Figures = Iterator[tuple[str, Any]]
 
 
@@ -94,7 +94,7 @@ def agreement(size: Size) -> Figures:
     raw = SHAPES[size.shape]()
     raw["text_config"] |= {"num_hidden_layers": 6, "layer_types": raw["text_config"]["layer_types"][:6], "sliding_window": 40}
     for dtype in (torch.float32, torch.bfloat16):
-        model = alone.random_model(Config.from_json(raw), size.device, dtype)
+        model = alone.random_model(GemmaConfig.from_json(raw), size.device, dtype)
         for name, captured in (("eager", False), ("captured", True)):
             caches = [Cache(model.config, 4, 300, slack=60, device=size.device, dtype=dtype) for _ in range(2)]
             ours, theirs = ForwardPass(model, caches[0]), ForwardPass(model, caches[1], reference)
@@ -123,7 +123,7 @@ def passes(size: Size) -> Figures:
         def run() -> None:
             for row, *_ in chunks:
                 row.length = row.high = length
-            batch = [Chunk(row, n, ((0, seen),) if seen else (), wanted=1) for row, n, seen in chunks]
+            batch = [RowChunk(row, n, ((0, seen),) if seen else (), wanted=1) for row, n, seen in chunks]
             hidden = forward(batch, model.embed([ids]))
             assert hidden is not None
             sample(model.logits(hidden), [HOW] * len(batch), [0.5] * len(batch)).tolist()
@@ -160,7 +160,7 @@ def passes(size: Size) -> Figures:
 def listening(size: Size) -> Figures:
     """Rows that hear 25 frames a second, and beside eight of them one that writes without end."""
     model = _model(size)
-    loaded = Loaded(model, None, None, HOW, 280)  # type: ignore[arg-type]  # an engine asks for no words
+    loaded = LoadedModel(model, None, None, HOW, 280)  # type: ignore[arg-type]  # an engine asks for no words
     for count in size.listeners:
         try:
             lags, steps, tokens = asyncio.run(_crowd(loaded, count, size.seconds))
@@ -192,7 +192,7 @@ def small_weights(size: Size) -> Figures:
         def step(count: int, forward: ForwardPass = forward, rows: list[Row] = rows, model: Gemma = model) -> None:
             for row in rows:
                 row.length = row.high = size.lengths[0]
-            hidden = forward([Chunk(row, wanted=1) for row in rows[:count]], model.embed([np.full(count, 20)]))
+            hidden = forward([RowChunk(row, wanted=1) for row in rows[:count]], model.embed([np.full(count, 20)]))
             assert hidden is not None
             sample(model.logits(hidden), [HOW] * count, [0.5] * count).tolist()
 
@@ -225,7 +225,7 @@ STAGES: dict[str, tuple[Callable[[Size], Figures], float]] = {  # and the second
 
 def _model(size: Size) -> Gemma:
     dtype = torch.float32 if size.device.type == "cpu" else torch.bfloat16
-    return alone.random_model(Config.from_json(SHAPES[size.shape]()), size.device, dtype)
+    return alone.random_model(GemmaConfig.from_json(SHAPES[size.shape]()), size.device, dtype)
 
 
 def _ms(size: Size, run: Callable[[], object]) -> float:
@@ -269,14 +269,14 @@ def _difference(model: Gemma, ours: ForwardPass, theirs: ForwardPass) -> float:
         found: list[Tensor] = []
         for forward, places in zip((ours, theirs), rows, strict=True):
             each = zip(places, counts, strict=True)
-            hidden = forward([Chunk(row, n, ((2, n - 1),) if n > 4 else (), min(n, 2)) for row, n in each if n], x)
+            hidden = forward([RowChunk(row, n, ((2, n - 1),) if n > 4 else (), min(n, 2)) for row, n in each if n], x)
             assert hidden is not None
             found.append(hidden.float())
         worst = max(worst, float((found[0] - found[1]).norm() / found[1].norm()))
     return worst
 
 
-async def _crowd(loaded: Loaded, listeners: int, seconds: float) -> tuple[list[float], list[float], int]:
+async def _crowd(loaded: LoadedModel, listeners: int, seconds: float) -> tuple[list[float], list[float], int]:
     """Milliseconds from a frame's arrival until it was in its row, milliseconds of passes, and tokens that were written."""
     frame, writers = loaded.model.config.frame, max(1, listeners // 8)
     period = frame / RATE
@@ -284,14 +284,14 @@ async def _crowd(loaded: Loaded, listeners: int, seconds: float) -> tuple[list[f
     with Engine(loaded, listeners + writers, 2048, spares=0) as engine:
         written, begun = 0, perf_counter() + 0.2
 
-        async def listen(feed: Feed, number: int) -> None:
+        async def listen(feed: SequenceHandle, number: int) -> None:
             for count in range(int(seconds / period)):
                 await asyncio.sleep(begun + (count + number / listeners) * period - perf_counter())
                 feed.append(Sound.of(noise))
 
-        async def write(feed: Feed) -> None:
+        async def write(feed: SequenceHandle) -> None:
             nonlocal written
-            async for _ in feed.generate(tuple(range(20, 30)), how=HOW, most=10**6, seed=0):
+            async for _ in feed.generate(tuple(range(20, 30)), sampling=HOW, max_tokens=10**6, seed=0):
                 written += 1
 
         writing = [asyncio.create_task(write(engine.claim(_ignore))) for _ in range(writers)]

@@ -17,12 +17,12 @@ from time import perf_counter
 from typing import Any
 
 from agent.bench import waits
-from agent.bench.crowd import Person, Talk
-from agent.checkpoint import Loaded
+from agent.bench.load_test import Person, SpeakerTally
+from agent.checkpoint import LoadedModel
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
-from agent.script import Performance, Turn
+from agent.script import Performance, ScriptedTurn
 from agent.session import Session
-from agent.settings import Settings
 from agent.view import Policy
 from model.vad import Vad
 from streams.voice import Voice
@@ -31,7 +31,7 @@ STRETCHES = 8  # lines of the table
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Interval:
     """A part of the conversation; `first_token` in milliseconds after the turn's end, `memory` in MiB as it ended."""
 
     minutes: float
@@ -57,7 +57,7 @@ HEAD = "{:>8}{:>10}{:>12}{:>8}{:>13}{:>10}{:>11}{:>10}{:>10}".format(
 
 
 async def conversation(
-    loaded: Loaded, voice: Voice | None, person: Person, hours: float, say: waits.Say, policies: Sequence[Policy]
+    loaded: LoadedModel, voice: Voice | None, person: Person, hours: float, say: waits.Say, policies: Sequence[Policy]
 ) -> dict[str, Any]:
     """Measures `hours` of simulated time under each policy and tells `say` the table, line by line; returns all figures."""
     result: dict[str, Any] = {}
@@ -65,7 +65,7 @@ async def conversation(
         begun = perf_counter()
         say(f"\n{policy}\n{HEAD}")
         with Engine(loaded) as engine:
-            settings = Settings(policy=policy, how=replace(loaded.generation, greedy=True))
+            settings = ConversationConfig(policy=policy, sampling=replace(loaded.generation, greedy=True))
             visits = _Visits(Session(engine, Vad(), voice, settings), person, 3600 * hours, say)
             await visits.played.run(visits.session)
         say(f"{hours:g} hours in {(perf_counter() - begun) / 60:.1f} minutes, {visits.session.dropped} frames dropped")
@@ -79,17 +79,17 @@ class _Visits:
     """One person after the other; nothing of them is kept but what is counted."""
 
     def __init__(self, session: Session, person: Person, seconds: float, say: waits.Say) -> None:
-        self.session, self.stretches, self.notes = session, list[Stretch](), set[str]()
+        self.session, self.stretches, self.notes = session, list[Interval](), set[str]()
         self._person, self._seconds, self._say = person, seconds, say
         self.played = Performance(self._turns(), settled=session.record.row.drained)
 
-    def _turns(self) -> Iterator[Turn]:
+    def _turns(self) -> Iterator[ScriptedTurn]:
         asked = unanswered = right = 0
         waited: list[float] = []
         for seed in count():
             questions = self._person(seed)
             yield from (question.turn for question in questions)
-            talk = Talk(questions, self.played, 0, 0)
+            talk = SpeakerTally(questions, self.played, 0, 0)
             right += sum(talk.right())
             asked += len(questions)
             unanswered += sum(exchange is None for exchange in talk.exchanges())
@@ -99,7 +99,7 @@ class _Visits:
             if self.played.clock * STRETCHES >= self._seconds * (len(self.stretches) + 1):
                 record = self.session.record
                 figures = asked, unanswered, right, median(waited), max(waited), record.positions, len(record.tape.entries)
-                self.stretches.append(Stretch(self.played.clock / 60, *figures, _memory()))
+                self.stretches.append(Interval(self.played.clock / 60, *figures, _memory()))
                 self._say(str(self.stretches[-1]))
                 asked = unanswered = right = 0
                 waited = []

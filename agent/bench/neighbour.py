@@ -23,8 +23,8 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from agent.bench.crowd import Spread
 from agent.bench.figures import Figure, line
+from agent.bench.load_test import Spread
 from agent.bench.waits import Say
 from streams.opencv import cv2
 

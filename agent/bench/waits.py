@@ -16,13 +16,13 @@ import torch
 
 from agent.bench import chart
 from agent.bench.figures import Figure, line
-from agent.checkpoint import Loaded, cut, new_cache
-from agent.engine import Engine, Feed
+from agent.checkpoint import LoadedModel, new_cache, patchify
+from agent.engine import Engine, SequenceHandle
 from agent.segments import Picture, Segment, View
 from agent.tape import Sound
 from model.cache import Room
 from model.gemma import CheckpointError
-from model.sampling import Generation, draw
+from model.sampling import SamplingParams, sample_one
 from model.weights import free_memory
 from streams.frames import FRAME, RATE, MediaError
 from streams.pictures import decode_picture
@@ -35,7 +35,7 @@ EMPTY = View((), 0, 0)
 Say = Callable[[str], None]
 
 
-def room(loaded: Loaded, rows: int, who: str) -> None:
+def room(loaded: LoadedModel, rows: int, who: str) -> None:
     """Raises CheckpointError where rows of LENGTH do not fit into what is free."""
     model = loaded.model
     needed = rows * Room(rows, LENGTH, loaded.budget).bytes_per_row(model.config, model.dtype)
@@ -47,19 +47,19 @@ def room(loaded: Loaded, rows: int, who: str) -> None:
 # ---- a picture for one, while another talks
 
 
-async def pictures(loaded: Loaded, picture: bytes, say: Say, count: int = PICTURES) -> dict[str, Any]:
+async def pictures(loaded: LoadedModel, picture: bytes, say: Say, count: int = PICTURES) -> dict[str, Any]:
     """How long the steps of an answer wait while somebody else shows pictures, and beside what they should wait at most: one
     picture, alone, and one step."""
     room(loaded, 3, "two speakers")
     prompt, segment = loaded.prompt, _picture(loaded, picture, LARGE)
-    how = replace(_endless(loaded), suppressed=(*loaded.generation.suppressed, *loaded.generation.stop))
+    sampling = replace(_endless(loaded), suppressed=(*loaded.generation.suppressed, *loaded.generation.stop))
     stamps: list[float] = []
 
     with Engine(loaded, 2, LENGTH) as engine:
         talker, viewer = engine.claim(_ignore), engine.claim(_ignore)
 
         async def talk() -> None:
-            tokens = talker.generate((*prompt.begin(), *prompt.close_turn()), how=how, most=LENGTH // 2)
+            tokens = talker.generate((*prompt.begin(), *prompt.close_turn()), sampling=sampling, max_tokens=LENGTH // 2)
             async for _ in tokens:
                 now = perf_counter()
                 stamps.append(now)
@@ -67,7 +67,7 @@ async def pictures(loaded: Loaded, picture: bytes, say: Say, count: int = PICTUR
         async def show() -> tuple[float, float]:
             viewer.rewrite(0, EMPTY)
             begin = perf_counter()
-            await _first(viewer, how, segment, (prompt.eoi,))
+            await _first(viewer, sampling, segment, (prompt.eoi,))
             return begin, perf_counter()
 
         await show()
@@ -102,12 +102,12 @@ async def pictures(loaded: Loaded, picture: bytes, say: Say, count: int = PICTUR
 
 
 async def first_token(
-    loaded: Loaded, picture: bytes, say: Say, lengths: Sequence[int] = SPEECH, rounds: int = ROUNDS
+    loaded: LoadedModel, picture: bytes, say: Say, lengths: Sequence[int] = SPEECH, rounds: int = ROUNDS
 ) -> list[dict[str, float]]:
     """Milliseconds to the first token by seconds of speech after one picture. Streamed, frames went into the row one by one as
     they came: timed are the last one, the closing and the draw. Sent again, everything goes into an emptied row in one pass."""
     room(loaded, len(lengths) + 1, "conversations of several lengths")
-    prompt, rng, how = loaded.prompt, np.random.default_rng(0), _endless(loaded)
+    prompt, rng, sampling = loaded.prompt, np.random.default_rng(0), _endless(loaded)
     closing = (prompt.eoa, *prompt.close_turn())
     opening, after = (*prompt.begin(), *prompt.open_turn(), prompt.boi), (prompt.eoi, prompt.boa)
     head: tuple[Segment, ...] = (opening, _picture(loaded, picture, loaded.budget), after)
@@ -118,7 +118,7 @@ async def first_token(
     def again(sound: Sound) -> None:
         model = loaded.model
         cache.truncate(emptied, 0)
-        pieces, places = (x.to(model.device) for x in cut(loaded, decode_picture(picture, "the picture"), loaded.budget))
+        pieces, places = (x.to(model.device) for x in patchify(loaded, decode_picture(picture, "the picture"), loaded.budget))
         before, between, end = (model.embed_text(torch.tensor(ids, device=model.device)) for ids in (opening, after, closing))
         heard = model.embed_audio(torch.from_numpy(sound.samples).to(model.device))
         x = torch.cat((before, model.embed_image(pieces, places), between, heard, end))
@@ -126,7 +126,7 @@ async def first_token(
         blocks[0, len(before) : len(before) + len(pieces)] = 0
         hidden = model.extend(cache, [emptied], x[None], blocks=blocks, wanted=1)
         assert hidden is not None
-        draw(model.logits(hidden[0, -1]), how)
+        sample_one(model.logits(hidden[0, -1]), sampling)
 
     ours: dict[int, list[float]] = {seconds: [] for seconds in lengths}
     theirs: dict[int, list[float]] = {seconds: [] for seconds in lengths}
@@ -146,7 +146,7 @@ async def first_token(
             for seconds, (row, said, last, sound) in kept.items():
                 row.rewrite(said.positions, said)
                 begin = perf_counter()
-                await _first(row, how, last, closing)
+                await _first(row, sampling, last, closing)
                 middle = perf_counter()
                 again(sound)
                 if number >= 0:
@@ -175,18 +175,18 @@ def write(path: Path, found: Sequence[Mapping[str, float]], where: str) -> None:
         raise MediaError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _picture(loaded: Loaded, data: bytes, budget: int) -> Picture:
+def _picture(loaded: LoadedModel, data: bytes, budget: int) -> Picture:
     height, width = decode_picture(data, "the picture").shape[:2]
     return Picture.of(data, height, width, budget, loaded.model.config.patch)
 
 
-def _endless(loaded: Loaded) -> Generation:
+def _endless(loaded: LoadedModel) -> SamplingParams:
     return replace(loaded.generation, greedy=True, stop=frozenset())
 
 
-async def _first(row: Feed, how: Generation, *segments: Segment) -> None:
+async def _first(row: SequenceHandle, sampling: SamplingParams, *segments: Segment) -> None:
     """Appends, until there is the first token after it."""
-    async for _ in row.generate(*segments, how=how, most=1):
+    async for _ in row.generate(*segments, sampling=sampling, max_tokens=1):
         pass
 
 

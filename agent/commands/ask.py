@@ -15,10 +15,10 @@ from agent import ask, marks, recording, script
 from agent.ask import AskResult, QuestionPart
 from agent.commands import options
 from agent.commands.options import Commands
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.session import Session
-from agent.settings import Settings
-from agent.tape import Setting
+from agent.tape import SystemPrompt
 from model.pixels import BUDGETS
 from model.vad import Vad
 from streams.frames import MediaError
@@ -120,11 +120,11 @@ def _play(given: argparse.Namespace) -> int:
     loaded = options.load(given)
     track = recording.Recording(given.record) if given.record else None
     performance = script.Performance(turns, given.real_time, recording=track)
-    setting = Setting(given.system if given.system is not None else system, thinking=given.thinking)
+    setting = SystemPrompt(given.system if given.system is not None else system, thinking=given.thinking)
 
     async def perform() -> None:
         with Engine(loaded) as engine:
-            settings = Settings(setting=setting, most=given.max_tokens, seed=given.seed)
+            settings = ConversationConfig(setting=setting, max_tokens=given.max_tokens, seed=given.seed)
             await performance.run(Session(engine, Vad(), voice, settings))
 
     with track or nullcontext():

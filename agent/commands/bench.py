@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from agent.bench import alone, crowd, hours, neighbour, shapes, waits
+from agent.bench import alone, hours, load_test, neighbour, shapes, waits
 from agent.commands import options
 from agent.commands.options import Commands
 from agent.view import Policy
@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
     )
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
-    talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=crowd.__doc__)
+    talking = kinds.add_parser("session", help="whole conversations, many at once, in real time", description=load_test.__doc__)
     options.model(talking)
     talking.add_argument(
         "--speakers", type=options.positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
@@ -77,7 +77,7 @@ def _bench_session(given: argparse.Namespace) -> int:
     if given.url:
         token = options.token(given.token_file) if given.token_file else None
         called = asyncio.run(
-            crowd.calls(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
+            load_test.calls(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
         )
         if given.json:
             print(json.dumps(called))
@@ -87,7 +87,7 @@ def _bench_session(given: argparse.Namespace) -> int:
     async def measure() -> dict[str, Any]:
         if given.hours:
             return await hours.conversation(loaded, voice, people.person, given.hours, say, given.policy or get_args(Policy))
-        result = await crowd.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say, busy=given.busy)
+        result = await load_test.session(given.speakers or [1, 4, 16], loaded, voice, people.person, say, busy=given.busy)
         result |= {"model": given.model, "pictures": await waits.pictures(loaded, people.picture(0, *people.LARGE), say)}
         if given.chart:
             result["first_token"] = await waits.first_token(loaded, people.picture(0, *people.SIZE), say)

@@ -55,7 +55,7 @@ def load(
     rows: int = total_rows(1),
     length: int = checkpoint.LENGTH,
     budget: int | None = None,
-) -> checkpoint.Loaded:
+) -> checkpoint.LoadedModel:
     """`told`: how much of it is there, from 0 to 1. `rows` and the largest `budget` of a picture are what there must be memory
     for."""
 

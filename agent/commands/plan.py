@@ -11,7 +11,7 @@ from agent.bench.shapes import SHAPES
 from agent.commands import options
 from agent.commands.options import Commands
 from model import weights
-from model.gemma import Config
+from model.gemma import GemmaConfig
 from model.threads import Threads
 
 THE_12B = "google/gemma-4-12B-it"  # whose shape is known without fetching it
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 def _plan(given: argparse.Namespace) -> int:
     raw = SHAPES["12b"]() if given.model == THE_12B else None
-    config = Config.from_json(raw) if raw else weights.read_config(weights.locate(given.model, weights.CONFIG_FILES))
+    config = GemmaConfig.from_json(raw) if raw else weights.read_config(weights.locate(given.model, weights.CONFIG_FILES))
     if given.known:
         machines = [*plan.known(), plan.DESKTOP]
     elif given.memory and given.bandwidth:

@@ -18,8 +18,8 @@ from typing import get_args
 from agent.checkpoint import LENGTH
 from agent.commands import options
 from agent.commands.options import Commands
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine, total_rows
-from agent.settings import Settings
 from agent.view import Policy
 from model.vad import Vad
 from streams.voice import open_voice
@@ -66,7 +66,14 @@ def _serve(given: argparse.Namespace) -> int:
     voice, vad = open_voice(given.voice), Vad()
     logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
     how = server.Options(
-        access, given.port, given.model, given.voice, Settings(policy=given.policy), tls, given.log_content, given.log_json
+        access,
+        given.port,
+        given.model,
+        given.voice,
+        ConversationConfig(policy=given.policy),
+        tls,
+        given.log_content,
+        given.log_json,
     )
 
     async def listen() -> bool:

@@ -16,14 +16,14 @@ from urllib.parse import urljoin
 from agent import recording, replay
 from agent.commands import options
 from agent.commands.options import Commands
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.session import Session
-from agent.settings import Settings
 from agent.suggestions import trying
 from agent.talk import devices, door, keys
 from agent.talk.terminal import Terminal
-from agent.tape import Setting
-from agent.turns import Manners
+from agent.tape import SystemPrompt
+from agent.turns import TurnDetectionConfig
 from model.vad import Vad
 from streams import portaudio
 from streams.frames import MediaError
@@ -135,13 +135,13 @@ class _LocalBackend:
         self.model, self.voice = given.model, open_voice(given.voice)
         self.spoken, self.loaded = self.voice is not None, options.load(given)
         self.suggestions = self.loaded.suggestions.lines() if self.loaded.suggestions else []
-        how = replace(self.loaded.generation, greedy=self.loaded.generation.greedy or given.greedy)
-        manners, setting = Manners(hands_free=not given.push_to_talk), Setting(given.system)
-        self.settings = Settings(manners=manners, setting=setting, camera=LOOKS[given.look], how=how)
+        sampling = replace(self.loaded.generation, greedy=self.loaded.generation.greedy or given.greedy)
+        detection, setting = TurnDetectionConfig(hands_free=not given.push_to_talk), SystemPrompt(given.system)
+        self.settings = ConversationConfig(detection=detection, setting=setting, camera=LOOKS[given.look], sampling=sampling)
 
     def head(self) -> dict[str, object]:
-        assert self.settings.how
-        return recording.head(self.model, self.settings, self.settings.how, self.voice)
+        assert self.settings.sampling
+        return recording.head(self.model, self.settings, self.settings.sampling, self.voice)
 
     @contextmanager
     def conversation(self, files: door.RecordingFiles | None) -> Iterator[door.ConversationBackend]:

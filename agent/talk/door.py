@@ -20,7 +20,7 @@ import numpy as np
 from agent import events, marks
 from agent.events import Event, Input
 from agent.marks import Mark
-from agent.recording import Log, Recording, beside
+from agent.recording import EventLog, Recording, beside
 from agent.session import Session
 from agent.talk.terminal import Terminal
 from streams import portaudio
@@ -59,7 +59,7 @@ class RecordingFiles:
     """The files of --record: sound and log. `session`: the one whose token ids are logged; None at a server."""
 
     recording: Recording
-    log: Log
+    log: EventLog
     session: Session | None = None
 
     @classmethod
@@ -67,7 +67,7 @@ class RecordingFiles:
         """Opens the wav at `path`, and its log with `head` as the first line. Raises MediaError where they cannot be written."""
         if path.suffix != ".wav":
             raise MediaError(f"{path} cannot be the recording: its name must end in .wav")
-        return cls(Recording(path), Log(beside(path), head))
+        return cls(Recording(path), EventLog(beside(path), head))
 
     def close(self) -> None:
         self.recording.close()
@@ -78,10 +78,10 @@ class RecordingFiles:
 class PlaybackQueue:
     """Sound that was sent to the speaker and was not played yet."""
 
-    queue: deque[events.Said] = field(default_factory=deque)
+    queue: deque[events.AudioDelta] = field(default_factory=deque)
     taken: int = 0  # samples of the first that were
 
-    def append(self, said: events.Said) -> None:
+    def append(self, said: events.AudioDelta) -> None:
         if self.queue and (self.queue[-1].answer, self.queue[-1].sample + len(self.queue[-1].pcm)) != (said.answer, said.sample):
             self.queue.clear()  # the rest was cleared, and nobody heard it
         if not self.queue:
@@ -118,7 +118,7 @@ class RoomConversation:
         self._files, self._folder = files, folder
         self._pending: deque[Input] = deque(maxlen=PENDING)
         if opening:
-            self._pending.append(events.Say(opening))
+            self._pending.append(events.SayText(opening))
         self._pressed = self._stopping = False
         self.failed: str | None = None  # why it is over
         self._answer: int | None = None
@@ -152,7 +152,7 @@ class RoomConversation:
     def key(self) -> None:
         """Push to talk: a key press opens the turn, and the next one closes it, as a terminal does not report key releases."""
         self._pressed = not self._pressed
-        self._pending.append(events.Press() if self._pressed else events.Release())
+        self._pending.append(events.PushToTalkStart() if self._pressed else events.PushToTalkEnd())
 
     # -- in
 
@@ -177,7 +177,7 @@ class RoomConversation:
             self._files.log.input(item)
         return item
 
-    def _heard(self) -> events.Heard | None:
+    def _heard(self) -> events.PlaybackPosition | None:
         heard = self.speaker.heard if self.speaker else None
         if heard is None or heard == self._reported or heard[0] != self._answer:
             return None
@@ -186,7 +186,7 @@ class RoomConversation:
         for rate, pcm in self._playback.played(*heard):
             if self._files:
                 self._files.recording.play(rate, pcm)
-        return events.Heard(*heard)
+        return events.PlaybackPosition(*heard)
 
     def _count_losses(self) -> None:
         lost = self.microphone.overflows + self.microphone.dropped
@@ -200,8 +200,8 @@ class RoomConversation:
             shot = await asyncio.to_thread(camera.newest)
             if shot and shot is not last:
                 last = shot
-                self._pending = deque([item for item in self._pending if not isinstance(item, events.Show)], PENDING)
-                self._pending.append(events.Show(shot.jpeg, live=True))
+                self._pending = deque([item for item in self._pending if not isinstance(item, events.PictureInput)], PENDING)
+                self._pending.append(events.PictureInput(shot.jpeg, live=True))
             await asyncio.sleep(CAMERA_INTERVAL)
 
     # -- out
@@ -210,20 +210,20 @@ class RoomConversation:
         if self._files:
             self._files.log.event(event, self._files.session)
         match event:
-            case events.Answering():
+            case events.AnswerStarted():
                 self._answer, self._marks = event.answer, {}
-            case events.Said() if self.speaker:
+            case events.AudioDelta() if self.speaker:
                 self.speaker.play(event.answer, event.sample, event.pcm, event.rate)
                 self._playback.append(event)
-            case events.Cleared() if self.speaker:
+            case events.OutputCleared() if self.speaker:
                 self.speaker.clear()
-            case events.Failed():
+            case events.SessionFailed():
                 self.failed = event.message
-            case events.Looked():
+            case events.PictureAttached():
                 self._looked = {event.picture: event.data}
-            case events.Marked() if event.picture is not None:
+            case events.MarkAdded() if event.picture is not None:
                 self._marks.setdefault(event.picture, []).append(event.mark)
-            case events.Answered():
+            case events.AnswerDone():
                 self._answer = None
                 for picture, found in self._marks.items():
                     if self._folder and picture in self._looked:

@@ -34,7 +34,7 @@ class Terminal:
         self.level = 0.0  # of the microphone, sinking slowly
         self._answer: int | None = None
         self._text, self._shown = "", 0  # of the answer: its text so far, and how many characters of it were shown
-        self._words: list[events.Spoken] = []
+        self._words: list[events.WordTiming] = []
         self._heard = 0  # the sample up to which it was played
         self._sound = False  # it has sound
         self._later: list[tuple[str, str]] = []  # lines that wait until the answer's line is complete
@@ -64,30 +64,30 @@ class Terminal:
 
     def tell(self, event: Event) -> None:
         match event:
-            case events.Started():
+            case events.TurnStarted():
                 self.state = "you speak"
-            case events.Stopped() | events.Dismissed():
+            case events.TurnStopped() | events.TurnDiscarded():
                 self.state = "listening"
-            case events.Captioned() if event.text:
+            case events.InputTranscribed() if event.text:
                 self._line("you", event.text)
-            case events.Answering():
+            case events.AnswerStarted():
                 self.state, self._answer = "thinking", event.answer
                 self._text, self._shown, self._words, self._heard, self._sound = "", 0, [], 0, False
-            case events.Wrote():
+            case events.TextDelta():
                 self._text += event.text
                 self._grow()
-            case events.Said():
+            case events.AudioDelta():
                 self.state, self._sound = "speaking", True
                 known = {(word.start, word.sample) for word in self._words}
                 self._words += [word for word in event.words if (word.start, word.sample) not in known]
                 self._grow()
-            case events.Marked():
+            case events.MarkAdded():
                 self._line("mark", words(event.mark))
-            case events.Answered():
+            case events.AnswerDone():
                 self._over(event)
-            case events.Timed() if self._times and (told := times(event)):
+            case events.AnswerTimings() if self._times and (told := times(event)):
                 self._line("times", told)
-            case events.Noted() | events.Failed():
+            case events.Notice() | events.SessionFailed():
                 self.note(event.message)
 
     def heard(self, answer: int, sample: int) -> None:
@@ -116,7 +116,7 @@ class Terminal:
             self._out.flush()
         self._begun, self._shown = True, reached
 
-    def _over(self, event: events.Answered) -> None:
+    def _over(self, event: events.AnswerDone) -> None:
         self._text, heard = event.text, event.heard
         unheard = event.text[heard:].strip()
         if self._lively:
@@ -166,7 +166,7 @@ def words(mark: Mark) -> str:
     return f"{mark.label or 'something'} {place}: {list(mark.box)}"
 
 
-def times(event: events.Timed) -> str:
+def times(event: events.AnswerTimings) -> str:
     """The latency of a turn: the silence that ended it, first token, first sound."""
     stages = event.stages
     silence = [f"{-stages['speech_end']:.0f} ms of silence ended the turn"] if "speech_end" in stages else []

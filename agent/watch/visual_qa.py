@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
-from agent.answer import Answer
-from agent.checkpoint import Loaded
-from agent.engine import Engine, Feed
+from agent.answer_parser import AnswerParser
+from agent.checkpoint import LoadedModel
+from agent.engine import Engine, SequenceHandle
 from agent.marks import Mark
 from agent.prompt import AnswerReader, Text
 from agent.segments import Picture, Segment
@@ -48,7 +48,7 @@ class VisualQA:
     def __init__(self, engine: Engine, system: str | None) -> None:
         """`system`: the system prompt."""
         self.engine, self._system = engine, system
-        self._row: Feed | None = None
+        self._row: SequenceHandle | None = None
 
     async def ask(
         self,
@@ -90,13 +90,15 @@ class VisualQA:
         found = re.match(r"\W*(yes|no)\b", answer.text, re.I)
         return (found[1].lower() == "yes" if found else None), answer.text
 
-    async def write(self, row: Feed, wanted: str, answer: VisualAnswer, begun: float, *, brief: bool) -> tuple[str, int]:
+    async def write(
+        self, row: SequenceHandle, wanted: str, answer: VisualAnswer, begun: float, *, brief: bool
+    ) -> tuple[str, int]:
         """Generates into `answer`. Returns the text as written, and the last token, which is not in the row yet."""
         loaded = self.engine.loaded
         closing = tuple(loaded.prompt.text(wanted) + loaded.prompt.close_turn())
         parameters, max_tokens, last = replace(loaded.generation, greedy=True), MAX_TOKENS_BRIEF if brief else MAX_TOKENS, -1
-        parsed, reader, raw = Answer(loaded.tokenizer), AnswerReader(loaded.tokenizer), ""
-        async with aclosing(row.generate(closing, how=parameters, most=max_tokens)) as tokens:
+        parsed, reader, raw = AnswerParser(loaded.tokenizer), AnswerReader(loaded.tokenizer), ""
+        async with aclosing(row.generate(closing, sampling=parameters, max_tokens=max_tokens)) as tokens:
             async for token, _ in tokens:
                 answer.first_token_ms = answer.first_token_ms or (perf_counter() - begun) * 1000
                 last = token
@@ -109,7 +111,7 @@ class VisualQA:
         answer.text = parsed.text.strip()
         return raw, last
 
-    def _fork(self) -> Feed:
+    def _fork(self) -> SequenceHandle:
         if self._row is None:
             self._row = self.engine.claim(self._lost)
             self._row.append(tuple(self.engine.loaded.prompt.begin(self._system or None)))
@@ -121,7 +123,7 @@ class VisualQA:
         self._row = None
 
 
-def picture_segments(loaded: Loaded, shots: Sequence[Shot], budget: int | None) -> list[Segment]:
+def picture_segments(loaded: LoadedModel, shots: Sequence[Shot], budget: int | None) -> list[Segment]:
     """Pictures for the prompt; several stand there as a video, with their times."""
     prompt, patch, out = loaded.prompt, loaded.model.config.patch, list[Segment]()
     budget = budget or (SMALL if len(shots) > 1 else loaded.budget)

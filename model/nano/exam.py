@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from agent import checkpoint
-from agent.checkpoint import Loaded
+from agent.checkpoint import LoadedModel
 from agent.marks import Mark, parse
 from agent.prompt import AnswerReader, Text
 from model.nano import draw, speech, world
@@ -95,7 +95,7 @@ def word_errors(said: str, heard: str) -> int:
 class Candidate:
     """One conversation with the model under examination."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.cache = checkpoint.new_cache(loaded, 2, LENGTH)
         self.row = self.cache.claim()
@@ -111,7 +111,7 @@ class Candidate:
         self._write(prompt.open_turn())
         if picture is not None:
             self._write([prompt.boi])
-            checkpoint.append_picture(loaded, self.cache, self.row, *checkpoint.cut(loaded, picture, loaded.budget))
+            checkpoint.append_picture(loaded, self.cache, self.row, *checkpoint.patchify(loaded, picture, loaded.budget))
             self._write([prompt.eoi])
         heard = ""
         if pcm is None:
@@ -132,7 +132,7 @@ class Candidate:
         return answer.strip(), heard
 
 
-def examine(loaded: Loaded, conversations: int, turns: int, seed: int) -> Result:
+def examine(loaded: LoadedModel, conversations: int, turns: int, seed: int) -> Result:
     rng = np.random.default_rng((seed, 20_26))
     result = Result(f"seed {seed}: {conversations} conversations of {turns} turns")
     for number in range(conversations):

@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from agent.bench.crowd import Question
+from agent.bench.load_test import SpokenQuestion
 from agent.marks import Mark, parse
-from agent.script import Turn
+from agent.script import ScriptedTurn
 from model.nano import draw, exam, speech, world
 from streams.frames import RATE
 from streams.opencv import cv2
@@ -18,7 +18,7 @@ CUT = 2  # words of it are heard before the next question begins
 SIZE, LARGE = (432, 336), (960, 672)  # pixels: 63 positions of the budget 70, and 280 of 280
 
 
-def person(seed: int) -> list[Question]:
+def person(seed: int) -> list[SpokenQuestion]:
     """Shows a picture, then asks one question after the other about it."""
     rng = np.random.default_rng((seed, 20_27))
     scene = world.sample_scene(rng, *SIZE, count=(2, 4))
@@ -30,13 +30,13 @@ def person(seed: int) -> list[Question]:
         said = speech.utter(ask.text, rng, held_out=True)
         onset = said.words[0][1]
         skipped = max(0, onset - RATE // 20) if is_cut else 0  # whoever interrupts speaks at once
-        turn = Turn(
+        turn = ScriptedTurn(
             b"" if number else shown,
             said.pcm[skipped:],
             interrupt=CUT if cuts else None,
             wait=0.0 if is_cut else 0.6,
         )
-        questions.append(Question(turn, onset - skipped, partial(right, ask.answer)))
+        questions.append(SpokenQuestion(turn, onset - skipped, partial(right, ask.answer)))
     return questions
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cache import Reach, whole_span
+from model.cache import AttentionMetadata, whole_span
 from model.functional import rms_norm, rotate
 from model.gemma import Block, Gemma
 from model.nano import cover, world
@@ -110,7 +110,7 @@ def losses(model: Gemma, aside: Aside, batch: Batch) -> dict[int, tuple[Tensor, 
     return out
 
 
-def _look(block: Block, x: Tensor, reach: Reach, batch: Batch) -> tuple[Tensor, Tensor]:
+def _look(block: Block, x: Tensor, reach: AttentionMetadata, batch: Batch) -> tuple[Tensor, Tensor]:
     """How much of what a head looks at rests on the patches of the things that are being written about: left to itself it
     knew what was asked and what is where, and did not learn to bring them together."""
     attention, count = block.attention, x.shape[1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from model import weights
-from model.gemma import Config, Gemma
+from model.gemma import Gemma, GemmaConfig
 from model.nano.lessons import Batch, Lessons
 from model.nano.shape import SIDE_FILES, prepare
 from model.nano.taught import SHARES, Aside, losses
@@ -88,7 +88,7 @@ class Learner:
 
     PARTS = ("model", "aside", "muon", "adam")
 
-    def __init__(self, config: Config, course: Course, device: torch.device) -> None:
+    def __init__(self, config: GemmaConfig, course: Course, device: torch.device) -> None:
         self.course, self.step = course, 0
         self.model = Gemma(config).to(device)
         initialise(self.model)
@@ -148,7 +148,7 @@ def train(
         else:
             prepare(out)
     raw = json.loads((out / "config.json").read_text())
-    learner = Learner(Config.from_json(raw), course, device)
+    learner = Learner(GemmaConfig.from_json(raw), course, device)
     if (out / "state.pt").exists():
         learner.load(out / "state.pt")
         print(f"resuming at step {learner.step}", flush=True)

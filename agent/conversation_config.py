@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from agent import tape
-from agent.turns import Manners
+from agent.turns import TurnDetectionConfig
 from agent.view import Budget, Policy
-from model.sampling import Generation
+from model.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConversationConfig:
     policy: Policy = "transcripts"
     budget: Budget = field(default_factory=Budget)
-    manners: Manners = field(default_factory=Manners)
-    setting: tape.Setting = field(default_factory=tape.Setting)
+    detection: TurnDetectionConfig = field(default_factory=TurnDetectionConfig)
+    setting: tape.SystemPrompt = field(default_factory=tape.SystemPrompt)
     camera: Literal["off", "end", "live"] = "end"  # when its newest picture is looked at: never, as a turn ends, as it begins too
     picture: int | None = None  # soft tokens; None: as the checkpoint says
-    how: Generation | None = None  # None: as the checkpoint says
+    sampling: SamplingParams | None = None  # None: as the checkpoint says
     seed: int | None = None
-    most: int = 512  # tokens of an answer
+    max_tokens: int = 512  # tokens of an answer
     answers: bool = True  # a spoken turn is answered as soon as it ends
     spoken: bool = True  # answers are, where there is a voice
     calls: tuple[str, ...] = ()  # an answer begins with a call of one of these tools

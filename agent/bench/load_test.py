@@ -24,12 +24,12 @@ import torch
 from agent import events, script
 from agent.bench import machine, waits
 from agent.bench.figures import Figure, line
-from agent.checkpoint import Loaded
+from agent.checkpoint import LoadedModel
+from agent.conversation_config import ConversationConfig
 from agent.engine import Engine
 from agent.marks import Mark
-from agent.script import Exchange, Performance, Turn
+from agent.script import Performance, ScriptedExchange, ScriptedTurn
 from agent.session import Session
-from agent.settings import Settings
 from model.vad import Vad
 from streams.frames import RATE
 from streams.voice import Voice
@@ -38,13 +38,13 @@ STAGGER = 4.0  # seconds within which all speakers begin
 
 
 @dataclass(frozen=True)
-class Question:
-    turn: Turn
+class SpokenQuestion:
+    turn: ScriptedTurn
     onset: int  # sample of its speech where the first word begins
     right: Callable[[str, list[Mark]], bool]
 
 
-Person = Callable[[int], list[Question]]
+Person = Callable[[int], list[SpokenQuestion]]
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Talk:
+class SpeakerTally:
     """One speaker's conversation, when it is over."""
 
-    questions: Sequence[Question]
+    questions: Sequence[SpokenQuestion]
     played: Performance
     dropped: int  # frames
     positions: int  # in the row at the end
 
-    def exchanges(self) -> list[Exchange | None]:
+    def exchanges(self) -> list[ScriptedExchange | None]:
         """What came of each question: the last answer before the next one is asked."""
         asked = [before for _, before in self.played.asked]
         ends = [*asked[1:], len(self.played.exchanges)]
@@ -96,7 +96,7 @@ class Talk:
     def interruptions(self) -> list[float]:
         """Milliseconds of each that fell into an answer."""
         told = zip(self.played.events, self.played.times, strict=True)
-        cleared = [at for event, at in told if isinstance(event, events.Cleared)]
+        cleared = [at for event, at in told if isinstance(event, events.OutputCleared)]
         asked = zip(self.questions, self.questions[1:], self.played.asked[1:], strict=False)
         onsets = [(start + after.onset) / RATE for before, after, (start, _) in asked if before.turn.interrupt is not None]
         reactions = [[at - onset for at in cleared if 0 <= at - onset < 2] for onset in onsets]
@@ -105,7 +105,7 @@ class Talk:
 
 async def session(
     crowds: Sequence[int],
-    loaded: Loaded,
+    loaded: LoadedModel,
     voice: Voice | None,
     person: Person,
     say: waits.Say,
@@ -161,11 +161,11 @@ async def calls(crowds: Sequence[int], call: Callable[[], Call], person: Person,
     for count in crowds:
         lines = [call() for _ in range(count)]
 
-        async def talk(number: int, count: int = count, lines: list[Call] = lines) -> Talk:
+        async def talk(number: int, count: int = count, lines: list[Call] = lines) -> SpeakerTally:
             await asyncio.sleep(STAGGER * number / count)
             played = Performance([question.turn for question in people[number]], True)
             await played.run(lines[number])
-            return Talk(people[number], played, 0, 0)
+            return SpeakerTally(people[number], played, 0, 0)
 
         talks = await asyncio.gather(*(talk(number) for number in range(count)))
         say(f"\n{count} speaker{'s' if count > 1 else ''}, {sum(len(talk.questions) for talk in talks)} questions")
@@ -186,24 +186,24 @@ async def calls(crowds: Sequence[int], call: Callable[[], Call], person: Person,
 
 
 async def _crowd(
-    loaded: Loaded, vad: Vad, voice: Voice | None, people: Sequence[list[Question]], real_time: bool
-) -> tuple[list[Talk], list[float]]:
+    loaded: LoadedModel, vad: Vad, voice: Voice | None, people: Sequence[list[SpokenQuestion]], real_time: bool
+) -> tuple[list[SpeakerTally], list[float]]:
     """What came of each conversation, and the engine's lags in seconds."""
-    settings = Settings(how=replace(loaded.generation, greedy=True))
+    settings = ConversationConfig(sampling=replace(loaded.generation, greedy=True))
 
-    async def talk(number: int, questions: list[Question]) -> Talk:
+    async def talk(number: int, questions: list[SpokenQuestion]) -> SpeakerTally:
         await asyncio.sleep(STAGGER * number / len(people) if real_time else 0)
         session = Session(engine, vad, voice, settings)
         played = Performance([question.turn for question in questions], real_time)
         await played.run(session)
-        return Talk(questions, played, session.dropped, session.record.positions)
+        return SpeakerTally(questions, played, session.dropped, session.record.positions)
 
     with Engine(loaded, len(people), waits.LENGTH) as engine:
         talks = await asyncio.gather(*(talk(number, questions) for number, questions in enumerate(people)))
         return talks, list(engine.lags)
 
 
-def _figures(talks: list[Talk], lags: list[float]) -> list[Spread]:
+def _figures(talks: list[SpeakerTally], lags: list[float]) -> list[Spread]:
     stages = [exchange.stages for talk in talks for exchange in talk.played.exchanges if "speech_end" in exchange.stages]
 
     def between(end: str, begin: str = "") -> list[float]:
@@ -219,7 +219,7 @@ def _figures(talks: list[Talk], lags: list[float]) -> list[Spread]:
     ]
 
 
-def _counts(talks: list[Talk], alone: list[Talk], device: torch.device) -> list[Figure]:
+def _counts(talks: list[SpeakerTally], alone: list[SpeakerTally], device: torch.device) -> list[Figure]:
     right, at_best = (sum(sum(talk.right()) for talk in group) for group in (talks, alone))
     asked = sum(len(talk.right()) for talk in talks)
     unheard = sum(exchange is None for talk in talks for exchange in talk.exchanges())

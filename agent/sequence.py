@@ -15,11 +15,11 @@ from torch import Tensor
 from agent.segments import Picture, Segment, View, size
 from agent.tape import Sound
 from model.cache import Row
-from model.sampling import Generation
+from model.sampling import SamplingParams
 
 
 @dataclass(eq=False)
-class Take:
+class Append:
     segment: Segment
     cut: Future[tuple[Tensor, Tensor]] | None = None  # of a picture, once another thread decodes it
     drawn: Generate | None = None  # whose token it is
@@ -32,7 +32,7 @@ class Take:
         return size(self.segment) - self.done
 
 
-Parts = list[tuple[Take, int, int]]  # takes with their first position and the one after the last
+Parts = list[tuple[Append, int, int]]  # takes with their first position and the one after the last
 
 
 @dataclass(eq=False)
@@ -43,11 +43,11 @@ class Rewrite:
 
 @dataclass(eq=False)
 class Fork:
-    child: Seat
+    child: Sequence
 
 
 @dataclass(eq=False)
-class Reach:
+class Barrier:
     """Somebody wants to know when all before it is done."""
 
     tell: Callable[[Exception | None], None]
@@ -55,27 +55,27 @@ class Reach:
 
 @dataclass(eq=False)
 class Generate:
-    how: Generation
-    most: int
+    sampling: SamplingParams
+    max_tokens: int
     generator: Random  # one number of it for each token
     tell: Callable[[tuple[int, float] | Exception | None], None]
     cancelled: bool = False
     count: int = 0
 
 
-Op = Take | Rewrite | Fork | Reach | Generate
+Operation = Append | Rewrite | Fork | Barrier | Generate
 
 
 @dataclass(eq=False)
-class Seat:
+class Sequence:
     """A row and what it is to do. The thread's own, but for `asked`, which the conversation counts."""
 
     tell: Callable[[Exception], None]
-    parent: Seat | None = None  # of a fork
+    parent: Sequence | None = None  # of a fork
     background: bool = False  # nobody waits for what it does
     row: Row | None = None
     at: int | None = None  # of a fork: the position of its parent where it begins, once the parent has come there
-    todo: deque[Op] = field(default_factory=deque)
+    todo: deque[Operation] = field(default_factory=deque)
     asked: int = 0  # positions
     taken: int = 0
     again: int = 0  # positions that are being written once more, and not yet taken
@@ -83,7 +83,7 @@ class Seat:
     error: Exception | None = None  # what it was lost to
 
     @property
-    def conversation(self) -> Seat:
+    def conversation(self) -> Sequence:
         """The row that this one is a fork of, or a fork's fork."""
         return self.parent.conversation if self.parent else self
 
@@ -92,14 +92,14 @@ class Seat:
         """Somebody waits for what this row is to do: it is to answer, or it is being spoken to."""
         return not self.background and any(
             (isinstance(op, Generate) and not op.cancelled)
-            or (isinstance(op, Take) and isinstance(op.segment, Sound) and not op.again)
+            or (isinstance(op, Append) and isinstance(op.segment, Sound) and not op.again)
             for op in self.todo
         )
 
-    def undecoded(self) -> Take | None:
+    def undecoded(self) -> Append | None:
         """The picture that is to be decoded next: one at a time and no further ahead than the second, so that conversations
         take turns at the decoder and decoded pictures (8 MB each) do not pile up."""
-        pictures = islice((op for op in self.todo if isinstance(op, Take) and isinstance(op.segment, Picture)), 2)
+        pictures = islice((op for op in self.todo if isinstance(op, Append) and isinstance(op.segment, Picture)), 2)
         take = next((take for take in pictures if not (take.cut and take.cut.done())), None)
         return take if take and take.cut is None else None
 
@@ -107,7 +107,7 @@ class Seat:
         """What can go into the row in one pass: takes with first and last position. A picture goes whole."""
         parts, count = [], 0
         for op in self.todo if self.row else ():
-            if not isinstance(op, Take) or count >= most:
+            if not isinstance(op, Append) or count >= most:
                 break
             picture = isinstance(op.segment, Picture)
             if picture and (not (op.cut and op.cut.done()) or (count and count + op.left > most)):

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from agent.calls import BrokenCall, ToolCall
 from agent.marks import Mark, MarkReader
-from agent.prompt import AnswerReader, Event, Text, Thought
+from agent.prompt import AnswerEvent, AnswerReader, Text, Thought
 from model.tokenizer import Tokenizer
 
 Piece = str | Thought | Mark | ToolCall | BrokenCall
 
 
 @dataclass
-class Stretch:
+class AnswerPart:
     """What the model wrote without a break: up to its end, or to the tools whose results it needs."""
 
     begun: int  # characters of the answer's text before it
@@ -30,24 +30,24 @@ class Stretch:
         return next((n for n, reach in enumerate(self.reach, 1) if reach >= characters), len(self.ids))
 
 
-class Answer:
+class AnswerParser:
     """`thinking`: whether thoughts may be open when results of tools come back."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool = False) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
         self.text = ""
-        self.stretches: list[Stretch] = []
+        self.stretches: list[AnswerPart] = []
         self.begin()
 
     @property
     def tokens(self) -> int:
         return sum(len(stretch.ids) for stretch in self.stretches)
 
-    def begin(self) -> Stretch:
+    def begin(self) -> AnswerPart:
         """The first stretch, or the next one after a tool's results."""
         self._reader = AnswerReader(self._tokenizer, self._thinking and bool(self.stretches))
         self._marks = MarkReader()
-        self.stretches.append(Stretch(len(self.text)))
+        self.stretches.append(AnswerPart(len(self.text)))
         return self.stretches[-1]
 
     def push(self, id: int) -> list[Piece]:
@@ -69,7 +69,7 @@ class Answer:
         for piece in self.flush():
             yield piece
 
-    def _read(self, found: Iterable[Event]) -> list[Piece]:
+    def _read(self, found: Iterable[AnswerEvent]) -> list[Piece]:
         pieces: list[Piece] = []
         for event in found:
             if isinstance(event, Text):

@@ -10,21 +10,21 @@ from time import perf_counter
 from typing import Literal
 
 from agent import events, tape
-from agent.answer import Answer, Piece
+from agent.answer_parser import AnswerParser, Piece
 from agent.calls import BrokenCall, ToolCall
-from agent.checkpoint import Loaded
+from agent.checkpoint import LoadedModel
+from agent.context import Context
+from agent.conversation_config import ConversationConfig
 from agent.events import Event
 from agent.marks import Mark
 from agent.prompt import Thought
-from agent.record import Record
-from agent.settings import Settings
 from agent.speech import Clauses, Playback
-from streams.voice import Chunk, Stream, Voice
+from streams.voice import SpeechChunk, Stream, Voice
 
 VOICES = ThreadPoolExecutor(64, "voice")  # those that wait for a voice: one that stalls must not keep others waiting
 
 
-class Reply:
+class AnswerTask:
     """The answer `of`, written on the record and told with `emit`. `run` ends when all of it was heard, or read where there is
     no voice; whoever cancels it says with `cut` how much of it counts. `picture`: marks are on it. `given`: the ids it consists
     of, where the model is not asked. `out_of_band`: nobody brings results of its calls, and its row is not used again."""
@@ -32,9 +32,9 @@ class Reply:
     def __init__(
         self,
         of: int,
-        record: Record,
-        loaded: Loaded,
-        settings: Settings,
+        record: Context,
+        loaded: LoadedModel,
+        settings: ConversationConfig,
         voice: Voice | None,
         picture: int | None,
         emit: Callable[[Event], None],
@@ -45,8 +45,8 @@ class Reply:
         self.of, self.written, self.lost = of, False, False  # `lost`: its voice is
         self.waiting = 0  # positions that were not in the row when the turn ended
         self._record, self._settings, self._voice, self._picture, self._emit = record, settings, voice, picture, emit
-        self._how = settings.how or loaded.generation
-        self._answer, self._clauses = Answer(loaded.tokenizer, record.thinking), Clauses()
+        self._sampling = settings.sampling or loaded.generation
+        self._answer, self._clauses = AnswerParser(loaded.tokenizer, record.thinking), Clauses()
         self._sound = Playback(voice.rate) if voice else None
         self._speakable: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()  # bounded by the answer's length
         self._moved = asyncio.Event()  # something was made or heard, or may be sent again
@@ -91,7 +91,7 @@ class Reply:
         """Nothing more is played until `go_on`; since `start` someone talks."""
         if self._sound and not self._sound.held:
             self._sound.held = True
-            self._emit(events.Cleared(self.of, start))
+            self._emit(events.OutputCleared(self.of, start))
 
     def go_on(self, sample: int) -> None:
         if self._sound:
@@ -131,8 +131,8 @@ class Reply:
     def _over(self, heard: int) -> None:
         self.stage("over")
         answer = self._answer
-        self._emit(events.Answered(self.of, answer.text, heard, self._finish, self._prompt, answer.tokens))
-        self._emit(events.Timed(self.of, self._stages, self.waiting))
+        self._emit(events.AnswerDone(self.of, answer.text, heard, self._finish, self._prompt, answer.tokens))
+        self._emit(events.AnswerTimings(self.of, self._stages, self.waiting))
 
     # -- the three
 
@@ -146,12 +146,12 @@ class Reply:
             self._tell(answer.flush())
             self._say(self._clauses.flush())
             self._keep()
-            if not stretch.calls or answer.tokens >= self._settings.most:
+            if not stretch.calls or answer.tokens >= self._settings.max_tokens:
                 break
             for more, call in reversed([*enumerate(reversed(stretch.calls))]):
                 index = record.append(tape.Called(stretch.entry, call.name, call.arguments))
                 self._calls.add(index)
-                self._emit(events.Called(self.of, index, call, more))
+                self._emit(events.ToolCalled(self.of, index, call, more))
             if self._out_of_band:
                 break
             while self._calls:
@@ -169,7 +169,7 @@ class Reply:
     def _all_told(self) -> None:
         if not self.told:
             self.told = True
-            self._emit(events.Told(self.of, "stop" if self._finish == "stop" else "length"))
+            self._emit(events.OutputSent(self.of, "stop" if self._finish == "stop" else "length"))
 
     async def _stretch(self) -> None:
         answer, record, settings, newest = self._answer, self._record, self._settings, -1
@@ -182,15 +182,15 @@ class Reply:
             for id in begun:
                 record.wrote(id)
                 self._tell(answer.push(id))
-        most = max(1, settings.most - answer.tokens)
-        async with aclosing(record.row.generate(*closing, how=self._how, most=most, seed=settings.seed)) as drawn:
+        most = max(1, settings.max_tokens - answer.tokens)
+        async with aclosing(record.row.generate(*closing, sampling=self._sampling, max_tokens=most, seed=settings.seed)) as drawn:
             async for token, _ in drawn:
                 self.stage("first_token")
                 if newest >= 0:
                     record.wrote(newest)  # the last one is never in the row
                 newest = token
                 self._tell(answer.push(token))
-                self._finish = "stop" if token in self._how.stop else "length"
+                self._finish = "stop" if token in self._sampling.stop else "length"
 
     def _quote(self, ids: tuple[int, ...]) -> None:
         self._prompt, self._kinds, self._finish = self._record.positions, self._record.kinds(), "stop"
@@ -202,14 +202,14 @@ class Reply:
             match piece:
                 case str():
                     self.stage("first_text")
-                    self._emit(events.Wrote(self.of, piece))
+                    self._emit(events.TextDelta(self.of, piece))
                     self._say(self._clauses.push(piece))
                 case Mark():
-                    self._emit(events.Marked(self.of, self._picture, piece))
+                    self._emit(events.MarkAdded(self.of, self._picture, piece))
                 case Thought():
-                    self._emit(events.Reasoned(self.of, piece.text))
+                    self._emit(events.ThoughtDelta(self.of, piece.text))
                 case BrokenCall():
-                    self._emit(events.Noted(f"the model called a tool in a way that cannot be read: {piece.text[:200]}"))
+                    self._emit(events.Notice(f"the model called a tool in a way that cannot be read: {piece.text[:200]}"))
                 case ToolCall():
                     pass  # once the stretch is on the tape
 
@@ -221,7 +221,7 @@ class Reply:
         """What was written since the last tools goes on the tape."""
         stretch = self._answer.stretches[-1]
         stretch.entry = self._record.append(tape.Answered(tuple(stretch.ids), self._answer.text[stretch.begun :]))
-        self._emit(events.Counted(self.of, *self._kinds, len(stretch.ids)))
+        self._emit(events.UsageCounted(self.of, *self._kinds, len(stretch.ids)))
 
     async def _speak(self, sound: Playback) -> None:
         """Clauses become sound, until all of it is made."""
@@ -232,7 +232,7 @@ class Reply:
                 except Exception as error:  # noqa: BLE001  a voice may fail in any way, and never fails the answer
                     self.lost = True
                     why = "it stalled" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-                    self._emit(events.Noted(f"the voice is lost, answers go on as text: {why}"))
+                    self._emit(events.Notice(f"the voice is lost, answers go on as text: {why}"))
         sound.complete = True
         self._moved.set()
 
@@ -246,7 +246,7 @@ class Reply:
                     chunk = await loop.run_in_executor(VOICES, _next, stream)
                 if chunk is None:
                     break
-                words = [events.Spoken(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
+                words = [events.WordTiming(start + w.start, start + w.end, base + w.sample) for w in chunk.words]
                 sound.make(chunk.pcm, words)
                 self._moved.set()
         sound.pause(start + len(text))
@@ -258,12 +258,12 @@ class Reply:
             while piece := sound.send(self._settings.ahead):
                 self.stage("first_sound")
                 at, pcm, words = piece
-                self._emit(events.Said(self.of, at, pcm, sound.rate, words))
+                self._emit(events.AudioDelta(self.of, at, pcm, sound.rate, words))
             if sound.complete and sound.sent == sound.made:
                 self._all_told()
             await self._moved.wait()
         self._all_told()
 
 
-def _next(stream: Stream) -> Chunk | None:
+def _next(stream: Stream) -> SpeechChunk | None:
     return next(stream, None)

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from agent import events, tape
-from agent.answer import Answer
+from agent.answer_parser import AnswerParser
 from agent.calls import ToolCall
 from agent.checkpoint import TRANSCRIBE
-from agent.engine import Feed
+from agent.engine import SequenceHandle
 from agent.events import Event
 from agent.journal import JournalError
 from agent.prompt import Prompt
-from agent.segments import Gone, Picture, Segment, Turn, View, size
+from agent.segments import Evicted, Picture, Segment, TurnBuilder, View, size
 from agent.tape import Entry, Tape
-from agent.view import Budget, Policy, Views
+from agent.view import Budget, Policy, ViewComposer
 from model.cache import RowFull
-from model.gemma import Config
-from model.sampling import Generation
+from model.gemma import GemmaConfig
+from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 
 CAPTION = 200  # tokens
@@ -41,28 +41,30 @@ class Caption:
     """What was said in a turn is to be written down, by a fork of the row as it was when the turn ended."""
 
     turn: int
-    fork: Feed
+    fork: SequenceHandle
     closing: Segment
     tokenizer: Tokenizer
 
-    async def words(self, how: Generation) -> str:
-        answer = Answer(self.tokenizer)
-        async with aclosing(self.fork.generate(self.closing, how=replace(how, greedy=True), most=CAPTION)) as tokens:
+    async def words(self, sampling: SamplingParams) -> str:
+        answer = AnswerParser(self.tokenizer)
+        async with aclosing(
+            self.fork.generate(self.closing, sampling=replace(sampling, greedy=True), max_tokens=CAPTION)
+        ) as tokens:
             async for _ in answer.read(tokens):
                 pass
         return answer.text.strip()
 
 
-class Record:
+class Context:
     """`limit`: positions that may stand in the row as an answer begins. `emit` is told what goes wrong and can be lived with, and
     what was let go of."""
 
     def __init__(
         self,
         tape: Tape,
-        row: Feed,
+        row: SequenceHandle,
         prompt: Prompt,
-        config: Config,
+        config: GemmaConfig,
         budget: Budget,
         policy: Policy,
         limit: int,
@@ -78,17 +80,17 @@ class Record:
         self._length = 0  # positions of both
         self.stale = False  # the tape says more than the row was told
         self._astray = False  # the row may hold more than that, of an answer that was stopped
-        self._gone: tuple[Gone, ...] = ()  # has been told
+        self._gone: tuple[Evicted, ...] = ()  # has been told
         self._spent: tuple[int, ...] = ()  # has left memory
-        self._views = Views(tape.entries, prompt, config.patch)
-        self._turn = Turn(prompt, config.patch)  # what is in the row of the open one
+        self._views = ViewComposer(tape.entries, prompt, config.patch)
+        self._turn = TurnBuilder(prompt, config.patch)  # what is in the row of the open one
 
     def append(self, entry: Entry) -> int:
         """On the tape alone. Where its journal cannot follow, the conversation goes on without one."""
         try:
             return self.tape.append(entry)
         except JournalError as error:
-            self._emit(events.Noted(f"{error}; the conversation goes on without it"))
+            self._emit(events.Notice(f"{error}; the conversation goes on without it"))
             self.tape.close()
             return self.tape.append(entry)
 
@@ -96,7 +98,7 @@ class Record:
 
     def open(self, at: int) -> int:
         if self.turn is None:
-            self.turn, self._turn = self.append(tape.Opened(at=at)), Turn(self.prompt, self.config.patch)
+            self.turn, self._turn = self.append(tape.Opened(at=at)), TurnBuilder(self.prompt, self.config.patch)
             self.stale = True
         return self.turn
 
@@ -140,7 +142,7 @@ class Record:
         elif sounds:
             for n, _ in sounds:
                 self.append(tape.Deleted(n))
-            self._turn = Turn(self.prompt, self.config.patch)
+            self._turn = TurnBuilder(self.prompt, self.config.patch)
             for _, entry in parts:
                 if not isinstance(entry, tape.Sound):
                     self._turn.feed(entry)
@@ -171,12 +173,12 @@ class Record:
     def returned(self, call: int, value: Any) -> bool:
         """On the tape, as far as the row has room for it; False if it does not belong to a call, or the call has its result."""
         entries = self.tape.entries
-        result = tape.Result(call, value)
-        if not self.tape.fits(result) or any(isinstance(entry, tape.Result) and entry.of == call for entry in entries[call:]):
+        result = tape.CallResult(call, value)
+        if not self.tape.fits(result) or any(isinstance(entry, tape.CallResult) and entry.of == call for entry in entries[call:]):
             return False
         if not self.fits(result):
-            self._emit(events.Noted("a tool's result is too long for the row; the model is told so"))
-            result = tape.Result(call, TOO_LONG)
+            self._emit(events.Notice("a tool's result is too long for the row; the model is told so"))
+            result = tape.CallResult(call, TOO_LONG)
         if not self.fits(result):
             return False
         self.append(result)
@@ -185,13 +187,13 @@ class Record:
 
     # -- beside it
 
-    def beside(self, fresh: bool = False) -> Record:
+    def beside(self, fresh: bool = False) -> Context:
         """A record of its own in a fork of the row: it begins with all of this one but the open turn, or with an empty tape.
         Whoever asked for it releases its row."""
         # A stale row is not made to follow here: the fork would wait for it, and it may be in the middle of an answer.
         held = self._settled()
         how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self._emit
-        other = Record(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
+        other = Context(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
         other._held, other._length, other._astray = held, held.positions, True
         return other
 
@@ -296,21 +298,21 @@ class Record:
         if held.gone is not self._gone:
             known = frozenset(self._gone)
             if new := tuple(gone for gone in held.gone if gone not in known):
-                self._emit(events.LetGo(new))
+                self._emit(events.EntriesEvicted(new))
         self._spent, self._gone = held.spent, held.gone
 
-    def fits(self, entry: tape.Typed | tape.Seen | tape.Result | tape.Setting) -> bool:
+    def fits(self, entry: tape.Typed | tape.Seen | tape.CallResult | tape.SystemPrompt) -> bool:
         """Whether the row has room for this too, once what can be let go of is."""
         prompt, (system, live) = self.prompt, self._views.least()
         match entry:
-            case tape.Setting():
+            case tape.SystemPrompt():
                 return len(prompt.begin(entry.system, entry.tools, entry.thinking)) + live <= self.limit
-            case tape.Result():
+            case tape.CallResult():
                 call = self.tape.entries[entry.of]
                 assert isinstance(call, tape.Called)
                 more = len(prompt.tool_response(call.name, entry.value, opened=False, thinking=self.thinking))
             case _ if self.turn is None:
-                live, more = len(prompt.open_turn()), sum(map(size, Turn(prompt, self.config.patch).feed(entry)))
+                live, more = len(prompt.open_turn()), sum(map(size, TurnBuilder(prompt, self.config.patch).feed(entry)))
             case _:
                 more = sum(map(size, copy(self._turn).feed(entry)))
         return system + live + more <= self.limit
