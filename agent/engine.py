@@ -152,7 +152,9 @@ class Engine:
         self._forward.capture()
         self.sampler = sampler
         self.length = self._cache.length
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # bounded by those who ask: see Feed.behind
+        self._orders: SimpleQueue[Callable[[], None] | None] = (
+            SimpleQueue()
+        )  # bounded by those who ask: see SequenceHandle.behind
         self._seats: list[Sequence] = []
         self._scheduler = Scheduler()
         self._left = rows
