@@ -16,7 +16,7 @@ from agent.bench.shapes import SHAPES
 from model import threads
 from model.gemma import CheckpointError, Gemma, GemmaConfig
 
-ONCE = Effort(seconds=0, least=1, max_tokens=1)
+ONCE = Effort(seconds=0, min_rounds=1, max_rounds=1)
 ALONE = {
     *(f"{what}_{count}" for what in ("append", "real_time") for count in (1, 4, 16)),
     *("step", "read", "step_over_read", "flat", "fork", "truncate", "weights", "row", "peak", "busy", "busy_over_alone"),

@@ -35,7 +35,7 @@ def test_what_can_be_drawn_and_how_often_is_as_transformers_cuts_it(temperature:
     assert torch.allclose(logps, allowed.log_softmax(-1)[tokens.long()], atol=1e-5)
 
 
-HOWS = [
+PARAMS = [
     SamplingParams(frozenset({1}), (4, 7)),
     SamplingParams(frozenset({1}), (4, 7), greedy=True),
     SamplingParams(frozenset({1}), (4, 7), temperature=0.5, top_k=5, top_p=1.0),
@@ -46,13 +46,13 @@ HOWS = [
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_company() -> None:
     logits = 3 * torch.randn(40, 200, generator=torch.Generator().manual_seed(3))
-    hows, generators = [HOWS[i % len(HOWS)] for i in range(40)], [Random(i) for i in range(40)]
-    together = sample(logits, hows, [generator.random() for generator in generators]).t().tolist()
-    for row, how, (token, logp), seed in zip(logits, hows, together, range(40), strict=True):
-        assert sample_one(row, how, Random(seed)) == (int(token), pytest.approx(logp, abs=1e-5))
+    params, generators = [PARAMS[i % len(PARAMS)] for i in range(40)], [Random(i) for i in range(40)]
+    together = sample(logits, params, [generator.random() for generator in generators]).t().tolist()
+    for row, sampling, (token, logp), seed in zip(logits, params, together, range(40), strict=True):
+        assert sample_one(row, sampling, Random(seed)) == (int(token), pytest.approx(logp, abs=1e-5))
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("sampling", PARAMS)
 def test_the_ends_of_the_uniform_numbers_draw_the_first_and_the_last_token_that_are_left(sampling: SamplingParams) -> None:
     logits = torch.arange(200.0).flip(0)[None] / 10
     first, last = (int(sample(logits, [sampling], [uniform])[0]) for uniform in (0.0, 1 - 2**-53))  # which float32 rounds to 1
@@ -71,7 +71,7 @@ def test_the_ends_of_the_uniform_numbers_draw_the_first_and_the_last_token_that_
 def test_logits_that_are_no_numbers_spoil_their_own_row_alone() -> None:
     logits = torch.randn(2, 200)
     logits[0, 3] = torch.nan
-    spoilt, well = sample(logits, [HOWS[0]] * 2, [0.5, 0.5])[1].tolist()
+    spoilt, well = sample(logits, [PARAMS[0]] * 2, [0.5, 0.5])[1].tolist()
     assert math.isnan(spoilt) and math.isfinite(well)
 
 

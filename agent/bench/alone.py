@@ -41,11 +41,11 @@ Times = Mapping[str, list[float]]  # seconds of each contender, by rounds
 
 @dataclass(frozen=True)
 class Effort:
-    """A comparison runs for `seconds`, but at least `least` and at most `most` rounds."""
+    """A comparison runs for `seconds`, but at least `min_rounds` and at most `max_rounds` rounds."""
 
     seconds: float = 3.0
-    least: int = 2
-    most: int = 50
+    min_rounds: int = 2
+    max_rounds: int = 50
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _turns(s: BenchSetup, contenders: Mapping[str, Callable[[], object]], warm: 
     settle: Callable[[], None] = (lambda: None) if s.model.device.type == "cpu" else torch.accelerator.synchronize
     times: dict[str, list[float]] = {name: [] for name in contenders}
     rounds, begun = -int(warm), perf_counter()
-    while rounds < s.effort.least or (rounds < s.effort.most and perf_counter() - begun < s.effort.seconds):
+    while rounds < s.effort.min_rounds or (rounds < s.effort.max_rounds and perf_counter() - begun < s.effort.seconds):
         for name, run in contenders.items():
             settle()
             start = perf_counter()
@@ -289,7 +289,7 @@ def _step(s: BenchSetup) -> Iterator[Figure]:
     needed = [p for name, p in s.model.named_parameters() if not name.startswith(("vision.", "audio."))]
     pasts = {}
     if s.beside:  # a static cache is read whole: no longer than it must be
-        static = s.transformers.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.most + s.effort.least + 1)
+        static = s.transformers.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.max_rounds + s.effort.min_rounds + 1)
         pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
 
     def step() -> None:

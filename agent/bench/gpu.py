@@ -205,7 +205,7 @@ def beside(size: Size) -> Figures:
     """transformers, over weights of the same shape. (On a CPU that is what `attend bench model` measures.)"""
     if size.device.type == "cpu":
         return
-    once = alone.Effort(seconds=1, least=1, most=5)
+    once = alone.Effort(seconds=1, min_rounds=1, max_rounds=5)
     said = alone.model([size.shape], str(size.device), lambda line: print(line, file=sys.stderr), once)
     yield "beside", said["shapes"][size.shape]["figures"]
 
