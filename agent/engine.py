@@ -2,8 +2,8 @@
 
 A conversation holds a `SequenceHandle`. Its methods return at once; the row does them in order. Each tick of the thread is one
 forward pass: the step of every row that has one due (a microphone frame, the token just drawn), and at most one chunk beside
-them: what has piled up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for a pass
-with one chunk, and the busier the engine is, the more rows share a pass. Which chunk that is, and when, agent/scheduler.py
+them: what has piled up for a single row, at most `CHUNK` positions or one picture. So nobody waits longer for a step than for a
+pass with one chunk, and the busier the engine is, the more rows share a pass. Which chunk that is, and when, agent/scheduler.py
 decides.
 """
 

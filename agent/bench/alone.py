@@ -289,7 +289,9 @@ def _step(s: BenchSetup) -> Iterator[Figure]:
     needed = [p for name, p in s.model.named_parameters() if not name.startswith(("vision.", "audio."))]
     pasts = {}
     if s.beside:  # a static cache is read whole: no longer than it must be
-        static = s.transformers.StaticCache(config=s.beside.config, max_cache_len=row.length + s.effort.max_rounds + s.effort.min_rounds + 1)
+        static = s.transformers.StaticCache(
+            config=s.beside.config, max_cache_len=row.length + s.effort.max_rounds + s.effort.min_rounds + 1
+        )
         pasts = {kind: _theirs(s, 10, past=past).past_key_values for kind, past in (("dynamic", None), ("static", static))}
 
     def step() -> None:
