@@ -13,7 +13,7 @@ from agent.watch.config import ConfigError
 from agent.watch.outbox import OutboxError
 from agent.watch.visual_qa import NoAnswer
 from model.cache import RowFull
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.tokenizer import TokenizerError
 from model.vad import VadMissing
 from streams.broker import BrokerError

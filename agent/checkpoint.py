@@ -1,4 +1,4 @@
-"""A checkpoint that is loaded, and the verbs on its rows: append (ids, frames, a picture), generate, transcribe.
+"""Loads a checkpoint, and works on its rows without the engine: append ids, frames or a picture, generate, transcribe.
 
 Everything here runs on the thread that calls it.
 """
@@ -19,7 +19,8 @@ from agent.prompt import Prompt
 from agent.suggestions import Suggestions, read_suggestions
 from model import weights
 from model.cache import Cache, Room, Row
-from model.gemma import CheckpointError, Gemma
+from model.config import CheckpointError
+from model.gemma import Gemma
 from model.pixels import patches
 from model.quantized import Form
 from model.sampling import SamplingParams, sample_one
@@ -38,12 +39,14 @@ TRANSCRIBE = "Transcribe the speech."
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """A checkpoint in memory: the model, its tokenizer and its defaults."""
+
     model: Gemma
     tokenizer: Tokenizer
     prompt: Prompt
     generation: SamplingParams
     budget: int  # soft tokens of a picture, unless the user asks for another
-    suggestions: Suggestions | None = None  # for people who try it
+    suggestions: Suggestions | None = None  # what to try with it, from its folder
 
 
 def load(
@@ -60,12 +63,13 @@ def load(
     head: Form | None = None,
     config_from: str | None = None,
 ) -> LoadedModel:
-    """A checkpoint by folder, hub id or "nano".
+    """Loads a checkpoint by folder, hub id or "nano".
 
-    `threads` for each pass on a CPU (None: by its work). There must be memory for `rows` of `length` positions too, with pictures
-    of up to `budget` soft tokens (None: the checkpoint's). `quantized`: the form in which the layers' matrices are held, `head`
-    that of the head (model/weights.py). `config_from`: the folder or hub id with config.json and tokenizer.json, for GGUF files
-    that come without. Raises CheckpointError or TokenizerError."""
+    `threads`: of each pass on a CPU (None: chosen by its work). `rows`, `length`, `budget`: rows of so many positions, with
+    pictures of up to `budget` soft tokens (None: the checkpoint's), for which there must be memory too. `quantized`: the form in
+    which the layers' matrices are held; `head`: that of the head (model/weights.py). `config_from`: the folder or hub id with
+    config.json and tokenizer.json, for GGUF files that come without. `progress` receives bytes done and in all. Raises
+    CheckpointError or TokenizerError."""
     files: Path = weights.locate(name)
     folder = weights.locate(config_from, weights.CONFIG_FILES) if config_from else files
     if not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
@@ -73,23 +77,23 @@ def load(
             f"{folder} holds GGUF files without config.json and tokenizer.json; name a checkpoint that has them, for example "
             "--config-from google/gemma-4-12B-it"
         )
-    tokenizer = Tokenizer.load(folder)  # first: it is quick to find missing
+    tokenizer = Tokenizer.load(folder)  # first, since it is quick to fail
     config = weights.read_config(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}; the model's table ends at {config.vocab_size - 1}"
         )
     generation = weights.read_generation(folder, config)
-    usual, place = weights.read_budget(folder), weights.find_device(device, weights.size(config))
-    number, room = None if dtype == "auto" else getattr(torch, dtype), Room(rows, length, budget or usual)
-    model = weights.load(files, place, number, progress, room, weights=quantized, head=head, config=folder)
+    default_budget, target = weights.read_budget(folder), weights.find_device(device, weights.size(config))
+    held_as, room = None if dtype == "auto" else getattr(torch, dtype), Room(rows, length, budget or default_budget)
+    model = weights.load(files, target, held_as, progress, room, weights=quantized, head=head, config=folder)
     model.threads = Threads(threads)
-    return LoadedModel(model, tokenizer, Prompt(tokenizer, config.media), generation, usual, read_suggestions(folder))
+    return LoadedModel(model, tokenizer, Prompt(tokenizer, config.media), generation, default_budget, read_suggestions(folder))
 
 
 def new_cache(loaded: LoadedModel, rows: int, length: int, budget: int | None = None) -> Cache:
-    """Rows that take pictures of up to `budget` soft tokens (None: the checkpoint's). Raises CheckpointError where they do not
-    fit."""
+    """A cache of `rows` rows of up to `length` positions, for pictures of up to `budget` soft tokens (None: the checkpoint's).
+    Raises CheckpointError where it does not fit."""
     model, config = loaded.model, loaded.model.config
     length = min(length, config.max_positions)
     slack = Room(rows, length, budget or loaded.budget).slack(config, model.dtype, weights.free_memory(model.device))
@@ -102,12 +106,12 @@ def new_cache(loaded: LoadedModel, rows: int, length: int, budget: int | None = 
 
 
 def out_of_memory(error: Exception) -> bool:
-    """A CPU's allocator has no exception of its own."""
+    """Whether an error means that memory ran out; the CPU allocator has no exception class of its own, so its message counts."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def append_ids(loaded: LoadedModel, cache: Cache, row: Row, ids: list[int], *, wanted: bool = False) -> Tensor | None:
-    """Text and control tokens. Returns the hidden state [H] of the last one if it is wanted."""
+    """Appends text and control tokens. Returns the hidden state [H] of the last one if `wanted`, otherwise None."""
     hidden = None
     for start in range(0, len(ids), cache.slack + 1):
         part = torch.tensor(ids[start : start + cache.slack + 1], device=loaded.model.device)
@@ -116,25 +120,26 @@ def append_ids(loaded: LoadedModel, cache: Cache, row: Row, ids: list[int], *, w
 
 
 def append_frame(loaded: LoadedModel, cache: Cache, row: Row, frame: NDArray[np.float32]) -> None:
-    """One frame of sound, as many samples as the checkpoint's config says."""
+    """Appends one frame of sound: float32 samples, as many as the checkpoint's config says."""
     samples = torch.as_tensor(frame, device=loaded.model.device)
     loaded.model.extend(cache, [row], loaded.model.embed_audio(samples)[None, None], wanted=0)
 
 
 def append_picture(loaded: LoadedModel, cache: Cache, row: Row, picture: Tensor, places: Tensor) -> None:
-    """Patches [n, 3 * patch^2] and their places [n, 2]: one block in one call."""
+    """Appends a picture in one block: patches [n, 3 * patch^2] and their positions [n, 2] (column, row)."""
     device = loaded.model.device
     x = loaded.model.embed_image(picture.to(device), places.to(device))[None]
     loaded.model.extend(cache, [row], x, blocks=torch.zeros(x.shape[:2], dtype=torch.long), wanted=0)
 
 
 def patchify(loaded: LoadedModel, picture: NDArray[np.uint8], budget: int) -> tuple[Tensor, Tensor]:
-    """A picture uint8 [H, W, 3] as patches and places. Raises CheckpointError where the position table is too short."""
+    """A picture uint8 [H, W, 3] as patches and their positions, for `append_picture`. Raises CheckpointError where the model's
+    position table is too short."""
     config = loaded.model.config
     pieces, places = patches(picture, budget, config.patch)
     if int(places.max()) >= config.grid:
         raise CheckpointError(
-            f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} places"
+            f"a picture of {int(places.max()) + 1} patches in a line is longer than the model's {config.grid} positions"
         )
     return pieces, places
 
@@ -148,9 +153,8 @@ def generate(
     max_tokens: int,
     seed: int | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Tokens and their log-probabilities from the hidden state [H] of the last position, the stop token included.
-
-    Each token but the last is in the row when the next one is asked for; ends also where the row is full."""
+    """Yields tokens with their log-probabilities, the stop token included, from the hidden state [H] of the last position. Each
+    token but the last is in the row when the next one is asked for. Also ends where the row is full."""
     generator = Random(seed)
     for number in range(max_tokens):
         with torch.inference_mode():
@@ -164,7 +168,7 @@ def generate(
 
 
 def transcribe(loaded: LoadedModel, cache: Cache, row: Row, max_tokens: int = 200) -> str:
-    """The words of the speech in an open turn. The row is forked; itself it stays as it is."""
+    """Transcribes the speech in an open turn, in a fork of the row; the row itself does not change."""
     fork = cache.fork(row)
     try:
         closing = loaded.prompt.text(TRANSCRIBE) + loaded.prompt.close_turn()

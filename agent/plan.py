@@ -1,8 +1,8 @@
-"""What a machine can run, worked out before anything is loaded: memory of weights and rows, and milliseconds a step.
+"""Estimates what a machine can run before anything is loaded: memory of weights and rows, and milliseconds a step.
 
-A step reads the layers' weights once for all its rows, and of each row the keys and values of what it may see; decoding is bound
-by that reading, so bytes over bandwidth is its floor. On a CPU several positions of one row in a pass are bound by arithmetic,
-which is measured where the machine is at hand. All of it is arithmetic until `attend bench model` measures it.
+A step reads the layers' weights once for all its rows, and for each row the keys and values that it attends to. Decoding is bound
+by memory bandwidth, so bytes over bandwidth is the least time a step can take. On a CPU a chunk of several positions is bound by
+arithmetic, whose speed is measured if the machine is this one. All of this is an estimate until `attend bench model` measures it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ import torch.nn.functional as F
 from agent.engine import total_rows
 from model import weights
 from model.cache import Room
-from model.gemma import GemmaConfig
+from model.config import GemmaConfig
 from model.quantized import Form, QuantizedLinear, quantize
 
 GIB = 1 << 30
-CONTEXT = int(0.9 * GIB)  # of a GPU: CUDA's own, a pass's activations, and its graphs
-OVERHEAD = 1.25  # a step over its floor: the aim on a GPU, not measured there
-FRAME_MS = 40.0  # a listener's frames come so often
-SHARE = 0.8  # of that time a step may take: the rest is answers, pictures and what comes late
+CONTEXT = int(0.9 * GIB)  # bytes of a GPU beside weights and rows: CUDA's context, activations and graphs
+OVERHEAD = 1.25  # a step's time over the least possible: the aim on a GPU, not measured there
+FRAME_MS = 40.0  # each listener sends a frame so often
+SHARE = 0.8  # the share of that time that frames may take: the rest is for answers, pictures and delays
 MOST_ROWS = 64
-LENGTHS = (8192, 4096, 2048, 1024)  # of a row, the first that fits is taken
+LENGTHS = (8192, 4096, 2048, 1024)  # of a row; the first that fits is used
 TYPICAL = 1100  # positions in a row: the policy "transcripts" keeps 400 ahead of a live turn
 PICTURE = 280  # soft tokens of the largest picture, unless another is asked for
-CHUNK = 8  # frames that a CPU takes at once: what came in 320 ms
+CHUNK = 8  # frames that a CPU processes at once: 320 ms of sound
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory` bytes free for the model, `bandwidth` bytes a second, `kind` "cuda", "cpu" or "mps". `position_ms`: of a CPU,
-    milliseconds that a thousand million weights take for one position of a chunk, by form (None: bfloat16), on all its cores."""
+    """A machine: `memory` in bytes that are free for the model, `bandwidth` in bytes a second, `kind` "cuda", "cpu" or "mps".
+    `position_ms`, for a CPU: milliseconds for one position of a chunk per thousand million weights, on all cores, by form of the
+    weights (None: bfloat16)."""
 
     name: str
     kind: str
@@ -47,7 +48,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows` conversations of `length` positions; 0: it does not fit. `one_ms`, `all_ms`: a step of one row, of all."""
+    """What a machine runs: `rows` conversations of `length` positions each; 0 rows where it does not fit. `one_ms` and `all_ms`:
+    milliseconds of a step of one row, and of all rows."""
 
     machine: Machine
     form: Form | None
@@ -58,20 +60,21 @@ class Plan:
     length: int
     one_ms: float
     all_ms: float
-    listen_ms: float  # what 40 ms of all listeners take: on a GPU a step, on a CPU their frames in chunks of eight
+    listen_ms: float  # time for 40 ms of sound from all listeners: a step on a GPU, frames in chunks of eight on a CPU
 
     @property
     def total(self) -> int:
-        """Bytes that all of it takes."""
+        """Bytes of weights, rows and overhead together."""
         return self.weights + (self.rows + self.spares) * self.row + (CONTEXT if self.machine.kind == "cuda" else 0)
 
     @property
     def keeps_up(self) -> bool:
+        """Whether the sound of all listeners is processed as fast as it comes."""
         return self.rows > 0 and self.listen_ms <= SHARE * FRAME_MS
 
 
 def step_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype, rows: int = 1, positions: int = TYPICAL) -> int:
-    """What a step of speaking rows reads: the layers and the head once, and of each row what it may see."""
+    """Bytes that a decode step of `rows` rows of `positions` each reads: layers and head once, and each row's keys and values."""
     seen = sum(
         2 * (min(positions, config.window) if layer.sliding else positions) * layer.kv_heads * layer.head_dim
         for layer in config.layers
@@ -90,8 +93,8 @@ def make(
     length: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
-    """The plan for a form of the weights, with pictures of up to `budget` soft tokens. `rows` None: as many as fit and can
-    be kept up with, at most 64; `length` None: the longest of `LENGTHS` with which at least one row fits."""
+    """The plan for a form of the weights, with pictures of up to `budget` soft tokens. `rows` None: as many as fit and keep up,
+    at most 64. `length` None: the longest of `LENGTHS` with which at least one row fits."""
     held = weights.weight_bytes(config, form, dtype)
     room = machine.memory - held - (CONTEXT if machine.kind == "cuda" else 0)
     choice, size, count = LENGTHS[-1], 0, 0
@@ -116,7 +119,7 @@ def _timed(plan: Plan, config: GemmaConfig, dtype: torch.dtype) -> Plan:
         return 1000 * OVERHEAD * step_bytes(config, plan.form, dtype, rows) / machine.bandwidth
 
     listen = step(max(1, plan.rows))
-    if machine.position_ms is not None:  # a CPU: each row's frames are a chunk of their own
+    if machine.position_ms is not None:  # on a CPU each row's frames are a chunk of their own
         alone = max(step(1) / CHUNK, machine.position_ms[plan.form] * _matrix_numbers(config) / 1e9)
         listen = alone * max(1, plan.rows)
     return replace(plan, one_ms=step(1), all_ms=step(max(1, plan.rows)), listen_ms=listen)
@@ -131,7 +134,7 @@ def _matrix_numbers(config: GemmaConfig) -> int:
 
 
 def measure(device: torch.device, threads: int) -> Machine:
-    """Takes about a second. Memory that is free now, and the bandwidth of reading 256 MiB over and over."""
+    """Measures this machine, in about a second: its free memory now, and its bandwidth in reading 256 MiB repeatedly."""
     free = weights.free_memory(device) or 0
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -147,18 +150,19 @@ def measure(device: torch.device, threads: int) -> Machine:
 
 def _bandwidth(device: torch.device) -> float:
     numbers = torch.zeros(1 << 26, device=device)  # 256 MiB
-    return 4 * numbers.numel() / _quickest(lambda: numbers.sum().item())
+    return 4 * numbers.numel() / _fastest(lambda: numbers.sum().item())
 
 
 def _position_ms(form: Form | None, outputs: int = 2048, inputs: int = 4096) -> float:
-    """Of one position in a chunk of `CHUNK`, for a thousand million weights, with matrices that do not stay in the cache."""
+    """Milliseconds of one position in a chunk of `CHUNK` per thousand million weights, with a matrix too large for the caches."""
     weight, x = torch.randn(outputs, inputs), torch.randn(CHUNK, inputs, dtype=torch.bfloat16)
     held = QuantizedLinear(quantize(weight, form), torch.device("cpu")) if form else weight.to(torch.bfloat16)
-    seconds = _quickest(lambda: held(x) if isinstance(held, QuantizedLinear) else F.linear(x, held))
+    seconds = _fastest(lambda: held(x) if isinstance(held, QuantizedLinear) else F.linear(x, held))
     return 1000 * seconds / CHUNK * 1e9 / (outputs * inputs)
 
 
-def _quickest(run: Callable[[], object], times: int = 5) -> float:
+def _fastest(run: Callable[[], object], times: int = 5) -> float:
+    """Seconds of the fastest of several runs."""
     took = []
     for _ in range(times):
         begun = perf_counter()
@@ -171,7 +175,7 @@ def _quickest(run: Callable[[], object], times: int = 5) -> float:
 
 FORMS: tuple[Form | None, ...] = (None, "int8", "int4")
 
-# Memory in GiB and bandwidth in GB/s as the makers state them; nothing here was measured.
+# Memory in GiB and bandwidth in GB/s as the manufacturers state them, not measured.
 KNOWN = (
     ("H100, 80 GB", "cuda", 79, 3350),
     ("L40S or A6000, 48 GB", "cuda", 47, 768),
@@ -191,7 +195,7 @@ def known() -> list[Machine]:
 
 
 def line(plan: Plan) -> str:
-    """One row of the table."""
+    """One line of the table."""
     start = f"{plan.form or 'bf16':<7}{plan.weights / GIB:>9.1f} GiB"
     if not plan.rows:
         return f"{start}   does not fit: {_instead(plan)}"
@@ -209,7 +213,7 @@ HEADER = f"{'weights':<7}{'':>13}{'a row':>13}{'rows':>12}{'in all':>13}{'step o
 
 
 def table(config: GemmaConfig, machine: Machine, rows: int | None = None, length: int | None = None) -> list[str]:
-    """What one machine can run, a line for each form of the weights, and what to take of it."""
+    """What one machine can run: a line for each form of the weights, and a recommendation."""
     plans = [make(config, machine, form, rows=rows, length=length) for form in FORMS]
     chosen = best(plans)
     if chosen is None:
@@ -227,5 +231,5 @@ def _conversations(rows: int) -> str:
 
 
 def best(plans: list[Plan]) -> Plan | None:
-    """What to run: the most exact form that keeps up, with as many rows as it has."""
+    """The plan to recommend: the most exact form of the weights that keeps up, or None."""
     return next((plan for plan in plans if plan.keeps_up), None)

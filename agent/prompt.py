@@ -27,7 +27,7 @@ from agent.calls import MARK, BrokenCall, Control, Part, ToolCall, declaration, 
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from model.gemma import MediaTokens
+    from model.config import MediaTokens
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 
 FILE = "suggestions.json"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

@@ -1,4 +1,4 @@
-"""When what was launched was done: on a GPU a pass returns long before it has been computed."""
+"""Measures when launched work is done: on a GPU a forward pass returns long before it has been computed."""
 
 from __future__ import annotations
 
@@ -9,53 +9,54 @@ from typing import Any
 
 import torch
 
-Tell = Callable[[float], None]
-PENDING = 256  # marks that wait for a GPU; who marks more waits for the oldest
+PENDING = 256  # marks that may wait for a GPU; one more waits until the oldest is passed
 
 
 class Timing:
-    """Marks in what one thread launches. Each is told the time (of `perf_counter`) at which the device came past it: on a CPU at
-    once, on a GPU by one of the next calls of `poll`."""
+    """Marks in the work that one thread launches on `device`. The callback of each gets the time (of `perf_counter`) at which the
+    device passed it: on a CPU at once, on a GPU in one of the next calls of `poll`."""
 
     def __init__(self, device: torch.device, event: Callable[[], Any] | None = None) -> None:
-        """`event` makes CUDA events that keep times; None: for this device, where it has them."""
+        """`event` makes a CUDA event with timing; None: those of torch on a CUDA device, and none elsewhere."""
         if event is None and device.type == "cuda":
             event = lambda: torch.cuda.Event(enable_timing=True)  # noqa: E731
         self._event = event
-        self._last: tuple[Any, float] | None = None  # the last event that is known to be past, and its time
-        self._pending: deque[tuple[Any, Tell]] = deque()
+        self._last: tuple[Any, float] | None = None  # the last event that the device is known to have passed, and its time
+        self._pending: deque[tuple[Any, Callable[[float], None]]] = deque()
 
     def wait(self) -> None:
-        """Until the device has come past the last mark."""
+        """Waits until the device has passed the last mark."""
         if self._pending:
             self._pending[-1][0].synchronize()
             self.poll()
 
     def begin(self) -> float:
-        """Before something is launched. Returns the time."""
+        """Call it before launching work. Returns the time in seconds."""
         self.poll()
         now = perf_counter()
-        if self._event and not self._pending:  # the device has nothing to do and comes past it at once: clocks drift no further
+        if self._event and not self._pending:  # the device is idle and passes it at once, so the two clocks agree again
             self._last = self._record(), now
         return now
 
-    def mark(self, tell: Tell) -> None:
+    def mark(self, callback: Callable[[float], None]) -> None:
+        """Marks the end of what was launched so far; `callback` gets the time at which the device passed it."""
         if not self._event:
-            tell(perf_counter())
+            callback(perf_counter())
             return
-        assert self._last, "nothing has begun"
+        assert self._last, "mark before begin"
         if len(self._pending) == PENDING:
             self._pending[0][0].synchronize()
             self.poll()
-        self._pending.append((self._record(), tell))
+        self._pending.append((self._record(), callback))
 
     def poll(self) -> None:
+        """Calls back for the marks that the device has passed."""
         while self._pending and self._pending[0][0].query():
-            event, tell = self._pending.popleft()
+            event, callback = self._pending.popleft()
             assert self._last
             before, at = self._last
             self._last = event, min(at + before.elapsed_time(event) / 1000, perf_counter())
-            tell(self._last[1])
+            callback(self._last[1])
 
     def _record(self) -> Any:
         assert self._event

@@ -1,12 +1,12 @@
-"""Rows of fixed memory for keys and values.
+"""The KV cache: rows of fixed memory for keys and values.
 
-A full layer keeps every position of a row, flat. A sliding layer keeps a ring of window + slack positions: position p
-stands at slot p mod (window + slack). The slack is what makes two things possible: a chunk of up to slack + 1 positions
-can be written before it is read, and a row can be cut back by up to slack + 1 positions without having lost any that its
-window still needs. Which position a slot holds is computed from where the row ends, never stored; what a cut leaves
-behind in a ring then reads as older than the window and is masked.
+A full layer keeps every position of a row, flat. A sliding layer keeps a ring buffer of window + slack positions: position p is
+in slot p mod (window + slack). The slack makes two things possible: a chunk of up to slack + 1 positions can be written before it
+is read, and a row can be truncated by up to slack + 1 positions without losing any that its window still needs. Which position a
+slot holds is computed from the row's length, never stored; what a truncation leaves behind in a ring then reads as older than
+the window and is masked.
 
-Every row has one slot more than it can use: positions that only fill a pass up to its static shape write there.
+Every row has one slot more than it can use: the padding of a pass with a static shape writes there.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.config import GemmaConfig, LayerConfig
 from model.functional import rope
 
 if TYPE_CHECKING:
     from model.forward import ForwardPass
-    from model.gemma import GemmaConfig, LayerConfig
 
-SLACK = 1152  # more than the largest picture (1,120 positions), and about 45 s of sound
-SPOKEN = 40  # positions beside a picture that can be cut back at least
+SLACK = 1152  # positions: more than the largest picture (1,120), and about 45 s of sound
+MIN_TRUNCATION = 40  # positions beside a picture by which a row can always be truncated
 
 
 class RowFull(ValueError):
-    """A row cannot take that many positions, or cannot be cut back that far; the message names the limit."""
+    """A row cannot hold that many positions, or cannot be truncated that far; the message names the limit."""
 
 
 class NoRow(RuntimeError):
-    """Every row is taken."""
+    """All rows are taken."""
 
 
 @dataclass(eq=False)
 class Row:
-    """One conversation's place in the cache. `length` positions are in it; `high` is the longest it has been."""
+    """One row of the cache: `length` positions are in it; `high` is the greatest length it has had."""
 
     index: int
     length: int = 0
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What layers of one kind need to know of a pass."""
+    """RoPE tables and attention mask of whole prompts, for layers of one kind."""
 
     cos: Tensor  # [B, T, 1, D], halves alike
     sin: Tensor  # the first half negated
@@ -55,15 +55,16 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class BatchMetadata:
-    """What the positions of whole prompts see: computed once, used by every layer."""
+    """The attention metadata of whole prompts for each kind of layer: computed once, used by every layer."""
 
     reaches: dict[LayerConfig, AttentionMetadata]
 
 
 def whole_span(config: GemmaConfig, count: int, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> BatchMetadata:
-    """The span of a batch without a cache: positions 0..count-1, each row seeing itself only. `blocks` [B, T] or None.
+    """The metadata of a batch of whole prompts without a cache: positions 0..count-1, where each prompt attends to itself alone.
+    `blocks` [B, T] numbers the picture of each position (-1: none), or is None.
 
-    Rows shorter than `count` are padded at their end, where nothing that counts can see the padding."""
+    Shorter prompts are padded at their end, where no real position attends to the padding."""
     at = torch.arange(count, device=device)[None]
     reaches = {
         layer: AttentionMetadata(*rope(layer, at, dtype), _mask(config, layer, at, blocks, dtype)) for layer in set(config.layers)
@@ -72,7 +73,7 @@ def whole_span(config: GemmaConfig, count: int, blocks: Tensor | None, dtype: to
 
 
 def _mask(config: GemmaConfig, layer: LayerConfig, at: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Full layers are causal. Sliding layers see the window, and within it all of their own picture."""
+    """Full layers are causal. Sliding layers attend to the window, and within it to all of their own picture."""
     q, k = at[:, :, None], at[:, None, :]
     allowed = k <= q
     if layer.sliding:
@@ -86,36 +87,36 @@ def _mask(config: GemmaConfig, layer: LayerConfig, at: Tensor, blocks: Tensor | 
 
 @dataclass(frozen=True)
 class Room:
-    """Rows of a cache, of so many positions each, that take pictures of up to `budget` soft tokens."""
+    """The rows that a cache is to have: `length` positions each, with pictures of up to `budget` soft tokens."""
 
     rows: int
     length: int
     budget: int
 
     @property
-    def least_slack(self) -> int:
-        """A picture goes in at once. What is longer is not cut back but written anew. For the 12B 320 positions instead of SLACK
-        save 260 MiB a row."""
-        return min(SLACK, self.budget + SPOKEN)
+    def min_slack(self) -> int:
+        """Enough for a picture, which is written at once. A row that has to be truncated further is written again as a whole. For
+        the 12B, 320 positions instead of SLACK save 260 MiB a row."""
+        return min(SLACK, self.budget + MIN_TRUNCATION)
 
     def bytes_per_row(self, config: GemmaConfig, dtype: torch.dtype, slack: int | None = None) -> int:
-        """With the least slack that serves, unless another is said."""
-        slack = self.least_slack if slack is None else slack
+        """Memory of one row in bytes; `slack` None: the least that will do."""
+        slack = self.min_slack if slack is None else slack
         return Cache.bytes_per_row(config, min(self.length, config.max_positions), slack, dtype)
 
     def slack(self, config: GemmaConfig, dtype: torch.dtype, free: int | None) -> int:
-        """The usual slack where rows with it fit into what is free; less where they do not, as much as fits."""
+        """The largest slack, up to `SLACK`, with which the rows fit into `free` bytes (None: unknown); at least `min_slack`."""
         if free is None:
             return SLACK
-        sizes = (SLACK, (SLACK + self.least_slack) // 2)
-        return next((x for x in sizes if self.rows * self.bytes_per_row(config, dtype, x) <= free), self.least_slack)
+        sizes = (SLACK, (SLACK + self.min_slack) // 2)
+        return next((x for x in sizes if self.rows * self.bytes_per_row(config, dtype, x) <= free), self.min_slack)
 
 
 NO_ROWS = Room(0, 0, 0)
 
 
 class Cache:
-    """`rows` rows of up to `length` positions. Memory is taken at once and never grows."""
+    """`rows` rows of up to `length` positions. Memory is allocated at once and never grows."""
 
     def __init__(
         self,
@@ -134,25 +135,25 @@ class Cache:
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
         self._free = list(range(rows))
-        self.forward: ForwardPass | None = None  # what takes passes over these rows, once there was one
+        self.forward: ForwardPass | None = None  # over these rows, once `Gemma.extend` was called
 
     @staticmethod
     def bytes_per_row(config: GemmaConfig, length: int, slack: int, dtype: torch.dtype) -> int:
-        """Memory that one row takes, in bytes."""
+        """Memory of one row in bytes."""
         slots = sum((config.window + slack if x.sliding else length) * x.kv_heads * x.head_dim for x in config.layers)
         return 2 * slots * dtype.itemsize
 
     def slots(self, layer: LayerConfig) -> int:
-        """That can be used, of one row."""
+        """Usable slots of a row in a layer."""
         return self.config.window + self.slack if layer.sliding else self.length
 
     @property
     def free(self) -> int:
-        """Rows that can be claimed."""
+        """The number of rows that can be claimed."""
         return len(self._free)
 
     def claim(self) -> Row:
-        """The lowest free row, empty: rows in use stay close together, and a step over them stays narrow."""
+        """Claims the lowest free row, empty. So the rows in use stay close together. Raises NoRow."""
         if not self._free:
             raise NoRow(f"all {self.keys[0].shape[0]} rows are taken")
         index = min(self._free)
@@ -160,11 +161,12 @@ class Cache:
         return Row(index)
 
     def release(self, row: Row) -> None:
+        """Gives a row back."""
         assert row.index not in self._free, f"row {row.index} is free already"
         self._free.append(row.index)
 
     def fork(self, row: Row) -> Row:
-        """A second row with the same past; the parent is only read."""
+        """Copies a row to a free one. Raises NoRow."""
         child = self.claim()
         child.length, child.high = row.length, row.high
         for layer, key, value in zip(self.config.layers, self.keys, self.values, strict=True):
@@ -174,20 +176,21 @@ class Cache:
         return child
 
     def earliest(self, row: Row) -> int:
-        """The least position to which `truncate` can cut the row back."""
+        """The least position to which `truncate` can go, other than 0."""
         return max(0, row.high - self.slack - 1) if row.high > self.config.window + self.slack else 0
 
     def truncate(self, row: Row, position: int) -> None:
-        """Forgets everything from `position` on. Raises RowFull further back than the slack allows, unless that is all."""
+        """Removes everything from `position` on. Raises RowFull for one that is neither 0 nor at least `earliest`."""
         assert 0 <= position <= row.length, f"position {position} is not in a row of {row.length}"
         if 0 < position < self.earliest(row):
             raise RowFull(
-                f"cannot cut the row back to position {position}: its sliding layers keep what is needed from "
-                f"{self.earliest(row)} on (slack {self.slack}); rebuild it from the tape"
+                f"cannot truncate the row to position {position}: its sliding layers allow {self.earliest(row)} or later "
+                f"(slack {self.slack}); write the row again from the tape"
             )
         row.length = position
         row.high = row.high if position else 0
 
     def advance(self, row: Row, count: int) -> None:
+        """Counts `count` positions that a pass has written."""
         row.length += count
         row.high = max(row.high, row.length)

@@ -1,18 +1,17 @@
-"""Gemma 4 Unified, read top to bottom: config, norm, RoPE, attention, MLP, block, model.
+"""Gemma 4 Unified, read top to bottom: attention, MLP, block, vision, model.
 
 One position is one embedding, whatever it came from: `embed_text` makes one of a token, `embed_audio` one of a raw
-frame of samples, `embed_image` one of a square of pixels. `forward` takes whole prompts as embeddings [B, T, H] (that is how
-nano is trained); `extend` appends to rows of a `Cache`, by `model.forward`.
+frame of samples, `embed_image` one of a square of pixels. `forward` takes whole prompts as embeddings [B, T, H] (nano is trained
+with it); `extend` appends to rows of a `Cache`, by `model.forward`.
 
-Shapes: B rows, T positions of this pass, n positions that can be seen, H hidden size, D head size.
+Shapes: B rows, T positions of this pass, n patches of a picture, H hidden size, D head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 
 from model.batch import RowChunk, upload
 from model.cache import AttentionMetadata, BatchMetadata, Cache, Row
+from model.config import GemmaConfig as GemmaConfig  # `as`: for those who import it from here
+from model.config import LayerConfig as LayerConfig
 from model.functional import rms_norm, rotate
 from model.quantized import QuantizedLinear, Weight, linear
 from model.threads import Threads
@@ -33,151 +34,14 @@ from model.threads import Threads
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit; the message names the file, key or tensor."""
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What attention needs to know of one layer. Layers with equal values share masks and RoPE tables."""
-
-    sliding: bool
-    head_dim: int
-    kv_heads: int
-    shared_kv: bool  # no v_proj: V is the key projection, normed without weight and not rotated
-    theta: float
-    rotated: float  # share of the pairs that RoPE turns
-
-
-@dataclass(frozen=True)
-class MediaTokens:
-    """Token ids that stand around and in place of pictures and sound."""
-
-    boi: int
-    eoi: int
-    image: int
-    video: int
-    boa: int
-    eoa: int
-    audio: int
-
-
-@dataclass(frozen=True)
-class GemmaConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    layers: tuple[LayerConfig, ...]
-    window: int
-    max_positions: int
-    softcap: float | None
-    eps: float
-    patch_size: int
-    pooling: int
-    vision_size: int
-    grid: int  # longest row or column of patches the position table knows
-    vision_eps: float
-    frame: int  # samples in one audio position
-    audio_eps: float
-    media: MediaTokens
-
-    @property
-    def patch(self) -> int:
-        """Side in pixels of the square that becomes one position."""
-        return self.patch_size * self.pooling
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> GemmaConfig:
-        """Reads config.json in both dialects: `global_head_dim`/`num_global_key_value_heads` of the hub's files and
-        `per_layer_config` of transformers >= 5.23. Raises CheckpointError for another model or a missing key."""
-        if raw.get("model_type") != "gemma4_unified":
-            raise CheckpointError(f'config.json says model_type "{raw.get("model_type")}"; attend runs "gemma4_unified"')
-        try:
-            return cls._read(raw, raw["text_config"], raw["vision_config"], raw["audio_config"])
-        except KeyError as missing:
-            raise CheckpointError(f"config.json has no {missing}") from missing
-        except (TypeError, AttributeError) as wrong:
-            raise CheckpointError(f"config.json holds a value of the wrong type: {wrong}") from wrong
-
-    @classmethod
-    def _read(
-        cls, raw: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[str, Any]
-    ) -> GemmaConfig:
-        unsupported = {
-            "hidden_activation": text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
-            "attention_bias": bool(text.get("attention_bias")),
-            "enable_moe_block": bool(text.get("enable_moe_block")),
-            "num_kv_shared_layers": bool(text.get("num_kv_shared_layers")),
-            "hidden_size_per_layer_input": bool(text.get("hidden_size_per_layer_input")),
-            "use_double_wide_mlp": bool(text.get("use_double_wide_mlp")),
-            "use_bidirectional_attention": text.get("use_bidirectional_attention", "vision") != "vision",
-            "tie_word_embeddings": not raw.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
-        }
-        for key, bad in unsupported.items():
-            if bad:
-                raise CheckpointError(
-                    f"config.json sets {key}={text.get(key, raw.get(key))!r}, which Gemma 4 Unified does not have"
-                )
-        return cls(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            heads=text["num_attention_heads"],
-            layers=tuple(_layers(text)),
-            window=text["sliding_window"],
-            max_positions=text["max_position_embeddings"],
-            softcap=text.get("final_logit_softcapping"),
-            eps=text["rms_norm_eps"],
-            patch_size=vision["patch_size"],
-            pooling=vision["pooling_kernel_size"],
-            vision_size=vision["mm_embed_dim"],
-            grid=vision["mm_posemb_size"],
-            vision_eps=vision["rms_norm_eps"],
-            frame=audio["audio_embed_dim"],
-            audio_eps=audio["rms_norm_eps"],
-            media=MediaTokens(
-                boi=raw["boi_token_id"],
-                eoi=raw["eoi_token_id"],
-                image=raw["image_token_id"],
-                video=raw["video_token_id"],
-                boa=raw["boa_token_id"],
-                eoa=raw["eoa_token_index"],
-                audio=raw["audio_token_id"],
-            ),
-        )
-
-
-def _layers(text: Mapping[str, Any]) -> Iterator[LayerConfig]:
-    rope = text["rope_parameters"]
-    # transformers pads the keys to one width ("05", "11") and writes {} where all layers are alike.
-    own = {key.lstrip("0") or "0": value for key, value in (text.get("per_layer_config") or {}).items()}
-    for i, kind in enumerate(text["layer_types"]):
-        if kind not in ("sliding_attention", "full_attention"):
-            raise CheckpointError(f'config.json: layer {i} is of the unknown type "{kind}"')
-        sliding = kind == "sliding_attention"
-        head_dim, kv_heads = text["head_dim"], text["num_key_value_heads"]
-        shared = not sliding and bool(text.get("attention_k_eq_v"))
-        if "per_layer_config" in text:
-            this = own.get(str(i), {})
-            head_dim, kv_heads = this.get("head_dim", head_dim), this.get("num_key_value_heads", kv_heads)
-        elif not sliding:
-            head_dim = text.get("global_head_dim") or 512
-            if shared:
-                kv_heads = text.get("num_global_key_value_heads") or kv_heads
-        turn = rope[kind]
-        if turn["rope_type"] not in ("default", "proportional"):
-            raise CheckpointError(f'config.json asks for RoPE of the unknown type "{turn["rope_type"]}"')
-        share = turn.get("partial_rotary_factor", 1.0) if turn["rope_type"] == "proportional" else 1.0
-        yield LayerConfig(sliding, head_dim, kv_heads, shared, float(turn["rope_theta"]), float(share))
-
-
 @lru_cache
 def _scale(hidden_size: int, dtype: torch.dtype) -> float:
     return torch.tensor(math.sqrt(hidden_size)).to(dtype).item()
 
 
 class Attention(nn.Module):
+    """Attention over whole prompts. Passes over a cache use its weights, with the operations of `model.forward`."""
+
     def __init__(self, config: GemmaConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.layer, self.heads, self.eps = layer, config.heads, config.eps
@@ -187,23 +51,26 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(layer.head_dim))
         self.out: Weight = nn.Parameter(torch.empty(config.hidden_size, config.heads * layer.head_dim))
 
-    def forward(self, x: Tensor, reach: AttentionMetadata) -> Tensor:
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x [B, T, H] -> [B, T, H]."""
         batch, count, _ = x.shape
         heads, kv, size = self.heads, self.layer.kv_heads, self.layer.head_dim
         qkv = linear(x, self.qkv).view(batch, count, -1, size)
         weight = torch.stack((self.q_norm,) * heads + (self.k_norm,) * kv)
         query_key = rms_norm(qkv[:, :, : heads + kv], self.eps, weight)
-        query, key = rotate(query_key, reach.cos, reach.sin).transpose(1, 2).split((heads, kv), 1)
+        query, key = rotate(query_key, metadata.cos, metadata.sin).transpose(1, 2).split((heads, kv), 1)
         value = rms_norm(qkv[:, :, -kv:], self.eps).transpose(1, 2)  # where keys are values, the last heads are both
-        # The heads that share a key head become further queries of it: nothing is repeated, whatever kernel runs.
+        # The heads that share a key head become further queries of it: so keys are never repeated, whatever kernel runs.
         query = query.reshape(batch, kv, -1, size)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=reach.mask, scale=1.0)
-        # On a CPU it lies as the query does; CUDA's memory-efficient kernel lays it out by positions, which no view undoes.
-        seen = seen.unflatten(2, (heads // kv, -1)).permute(0, 3, 1, 2, 4)
-        return linear(seen.reshape(batch, -1, heads * size), self.out)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=metadata.mask, scale=1.0)
+        # On a CPU the result is laid out like the query. CUDA's memory-efficient kernel lays it out by position, so `view` fails.
+        attended = attended.unflatten(2, (heads // kv, -1)).permute(0, 3, 1, 2, 4)
+        return linear(attended.reshape(batch, -1, heads * size), self.out)
 
 
 class MLP(nn.Module):
+    """The gated feed-forward network of a layer."""
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.gate_up: Weight = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size))
@@ -215,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Knows nothing of its place among the layers, so a compiler needs one graph for each kind, not for each of 48."""
+    """One layer. It does not know its index, so a compiler needs one graph for each kind of layer, not for each of 48."""
 
     def __init__(self, config: GemmaConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -228,15 +95,17 @@ class Block(nn.Module):
         self.post_mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, reach: AttentionMetadata) -> Tensor:
-        seen = self.attention(rms_norm(x, self.eps, self.input_norm), reach)
-        x = rms_norm(seen, self.eps, self.post_attention_norm, onto=x)
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x [B, T, H] -> [B, T, H]."""
+        attended = self.attention(rms_norm(x, self.eps, self.input_norm), metadata)
+        x = rms_norm(attended, self.eps, self.post_attention_norm, onto=x)
         out = self.mlp(rms_norm(x, self.eps, self.pre_mlp_norm))
         return rms_norm(out, self.eps, self.post_mlp_norm, onto=x) * self.scale
 
 
 class Vision(nn.Module):
-    """Patches -> soft tokens: LayerNorm, Linear, LayerNorm, plus the position's column and row, LayerNorm, RMSNorm, Linear."""
+    """Patches [..., n, 3 * patch^2] -> soft tokens [..., n, H]: LayerNorm, Linear, LayerNorm, plus the embeddings of column and
+    row, LayerNorm, RMSNorm, Linear."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -256,10 +125,12 @@ class Vision(nn.Module):
 
 
 Numbers = Sequence[Sequence[int]]
-Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n, samples], or a picture's patches and places
+Part = NDArray[Any] | tuple[Tensor, Tensor]  # ids int64 [n], frames float32 [n, samples], or a picture's patches and positions
 
 
 class Gemma(nn.Module):
+    """The model: embeddings in, hidden states and logits out."""
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
@@ -270,8 +141,8 @@ class Gemma(nn.Module):
         self.audio = nn.Parameter(torch.empty(config.hidden_size, config.frame))
         self.threads = Threads()
         products = [p.numel() for p in self.blocks.parameters() if p.dim() == 2]
-        self.product = sum(products) // max(1, len(products))  # numbers in a layer's matrix, on average
-        self.head: QuantizedLinear | None = None  # logits are computed with it instead of the embedding table
+        self.product = sum(products) // max(1, len(products))  # numbers in one of the layers' matrices, on average
+        self.head: QuantizedLinear | None = None  # a quantized copy of the embedding table, for logits alone
 
     @property
     def device(self) -> torch.device:
@@ -292,42 +163,42 @@ class Gemma(nn.Module):
             return F.linear(rms_norm(frames, self.config.audio_eps), self.audio)
 
     def embed_image(self, patches: Tensor, places: Tensor) -> Tensor:
-        """patches [..., n, 3 * patch^2] in [0, 1] and places [..., n, 2] (column, row) -> [..., n, H]."""
+        """patches [..., n, 3 * patch^2] in [0, 1] and their positions `places` [..., n, 2] (column, row) -> [..., n, H]."""
         with self._threads(self.vision.dense.weight, patches):
             out: Tensor = self.vision(patches, places)
         return out
 
     def _threads(self, weight: Tensor, x: Tensor) -> AbstractContextManager[None]:
-        """For x [..., numbers of one position] times a matrix; in training the caller's threads stay as they are."""
+        """Sets the number of threads for the product of x [..., n] and a matrix; in training it stays as it is."""
         if not torch.is_inference_mode_enabled():
             return nullcontext()
         return self.threads.running(weight.numel(), x.numel() // x.shape[-1])
 
     def embed(self, parts: Sequence[Part]) -> Tensor:
-        """Embeddings [N, H] of what comes one after the other. All text is embedded at once, and so is all sound; nobody
-        waits for the device."""
+        """Embeddings [N, H] of these parts, in their order. All text is embedded in one operation, and all sound in another;
+        nothing waits for the device."""
         text = [isinstance(part, np.ndarray) and part.ndim == 1 for part in parts]
         sound = [isinstance(part, np.ndarray) and part.ndim == 2 for part in parts]
         embedded: dict[int, Tensor] = {}
         for chosen, embed in ((text, self.embed_text), (sound, self.embed_audio)):
-            places = [place for place, is_it in enumerate(chosen) if is_it]
-            if places:
-                together = embed(upload(np.concatenate([parts[place] for place in places]), self.device))
-                embedded |= zip(places, together.split([len(parts[place]) for place in places]), strict=True)
-        for place, part in enumerate(parts):
+            indices = [index for index, is_it in enumerate(chosen) if is_it]
+            if indices:
+                together = embed(upload(np.concatenate([parts[index] for index in indices]), self.device))
+                embedded |= zip(indices, together.split([len(parts[index]) for index in indices]), strict=True)
+        for index, part in enumerate(parts):
             if isinstance(part, tuple):
-                embedded[place] = self.embed_image(*(upload(tensor, self.device) for tensor in part))
-        return embedded[0] if len(parts) == 1 else torch.cat([embedded[place] for place in range(len(parts))])
+                embedded[index] = self.embed_image(*(upload(tensor, self.device) for tensor in part))
+        return embedded[0] if len(parts) == 1 else torch.cat([embedded[index] for index in range(len(parts))])
 
-    def forward(self, x: Tensor, span: BatchMetadata) -> Tensor:
-        """Embeddings [B, T, H] of whole prompts, without a cache -> hidden states after the final norm [B, T, H]. That is how
-        nano is trained, and what every other path is tested against."""
+    def forward(self, x: Tensor, metadata: BatchMetadata) -> Tensor:
+        """Embeddings [B, T, H] of whole prompts, without a cache -> hidden states after the final norm [B, T, H]. Nano is trained
+        with this, and the tests compare every other path with it."""
         for layer, block in zip(self.config.layers, self.blocks, strict=True):
-            x = block(x, span.reaches[layer])
+            x = block(x, metadata.reaches[layer])
         return self.normed(x)
 
     def normed(self, x: Tensor) -> Tensor:
-        """What the layers put out [..., H] -> what `logits` takes."""
+        """Applies the final norm to the output of the last layer [..., H]."""
         return rms_norm(x, self.config.eps, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -343,8 +214,8 @@ class Gemma(nn.Module):
         """Appends x [B, T, H] to B rows: a step is T = 1, a chunk is B = 1.
 
         `blocks` [B, T] numbers the picture that a position belongs to (-1: none); a picture must come in one call, since
-        its positions see one another. Returns the hidden states of the last `wanted` positions, None for 0, or of all
-        [B, T, H]. Raises RowFull before anything is written."""
+        its positions attend to one another. Returns the hidden states [B, wanted, H] of the last `wanted` positions (None: of
+        all), or None where `wanted` is 0. Raises RowFull before anything is written."""
         from model.forward import ForwardPass
 
         if cache.forward is None or cache.forward.model is not self:
@@ -352,13 +223,13 @@ class Gemma(nn.Module):
         count = x.shape[1]
         keep = count if wanted is None else min(int(wanted), count)
         numbers = blocks.tolist() if isinstance(blocks, Tensor) else blocks or [()] * len(rows)
-        chunks = [RowChunk(row, count, _pictures(those), keep) for row, those in zip(rows, numbers, strict=True)]
+        chunks = [RowChunk(row, count, _pictures(pictured), keep) for row, pictured in zip(rows, numbers, strict=True)]
         hidden = cache.forward(chunks, x.flatten(0, 1))
         return None if hidden is None else hidden.view(len(rows), keep, -1)
 
 
 def _pictures(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Where runs of one number that is not negative start and stop."""
+    """Start and stop of each run of equal numbers that are not negative."""
     found, start = [], 0
     for number, run in groupby(numbers):
         stop = start + len(list(run))

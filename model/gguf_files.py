@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.quantized import GROUP, Form, Quantized, quantize
 
 if TYPE_CHECKING:

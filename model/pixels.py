@@ -1,4 +1,4 @@
-"""A picture → the patches and positions that the model embeds, exactly as transformers' Gemma4UnifiedImageProcessor does."""
+"""Splits a picture into the patches that the model embeds, exactly as transformers' Gemma4UnifiedImageProcessor does."""
 
 import math
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     import numpy as np
 
-BUDGETS = (70, 140, 280, 560, 1120)  # the most soft tokens that a picture may become
+BUDGETS = (70, 140, 280, 560, 1120)  # of soft tokens that a picture may take
 
 
 def target_size(height: int, width: int, budget: int, patch: int = 48) -> tuple[int, int]:
@@ -24,7 +24,7 @@ def target_size(height: int, width: int, budget: int, patch: int = 48) -> tuple[
     scale = math.sqrt(budget * patch**2 / (height * width))
     rows = math.floor(scale * height / patch)
     columns = math.floor(scale * width / patch)
-    # Longer than budget:1, so that one side rounds to nothing: a single line of patches, which then always fills the budget.
+    # One side rounds to 0 where the picture is longer than budget:1. It gets a single line of patches that fills the budget.
     if rows == 0:
         rows, columns = 1, budget
     elif columns == 0:
@@ -33,13 +33,13 @@ def target_size(height: int, width: int, budget: int, patch: int = 48) -> tuple[
 
 
 def patches(picture: "torch.Tensor | np.ndarray", budget: int = 280, patch: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 RGB [H, W, 3] → float32 [n, patch·patch·3] in 0..1, row by row, and int64 [n, 2]: (x = column, y = row).
+    """uint8 RGB [H, W, 3] → patches float32 [n, patch·patch·3] in 0..1, row by row; places int64 [n, 2]: (column, row).
 
-    A patch is flattened in the order row, column, channel. There is no padding to the budget: n is what this picture needs.
+    A patch is flattened in the order row, column, channel. There is no padding to the budget: n is as many as this picture has.
     Raises ValueError for a budget that is not one of BUDGETS.
     """
     if not isinstance(picture, torch.Tensor):
-        picture = torch.from_numpy(picture.copy())  # torch takes neither read-only arrays nor mirrored views
+        picture = torch.from_numpy(picture.copy())  # torch accepts neither read-only arrays nor views with negative strides
     assert picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[2] == 3, (picture.dtype, picture.shape)
     height, width = target_size(picture.shape[0], picture.shape[1], budget, patch)
     pixels = picture.cpu().permute(2, 0, 1)

@@ -3,9 +3,9 @@
     int8    w = q * scale                 one scale for each output
     int4    w = (q - 8) * scale + zero    a scale and a zero for each group of 32 inputs
 
-int4 is exactly the form of compressed-tensors' W4A16 (zero 0) and of GGUF's Q4_0, and that of Q4_1 and Q4_K but for the rounding
-of their scales to bfloat16. Products take bfloat16 and give back the type that came in: on a CPU torch's int4 product
-takes 25 times as long with float32 activations, its int8 product 12 times.
+int4 is exactly the form of compressed-tensors' W4A16 (zero 0) and of GGUF's Q4_0. It is that of Q4_1 and Q4_K too, but their
+scales are rounded to bfloat16. Products are computed in bfloat16 and returned in the type of the input: on a CPU torch's int4
+product takes 25 times as long with float32 activations, its int8 product 12 times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 Form = Literal["int8", "int4"]
 GROUP = 32  # inputs that share a scale and a zero in int4
-ROWS = 64  # of one int4 product on CUDA: torch's kernel is made for few, and more of them are multiplied in turns
+ROWS = 64  # of x in one int4 product on CUDA: torch's kernel is made for few, so more are split into several products
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Quantized:
     zero: Tensor
 
     def dequantize(self) -> Tensor:
-        """float32 [out, in]: what the products compute with."""
+        """The values float32 [out, in] that products compute with."""
         groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))
         centre = 8 if self.form == "int4" else 0
         values: Tensor = (groups - centre) * self.scale.float()[..., None] + self.zero.float()[..., None]
@@ -42,15 +42,15 @@ class Quantized:
 
 
 def suits(outputs: int, inputs: int, form: Form) -> bool:
-    """Whether torch's kernels take a matrix of this shape; one that they do not take stays as it is."""
+    """Whether torch's kernels support a matrix of this shape in a form; int8 supports all."""
     return form == "int8" or (outputs % 16 == 0 and inputs % GROUP == 0)
 
 
 def quantize(weight: Tensor, form: Form) -> Quantized:
     """Rounds a matrix [out, in] to the nearest values of a form.
 
-    int4 takes for each group the better of two: a grid around 0 with the largest value at its end, as GGUF's Q4_0, which gives
-    back weights that were trained for it, and one from the smallest to the largest value."""
+    int4 tries two grids for each group and takes the better one: a grid around 0 that ends at the largest value, as in GGUF's
+    Q4_0, which restores weights that were trained for it, and a grid from the smallest to the largest value."""
     weight = weight.float()
     if form == "int8":
         scale = _bfloat16(weight.abs().amax(1, keepdim=True) / 127)
@@ -81,25 +81,25 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """float32, 1 where the scale is 0: such a group is 0 throughout."""
+    """The scale in float32, with 1 in place of 0: all values of such a group are 0."""
     return torch.where(scale == 0, torch.ones_like(scale), scale).float()
 
 
 def joined(parts: Sequence[Quantized]) -> Quantized:
-    """Matrices of one form and equally many inputs, one below the other."""
+    """Concatenates the outputs of matrices of one form that have the same inputs."""
     assert len({part.form for part in parts}) == 1
     codes, scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero"))
     return Quantized(parts[0].form, codes, scale, zero)
 
 
 def nbytes(outputs: int, inputs: int, form: Form) -> int:
-    """Memory that such a matrix takes."""
+    """Memory of such a matrix in bytes."""
     return outputs * inputs + 2 * outputs if form == "int8" else outputs * inputs // 2 + outputs * (inputs // GROUP) * 4
 
 
 class QuantizedLinear(nn.Module):
-    """x [..., in] -> x W^T [..., out] with a matrix in one of the forms, laid out for the kernels of its device. The matrix is
-    on a device once and stays there."""
+    """x [..., in] -> x W^T [..., out] with a matrix in one of the forms, laid out for the kernels of its device. It cannot
+    be moved to another device."""
 
     codes: Tensor
     scale: Tensor  # int8: [out]; int4: scales and zeros [in / 32, out, 2]
@@ -132,12 +132,12 @@ class QuantizedLinear(nn.Module):
 
 
 def has_int8_product(key: str) -> bool:
-    """Whether this torch has a kernel for products with int8 weights on devices of a dispatch key."""
+    """Whether this torch has a kernel for products with int8 weights for a dispatch key, such as "CUDA"."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", key))
 
 
 def _pack(codes: Tensor, device: torch.device) -> Any:
-    """Codes [out, in] as torch's int4 kernels of a device want them."""
+    """Packs codes [out, in] as torch's int4 kernels of a device expect them."""
     if device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
     return torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8 if codes.shape[1] % 128 == 0 else 2)
@@ -147,5 +147,5 @@ Weight = Tensor | QuantizedLinear
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., in] times the transpose of a matrix [out, in] in whatever form."""
+    """x [..., in] times the transpose of a matrix [out, in], quantized or not."""
     return weight(x) if isinstance(weight, QuantizedLinear) else F.linear(x, weight)

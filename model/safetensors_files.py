@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.quantized import GROUP, Form, Quantized
 
 

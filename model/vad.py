@@ -1,9 +1,9 @@
 """The probability of speech in each microphone frame: silero-vad (MIT), its published 16 kHz weights run in numpy.
 
-numpy and not torch, because a conversation asks this on the event loop, 25 times a second: one chunk is seven small
-products, no tensor, no thread pool. The package is looked up and never imported, since importing it sets torch to one
-thread for the whole process. Its safetensors file is another training of the network in its TorchScript file, which torch
-no longer wants to load; on speech, noise and music the two decided alike.
+It is numpy and not torch, because each conversation calls it on the event loop 25 times a second: a chunk is seven small
+products, without tensors or a thread pool. The package is located but never imported, since importing it sets torch to one
+thread for the whole process. Its safetensors file comes from another training run than its TorchScript file, a format that torch
+deprecates; on speech, noise and music the two gave the same decisions.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-FRAME = 640  # samples in
-CHUNK = 512  # samples that the network looks at in one step
-CONTEXT = 64  # samples of the last chunk that it sees again
+FRAME = 640  # samples of a microphone frame
+CHUNK = 512  # samples that the network takes in one step
+CONTEXT = 64  # samples of the last chunk that it takes again
 WINDOW, HOP = 256, 128  # of the spectrum; a chunk and its context give four windows
 WIDTH = 128  # of the recurrent state
 
 
 class VadMissing(RuntimeError):
-    """There are no weights to tell speech from other sound with."""
+    """The weights of silero-vad are not installed."""
 
 
 @dataclass(eq=False, slots=True)
 class VadState:
-    """What one conversation has heard so far. `broken` counts the frames that held NaN or infinity."""
+    """The state of one conversation. `broken` counts the frames that held NaN or infinity."""
 
-    rest: np.ndarray = field(default_factory=lambda: np.zeros(CONTEXT, np.float32))  # the context, then what fills no chunk yet
+    rest: np.ndarray = field(
+        default_factory=lambda: np.zeros(CONTEXT, np.float32)
+    )  # context, then samples of an unfinished chunk
     hidden: np.ndarray = field(default_factory=lambda: np.zeros(WIDTH, np.float32))
     cell: np.ndarray = field(default_factory=lambda: np.zeros(WIDTH, np.float32))
     broken: int = 0
 
 
 class Vad:
-    """The weights, read once and shared: what changes from frame to frame is the `VadState` of each conversation."""
+    """The network. It can be shared: what changes from frame to frame is the `VadState` of each conversation."""
 
     def __init__(self) -> None:
-        """Raises VadMissing."""
+        """Reads the weights. Raises VadMissing."""
         raw = {name: array.astype(np.float32) for name, array in load_file(_weights()).items()}
 
         def taps(name: str, *which: int) -> np.ndarray:
-            """A convolution as a matrix [taps · in, out], for the taps that ever fall on something else than padding."""
+            """A convolution as a matrix [taps · in, out], of the taps that are not always on padding."""
             weight = raw[f"{name}.weight"][:, :, list(which)]  # [out, in, taps]
             return np.ascontiguousarray(weight.transpose(2, 1, 0).reshape(-1, weight.shape[0]))
 
@@ -57,13 +59,15 @@ class Vad:
         self._final, self._final_bias = raw["final_conv.weight"][0, :, 0], raw["final_conv.bias"][0]
 
     def start(self) -> VadState:
+        """The state of a new conversation."""
         return VadState()
 
     def hear(self, frame: np.ndarray, state: VadState) -> float:
-        """float32 [640] in [-1, 1] → 0..1, for the newest chunk that the frame completes (at most 24 ms are still waiting).
+        """Returns the probability of speech, 0..1, in the newest chunk that a frame completes. `frame`: float32 [640] in [-1, 1].
+        At most 24 ms of it are left for the next call.
 
-        Louder samples are clipped. A frame with NaN or infinity is heard as silence and counted: once in the recurrent
-        state it would deafen the conversation for good.
+        Louder samples are clipped. A frame with NaN or infinity is taken as silence and counted: in the recurrent state it would
+        spoil the result for the rest of the conversation.
         """
         assert frame.dtype == np.float32 and frame.shape == (FRAME,), (frame.dtype, frame.shape)
         if not np.isfinite(frame).all():
@@ -78,13 +82,13 @@ class Vad:
         return probability
 
     def _step(self, chunk: np.ndarray, state: VadState) -> float:
-        """The graph of silero_vad/tinygrad_model.py for one chunk [64 + 512]."""
-        padded = np.concatenate([chunk, chunk[-2 : -2 - CONTEXT : -1]])  # mirrored at the end, and there alone
+        """One step of the network (silero_vad/tinygrad_model.py has its graph) for a chunk [64 + 512]."""
+        padded = np.concatenate([chunk, chunk[-2 : -2 - CONTEXT : -1]])  # reflected at the end only
         spectrum = _windows(padded, WINDOW, HOP) @ self._spectrum  # [4, 258]
         half = spectrum.shape[1] // 2
         x = np.zeros((6, half), np.float32)  # one row of padding on each side
         x[1:5] = np.sqrt(spectrum[:, :half] ** 2 + spectrum[:, half:] ** 2)
-        y = np.zeros((5, WIDTH), np.float32)  # conv2 goes in steps of two and never sees the padding at the end
+        y = np.zeros((5, WIDTH), np.float32)  # conv2 has a stride of two and never reaches the padding at the end
         y[1:] = np.maximum(_windows(x.reshape(-1), 3 * half, half) @ self._conv1 + self._biases[0], 0)
         z = np.maximum(_windows(y.reshape(-1), 3 * WIDTH, 2 * WIDTH) @ self._conv2 + self._biases[1], 0)  # [2, 64]
         z = np.maximum(z.reshape(-1) @ self._conv3 + self._biases[2], 0)  # [64]

@@ -1,9 +1,9 @@
-"""Checkpoints: a folder or a hub id -> Gemma, and back.
+"""Loads a checkpoint from a folder or the hub, and saves one.
 
-On disk a checkpoint has the names of Google's files (`layout`); in memory the projections that read the same input lie in
-one matrix, so several names fill slices of one parameter. Every tensor goes from the mapped file straight into its place
-on the target device. Files are safetensors, plain or compressed-tensors' W4A16, or GGUF (model/gguf_files.py); matrices of
-the layers may be held in eight or four bits (model/quantized.py).
+On disk the tensors have the names of Google's files (`layout`). In memory the projections of the same input form one matrix, so
+several names on disk fill slices of one parameter. Every tensor is copied from the mapped file straight to its place on the
+target device. Files are safetensors, plain or compressed-tensors' W4A16, or GGUF (model/gguf_files.py). The layers' matrices may
+be held in eight or four bits (model/quantized.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.cache import NO_ROWS, Room
-from model.gemma import CheckpointError, Gemma, GemmaConfig, LayerConfig
+from model.config import CheckpointError, GemmaConfig, LayerConfig
+from model.gemma import Gemma
 from model.gguf_files import GgufFiles
 from model.quantized import Form, Quantized, QuantizedLinear, joined, nbytes, quantize, suits
 from model.safetensors_files import SafetensorsFiles, open_safetensors, read_json
@@ -30,14 +31,13 @@ NANO = Path(__file__).parent / "nano"
 CONFIG_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer*.json")
 FILES = ("*.safetensors", "*.safetensors.index.json", *CONFIG_FILES)
 
-
-PASSES = 1 << 29  # bytes of a GPU that passes and its libraries take beside weights and rows
-SMALL = 1 << 27  # numbers: a CPU reads them in float32 in the 40 ms of a frame, and nano's steps are no slower there
+PASSES = 1 << 29  # bytes of a GPU that activations and libraries take besides weights and rows
+SMALL = 1 << 27  # parameters: a CPU reads so many in float32 in the 40 ms of a frame, and nano's steps are as fast as on a GPU
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the file lies in memory: rows `start` to `stop` of a parameter."""
+    """Where a tensor of the file goes in memory: rows `start` to `stop` of a parameter."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -95,27 +95,29 @@ def _block(config: GemmaConfig, layer: LayerConfig) -> dict[str, Place]:
 
 
 def size(config: GemmaConfig) -> int:
-    """Numbers in all tensors."""
+    """The number of parameters."""
     return sum(_numel(place.shape) for place in layout(config).values())
 
 
 def read_config(folder: Path) -> GemmaConfig:
+    """Reads config.json. Raises CheckpointError."""
     return GemmaConfig.from_json(read_json(folder / "config.json"))
 
 
 def read_generation(folder: Path, config: GemmaConfig) -> SamplingParams:
-    """Sampling defaults of the checkpoint. The ids that close a picture or sound are suppressed even where the file
-    forgets them: their rows of the table hold projections, and the real model would emit them once per 500 tokens."""
+    """Sampling defaults of the checkpoint, from generation_config.json. The ids that begin, end or stand for a picture or sound
+    are suppressed even where the file does not say so: their rows of the embedding table hold projections, and the real model
+    would emit them once per 500 tokens. Raises CheckpointError."""
     path = folder / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
-    said = (raw.get("eos_token_id"), read_json(folder / "config.json").get("eos_token_id"), 1)
-    stop = next(ids for ids in said if ids is not None)
+    stop_ids = (raw.get("eos_token_id"), read_json(folder / "config.json").get("eos_token_id"), 1)
+    stop = next(ids for ids in stop_ids if ids is not None)
     media = config.media
-    never = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
+    unwanted = {media.eoi, media.eoa, media.image, media.video, media.audio, media.boi, media.boa}
     try:
         return SamplingParams(
             stop=frozenset(stop if isinstance(stop, list) else [stop]),
-            suppressed=tuple(sorted(never | set(raw.get("suppress_tokens") or ()))),
+            suppressed=tuple(sorted(unwanted | set(raw.get("suppress_tokens") or ()))),
             greedy=not raw.get("do_sample", True),
             temperature=float(raw.get("temperature", 1.0)),
             top_k=int(raw.get("top_k", 64)),
@@ -126,15 +128,15 @@ def read_generation(folder: Path, config: GemmaConfig) -> SamplingParams:
 
 
 def read_budget(folder: Path) -> int:
-    """Soft tokens that one picture may take, as processor_config.json says (280 where it does not)."""
+    """Soft tokens that one picture may take, from processor_config.json (280 where it does not say)."""
     path = folder / "processor_config.json"
     raw = read_json(path) if path.exists() else {}
     return int(raw.get("image_processor", {}).get("max_soft_tokens", raw.get("image_seq_length", 280)))
 
 
 def locate(name: str, files: Sequence[str] = FILES) -> Path:
-    """A folder on disk, "nano" for the embedded checkpoint, or a hub id, of which these files are fetched (resuming, with
-    progress)."""
+    """The folder of a checkpoint, which is named by a folder, "nano" for the embedded one, or a hub id, whose `files` are
+    downloaded (an interrupted download is resumed). Raises CheckpointError."""
     if name == "nano":
         return NANO
     path = Path(name).expanduser()
@@ -153,8 +155,8 @@ def locate(name: str, files: Sequence[str] = FILES) -> Path:
 
 
 def find_device(name: str, size: float) -> torch.device:
-    """A device by name; "auto": a GPU for a model of more numbers than a CPU is quick enough for. Raises CheckpointError where it
-    is not there."""
+    """A device by name. "auto" is a GPU, if there is one and the model's `size` in parameters is too large for a CPU. Raises
+    CheckpointError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if size > SMALL and torch.cuda.is_available() else "cpu")
     try:
@@ -179,12 +181,13 @@ def load(
     head: Form | None = None,
     config: Path | None = None,
 ) -> Gemma:
-    """The model of a folder on `device`, ready to run.
+    """Loads the model of a folder to `device`, ready to run.
 
     `dtype` None: bfloat16 on a GPU, float32 on a CPU, which is faster there. `weights`: the form in which the layers' matrices
-    are held; None as the files have them. `head`: the form of a copy of the embedding table that logits are computed with; None:
-    the table itself. `config`: the folder with config.json, where it is another. `progress` is told bytes done and in all; `room`
-    is what rows will take beside the weights. Raises CheckpointError for anything that does not fit, before memory is taken."""
+    are held; None: as in the files. `head`: the form of a copy of the embedding table that logits are computed with; None: the
+    table itself. `config`: the folder with config.json, if it is another. `progress` receives bytes done and in all. `room`:
+    the rows for which there must be memory too. Raises CheckpointError for files or sizes that do not fit, before it takes
+    memory."""
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     known = read_config(config or folder)
@@ -206,7 +209,7 @@ def load(
         parameters, done = dict(model.named_parameters()), 0
         for name, parts in matrices.items():
             if form := forms.get(name):
-                held = joined([_rounded(source.read(part), form) for part in parts])
+                held = joined([_quantized(source.read(part), form) for part in parts])
                 _replace(model, name, QuantizedLinear(held, device))
             for part in () if form else parts:
                 place, value = places[part], source.read(part)
@@ -221,7 +224,7 @@ def load(
 
 
 def _by_parameter(places: Mapping[str, Place]) -> dict[str, list[str]]:
-    """The names on disk that make up each parameter, from its first row on."""
+    """The names on disk that make up each parameter, in the order of its rows."""
     found: dict[str, list[str]] = {}
     for name in sorted(places, key=lambda name: places[name].start):
         found.setdefault(places[name].parameter, []).append(name)
@@ -231,8 +234,8 @@ def _by_parameter(places: Mapping[str, Place]) -> dict[str, list[str]]:
 def _forms(
     matrices: Mapping[str, list[str]], places: Mapping[str, Place], source: Source, wanted: Form | None
 ) -> dict[str, Form]:
-    """In which form each of the layers' matrices is held, where that is not the model's own type. Parts that lie in one matrix
-    take the wider of their forms."""
+    """The form of each of the layers' matrices that is quantized. If the parts of one matrix differ in the files, it takes the
+    widest of their forms."""
     forms: dict[str, Form] = {}
     for parameter, parts in matrices.items():
         if not (parameter.startswith("blocks.") and all(len(places[part].shape) == 2 for part in parts)):
@@ -253,14 +256,14 @@ def _held_bytes(
     return sum(_numel(places[part].shape) for part in parts) * dtype.itemsize
 
 
-def _rounded(value: Tensor | Quantized, form: Form) -> Quantized:
+def _quantized(value: Tensor | Quantized, form: Form) -> Quantized:
     if isinstance(value, Quantized):
         return value if value.form == form else quantize(value.dequantize(), form)
     return quantize(value, form)
 
 
 def _replace(model: Gemma, name: str, held: QuantizedLinear | None) -> None:
-    """Puts a quantized matrix in the place of a parameter; None: takes the parameter away, so that it takes no memory."""
+    """Puts a quantized matrix in the place of a parameter; None: removes the parameter, so that it takes no memory."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     if attribute in module._parameters:
@@ -270,8 +273,8 @@ def _replace(model: Gemma, name: str, held: QuantizedLinear | None) -> None:
 
 
 def lay_out(model: Gemma) -> None:
-    """On a CPU the layers' matrices stand in memory as [in, out], behind the same shapes: nano's step takes 7 % less so, a
-    chunk of eleven positions 11 %. Not in bfloat16, where a product of the 12B's would take 33 times as long under AVX2."""
+    """On a CPU in float32, stores the layers' matrices as [in, out] in memory, with the same shapes: nano's step takes 7 % less
+    time, a chunk of eleven positions 11 % less. Not in bfloat16: a product of the 12B would take 33 times as long with AVX2."""
     if model.device.type == "cpu" and model.dtype == torch.float32:
         for p in model.blocks.parameters():
             if p.dim() == 2:
@@ -279,14 +282,14 @@ def lay_out(model: Gemma) -> None:
 
 
 class Source(Protocol):
-    """Where the tensors of a checkpoint come from, under the hub's names."""
+    """The tensors of a checkpoint's files, under the hub's names."""
 
     def names(self) -> set[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def form(self, name: str) -> Form | None:
-        """In which form a matrix is stored; None: in plain numbers."""
+        """The form in which a matrix is stored; None: not quantized."""
 
     def read(self, name: str) -> Tensor | Quantized: ...
 
@@ -322,14 +325,14 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def weight_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype) -> int:
-    """Memory of all weights, the layers' matrices in `form`."""
+    """Memory of all weights in bytes, with the layers' matrices in `form`."""
     places = layout(config).values()
     others = sum(_numel(place.shape) for place in places if not place.parameter.startswith("blocks."))
     return layer_bytes(config, form, dtype) + others * dtype.itemsize
 
 
 def layer_bytes(config: GemmaConfig, form: Form | None, dtype: torch.dtype) -> int:
-    """Memory of the layers alone, which every pass reads."""
+    """Memory of the layers alone in bytes; every pass reads them."""
     shapes = [place.shape for place in layout(config).values() if place.parameter.startswith("blocks.")]
     plain = sum(_numel(shape) for shape in shapes if form is None or len(shape) != 2) * dtype.itemsize
     return plain + sum(nbytes(*shape, form) for shape in shapes if form and len(shape) == 2)
@@ -339,16 +342,16 @@ def _check_memory(weights: int, room: Room, config: GemmaConfig, dtype: torch.dt
     free, rows = free_memory(device), room.rows * room.bytes_per_row(config, dtype)
     if free is None or weights + rows <= free:
         return
-    told = f"the model needs {weights / 2**30:.1f} GiB"
+    needs = f"the model needs {weights / 2**30:.1f} GiB"
     if room.rows:
-        told += f" and {room.rows} rows of {room.length:,} positions {rows / 2**30:.1f}"
-    small: list[Form] = [form for form in ("int8", "int4") if weight_bytes(config, form, dtype) + rows <= free]
-    instead = f"; --weights {small[0]} would fit" if small else "; attend plan says what would fit"
-    raise CheckpointError(f"{told}, {free / 2**30:.1f} free on {device}{instead}")
+        needs += f" and {room.rows} rows of {room.length:,} positions {rows / 2**30:.1f}"
+    fitting: list[Form] = [form for form in ("int8", "int4") if weight_bytes(config, form, dtype) + rows <= free]
+    instead = f"; --weights {fitting[0]} would fit" if fitting else "; attend plan says what would fit"
+    raise CheckpointError(f"{needs}, {free / 2**30:.1f} free on {device}{instead}")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that weights and rows can take on a device; None where the system does not say."""
+    """Bytes that are free on a device for weights and rows; None where the system does not say."""
     if device.type == "cuda":
         return max(0, int(torch.cuda.mem_get_info(device)[0]) - PASSES)
     try:
@@ -359,7 +362,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def save(model: Gemma, config_json: dict[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes config.json and model.safetensors under the hub's names. The file appears whole or not at all."""
+    """Writes config.json and model.safetensors under the hub's names. The file is replaced at once, never half written."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {

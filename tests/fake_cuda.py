@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from model.config import GemmaConfig
 from model.functional import frequencies
-from model.gemma import Gemma, GemmaConfig
+from model.gemma import Gemma
 
 aten = torch.ops.aten
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from model import forward, kernels, reference
 from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import Attention, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Attention
 from tests import tiny
 from tests.test_cache import LONG, Rows, moves
 

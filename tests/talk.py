@@ -23,7 +23,8 @@ from agent.prompt import Prompt
 from agent.segments import Picture, Segment, View
 from agent.session import Session
 from agent.tape import Sound
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from model.sampling import SamplingParams, sample
 from streams.pictures import decode_picture
 from streams.voice import SpeechChunk, Word

@@ -14,7 +14,8 @@ from agent.bench.alone import Effort
 from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
 from model import threads
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.config import CheckpointError, GemmaConfig
+from model.gemma import Gemma
 
 ONCE = Effort(seconds=0, min_rounds=1, max_rounds=1)
 ALONE = {

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from model.batch import RowChunk
 from model.cache import Cache, NoRow, Row, RowFull, whole_span
+from model.config import GemmaConfig
 from model.forward import ForwardPass
-from model.gemma import Gemma, GemmaConfig
+from model.gemma import Gemma
 from tests import tiny
 from tests.tiny import at_once, feed
 

@@ -13,7 +13,7 @@ from agent.bench.load_test import SpeakerTally, SpokenQuestion, Spread
 from agent.checkpoint import LoadedModel
 from agent.marks import Mark
 from agent.script import Performance, ScriptedExchange, ScriptedTurn
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.nano import people
 from streams.frames import RATE, MediaError
 from streams.voice import open_voice

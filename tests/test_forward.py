@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import forward, kernels, reference
 from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import GemmaConfig
+from model.config import GemmaConfig
 from model.sampling import SamplingParams, _suppressed, sample
 from tests import fake_cuda, tiny
 

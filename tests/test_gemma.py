@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model.cache import Cache, whole_span
+from model.config import CheckpointError, GemmaConfig
 from model.functional import rms_norm
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.gemma import Gemma
 from tests import tiny
 from tests.tiny import AUDIO, BOA, BOI, EOA, EOI, IMAGE, REAL, Prompt
 

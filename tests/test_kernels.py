@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 from model import forward, kernels, reference
 from model.batch import RowChunk
 from model.cache import Cache
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from tests import tiny
 
 GENERATIONS = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB of shared memory by compute capability

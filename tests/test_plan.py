@@ -10,7 +10,8 @@ from agent.bench.shapes import SHAPES
 from agent.plan import GIB, Machine
 from model import weights
 from model.cache import Room
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.config import CheckpointError, GemmaConfig
+from model.gemma import Gemma
 from tests import tiny
 
 BIG = GemmaConfig.from_json(SHAPES["12b"]())

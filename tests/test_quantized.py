@@ -13,7 +13,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 
 from model.cache import Cache
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.quantized import GROUP, QuantizedLinear, joined, nbytes, quantize
 from model.weights import load
 from tests import tiny

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.cache import Cache
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from model.step import Step
 from model.weights import NANO, lay_out, read_config
 from tests import tiny

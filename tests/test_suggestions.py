@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.suggestions import read_suggestions
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.weights import NANO
 
 GOOD = {"about": "It knows squares.", "picture": "picture.jpg", "questions": ["Where?", "How many?"]}

@@ -39,7 +39,8 @@ from agent.tape import (
 )
 from agent.view import Budget, ViewComposer, view
 from model.cache import Cache, Row, RowFull
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from model.pixels import patches
 from streams.pictures import decode_picture
 from tests.tiny import FRAME, SIDE, Recipe

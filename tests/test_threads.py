@@ -13,7 +13,8 @@ from agent import checkpoint, pools
 from agent.bench.shapes import SHAPES
 from model import forward, threads
 from model.cache import Cache, RowFull
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from model.threads import Threads
 
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import weights
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.config import CheckpointError, GemmaConfig
+from model.gemma import Gemma
 from model.sampling import SamplingParams
 from model.weights import layout, load, locate, read_budget, read_config, read_generation, save
 from tests import tiny

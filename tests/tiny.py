@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.cache import Cache, Row, whole_span
-from model.gemma import Gemma, GemmaConfig
+from model.config import GemmaConfig
+from model.gemma import Gemma
 from model.sampling import SamplingParams
 from model.weights import layout, load, read_generation
 

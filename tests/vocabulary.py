@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from model.gemma import MediaTokens
+from model.config import MediaTokens
 from model.nano import pieces
 from model.tokenizer import CONTROL, Tokenizer
 

@@ -25,7 +25,8 @@ from agent.bench.figures import Figure, line
 from agent.bench.shapes import SHAPES
 from model import weights
 from model.cache import SLACK, Cache, Row
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.config import CheckpointError, GemmaConfig
+from model.gemma import Gemma
 from model.sampling import SamplingParams, sample_one
 from model.threads import Threads
 from streams.frames import RATE

@@ -37,8 +37,9 @@ from agent.tape import Sound
 from model import reference
 from model.batch import RowChunk
 from model.cache import Cache, Row
+from model.config import CheckpointError, GemmaConfig
 from model.forward import BUCKETS, ForwardPass
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.gemma import Gemma
 from model.quantized import Form, QuantizedLinear, quantize
 from model.sampling import SamplingParams, sample
 from streams.frames import RATE

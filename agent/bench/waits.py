@@ -21,7 +21,7 @@ from agent.engine import Engine, SequenceHandle
 from agent.segments import Picture, Segment, View
 from agent.tape import Sound
 from model.cache import Room
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.sampling import SamplingParams, sample_one
 from model.weights import free_memory
 from streams.frames import FRAME, RATE, MediaError

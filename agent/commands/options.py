@@ -11,7 +11,7 @@ from typing import TypeAlias
 from agent import checkpoint, plan
 from agent.engine import total_rows
 from model import weights
-from model.gemma import CheckpointError
+from model.config import CheckpointError
 from model.threads import Threads
 from web.access import NotServed
 

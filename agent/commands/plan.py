@@ -11,7 +11,7 @@ from agent.bench.shapes import SHAPES
 from agent.commands import options
 from agent.commands.options import Commands
 from model import weights
-from model.gemma import GemmaConfig
+from model.config import GemmaConfig
 from model.threads import Threads
 
 THE_12B = "google/gemma-4-12B-it"  # whose shape is known without fetching it
