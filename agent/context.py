@@ -1,9 +1,9 @@
-"""What a conversation has been: the tape, and the row that follows it.
+"""A conversation's context: the tape, which holds everything, and the row of the cache, which is kept in line with it.
 
-Everything is written on the tape first. Sound goes into the row frame by frame beside it, and so do the parts of an open turn.
-After everything else the row is `stale`: it follows, before something depends on it or when it has nothing else to do, by being
-cut back to what the two have in common. So a history of thousands of items is not written into the row item by item, but
-once, and only as much of it as a row holds.
+Everything is written on the tape first. Sound and the other parts of an open turn are appended to the row at the same time.
+Any other change leaves the row `stale`. A stale row is updated before something depends on it, or when there is nothing else to
+do: it is truncated to what it has in common with the tape, and the rest is appended. So a history of thousands of items is
+written into the row once, not item by item, and only as much of it as a row holds.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from agent.segments import Evicted, Picture, Segment, TurnBuilder, View, size
 from agent.tape import Entry, Tape
 from agent.view import Budget, Policy, ViewComposer
 from model.cache import RowFull
-from model.gemma import GemmaConfig
+from model.config import GemmaConfig
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 
-CAPTION = 200  # tokens
+CAPTION = 200  # tokens of a transcript
 TOO_LONG = {"error": "the result is too long"}
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What was said in a turn is to be written down, by a fork of the row as it was when the turn ended."""
+    """A transcript to make of a turn, in a fork of the row as it was when the turn ended."""
 
     turn: int
     fork: SequenceHandle
@@ -46,6 +46,7 @@ class Caption:
     tokenizer: Tokenizer
 
     async def words(self, sampling: SamplingParams) -> str:
+        """Generates the transcript, greedily. Raises the error that the row was lost to."""
         answer = AnswerParser(self.tokenizer)
         async with aclosing(
             self.fork.generate(self.closing, sampling=replace(sampling, greedy=True), max_tokens=CAPTION)
@@ -56,8 +57,8 @@ class Caption:
 
 
 class Context:
-    """`limit`: positions that may stand in the row as an answer begins. `emit` is told what goes wrong and can be lived with, and
-    what was let go of."""
+    """Keeps a tape and the row that follows it. `limit`: positions that the row may hold when an answer begins. `emit` receives
+    non-fatal errors, and what was evicted."""
 
     def __init__(
         self,
@@ -72,21 +73,21 @@ class Context:
     ) -> None:
         self.tape, self.row, self.prompt, self.config = tape, row, prompt, config
         self.budget, self.policy, self._emit = replace(budget, row=min(budget.row, limit)), policy, emit
-        self.limit = self.budget.row - len(prompt.close_turn()) - 2  # of an open turn: eoa and the closing come after it
+        self.limit = self.budget.row - len(prompt.close_turn()) - 2  # for an open turn: eoa and the end of the turn come after it
         self.turn: int | None = None  # the open one
-        self.captions = 0  # on their way: nothing is let go of before they are there
-        self._held = View((), 0, 0)  # what the row holds, but for
-        self._pieces: list[Segment] = []  # what was appended since
+        self.captions = 0  # transcripts being made; nothing is evicted until they are there
+        self._held = View((), 0, 0)  # what the row holds, without
+        self._appended: list[Segment] = []  # what was appended since
         self._length = 0  # positions of both
-        self.stale = False  # the tape says more than the row was told
-        self._astray = False  # the row may hold more than that, of an answer that was stopped
-        self._gone: tuple[Evicted, ...] = ()  # has been told
-        self._spent: tuple[int, ...] = ()  # has left memory
+        self.stale = False  # the tape has changes that the row does not have yet
+        self._overrun = False  # the row may hold more than is recorded here, from an answer that was stopped
+        self._reported: tuple[Evicted, ...] = ()  # evictions that were emitted
+        self._dropped: tuple[int, ...] = ()  # entries whose data was dropped from memory
         self._views = ViewComposer(tape.entries, prompt, config.patch)
-        self._turn = TurnBuilder(prompt, config.patch)  # what is in the row of the open one
+        self._turn = TurnBuilder(prompt, config.patch)  # builds the open turn's segments
 
     def append(self, entry: Entry) -> int:
-        """On the tape alone. Where its journal cannot follow, the conversation goes on without one."""
+        """Appends to the tape alone. Returns the entry's index. If the journal fails, the conversation goes on without one."""
         try:
             return self.tape.append(entry)
         except JournalError as error:
@@ -97,17 +98,18 @@ class Context:
     # -- a turn
 
     def open(self, at: int) -> int:
+        """Opens a turn at a sample, unless one is open. Returns the entry's index."""
         if self.turn is None:
             self.turn, self._turn = self.append(tape.Opened(at=at)), TurnBuilder(self.prompt, self.config.patch)
             self.stale = True
         return self.turn
 
     def sound(self, frame: np.ndarray) -> bool:
-        """A frame of the open turn; False if there is no room for it."""
+        """Appends a frame of samples to the open turn. Returns False if there is no room for it."""
         sound = tape.Sound.of(frame.reshape(-1, self.config.frame))
         self.catch_up()
         if self._length + sound.positions > self.limit:
-            self._decide()
+            self._evict()
             self.follow()
         if self._length + sound.positions > self.limit:
             return False
@@ -116,21 +118,22 @@ class Context:
         return True
 
     def part(self, part: tape.Typed | tape.Seen) -> int:
-        index, pieces = self.append(part), self._turn.feed(part)
-        if not self.stale and self._length + sum(map(size, pieces)) <= self.budget.row:
-            self._grow(pieces)
+        """Appends text or a picture to the open turn. Returns the entry's index."""
+        index, segments = self.append(part), self._turn.feed(part)
+        if not self.stale and self._length + sum(map(size, segments)) <= self.budget.row:
+            self._grow(segments)
         else:
             self.stale = True
         return index
 
-    def _grow(self, pieces: list[Segment]) -> None:
-        """A turn lengthens the row: to compose the whole view for each of 1,500 words took 9 ms a word, in the end."""
-        self.row.append(*pieces)
-        self._pieces += pieces
-        self._length += sum(map(size, pieces))
+    def _grow(self, segments: list[Segment]) -> None:
+        """Appends to the row without composing the whole view: to do so for each of 1,500 words took 9 ms a word in the end."""
+        self.row.append(*segments)
+        self._appended += segments
+        self._length += sum(map(size, segments))
 
     def take_out(self) -> list[tape.Sound]:
-        """The sound of the open turn, which leaves it as if it had not come; a turn of sound alone is open no longer."""
+        """Removes the sound from the open turn and returns it. A turn of nothing but sound is closed."""
         turn, entries = self.turn, self.tape.entries
         if turn is None:
             return []
@@ -150,17 +153,17 @@ class Context:
         return [entry for _, entry in sounds]
 
     def close(self, entry: tape.Closed | tape.Deleted) -> None:
-        """The turn is over, and nobody is asked; or it never was."""
+        """Ends the open turn without an answer, or deletes it."""
         self.append(entry)
         self.turn, self.stale = None, True
 
     def ask(self) -> int:
-        """The model's turn begins; `closing` is what is left to append."""
+        """Begins the model's turn and returns the entry's index. `closing` then gives what is left to append."""
         self.turn = None
         return self.append(tape.Asked())
 
     def recall(self, text: str, calls: Iterable[tuple[ToolCall, Any]] = ()) -> None:
-        """An answer that was given elsewhere, its calls and what came of them."""
+        """Records an answer that was given elsewhere, with its tool calls and their results."""
         if self.turn is not None:
             self.append(tape.Closed())
             self.turn = None
@@ -171,7 +174,8 @@ class Context:
                 self.append(tape.Deleted(index))
 
     def returned(self, call: int, value: Any) -> bool:
-        """On the tape, as far as the row has room for it; False if it does not belong to a call, or the call has its result."""
+        """Records the result of the tool call at entry `call`, or an error in its place where the row has no room for it. Returns
+        False if the entry is not a call, if the call has a result already, or if there is no room for the error either."""
         entries = self.tape.entries
         result = tape.CallResult(call, value)
         if not self.tape.fits(result) or any(isinstance(entry, tape.CallResult) and entry.of == call for entry in entries[call:]):
@@ -185,20 +189,20 @@ class Context:
         self.stale = True
         return True
 
-    # -- beside it
+    # -- out of band, and past turns
 
-    def beside(self, fresh: bool = False) -> Context:
-        """A record of its own in a fork of the row: it begins with all of this one but the open turn, or with an empty tape.
-        Whoever asked for it releases its row."""
-        # A stale row is not made to follow here: the fork would wait for it, and it may be in the middle of an answer.
-        held = self._settled()
-        how = self.prompt, self.config, self.budget, self.policy, self.budget.row, self._emit
-        other = Context(Tape() if fresh else self.tape.copy(), self.row.fork(), *how)
-        other._held, other._length, other._astray = held, held.positions, True
+    def fork(self, fresh: bool = False) -> Context:
+        """Another context in a fork of the row: it begins with everything here except the open turn, or with an empty tape. The
+        caller releases its row."""
+        # A stale row is not updated here: the fork would wait for it, and it may be in the middle of an answer.
+        held = self._held_now()
+        same = self.prompt, self.config, self.budget, self.policy, self.budget.row, self._emit
+        other = Context(Tape() if fresh else self.tape.copy(), self.row.fork(), *same)
+        other._held, other._length, other._overrun = held, held.positions, True
         return other
 
-    def again(self, of: int) -> list[Entry]:
-        """What was said in a turn, or the picture that was looked at, as far as the tape still has it."""
+    def content(self, of: int) -> list[Entry]:
+        """The transcript or the sound of the turn at entry `of`, or the picture there, as far as the tape still has it."""
         entries = self.tape.entries
         if not 0 <= of < len(entries) or not isinstance(entries[of], tape.Seen | tape.Opened):
             return []
@@ -211,7 +215,7 @@ class Context:
         return [entry for entry in entries[of:end] if isinstance(entry, tape.Sound) and entry.data]
 
     def delete(self, of: int) -> None:
-        """The turn, or the answer to what was Asked there, never was. The open turn stays."""
+        """Deletes the turn or the answer at entry `of`. The open turn stays."""
         entries = self.tape.entries
         if of == self.turn or not 0 <= of < len(entries):
             return
@@ -224,10 +228,12 @@ class Context:
         self.stale = True
 
     def spoken(self, turn: int) -> bool:
+        """Whether the latest turn, which begins at entry `turn`, has sound."""
         return any(isinstance(entry, tape.Sound) for entry in self.tape.entries[turn + 1 :])
 
     def caption(self) -> Caption | None:
-        """To be called as the turn ends; None if nothing was said in it. The caller releases its fork, and says `captioned`."""
+        """Begins a transcript of the open turn; None if it has no sound. Call it when the turn ends. The caller releases the fork
+        and then calls `captioned`."""
         if self.turn is None or not self.spoken(self.turn):
             return None
         self.catch_up()
@@ -236,7 +242,7 @@ class Context:
         return Caption(self.turn, self.row.fork(background=True), tuple(closing), self.prompt.tokenizer)
 
     def captioned(self, caption: Caption, text: str | None) -> None:
-        """None: nobody could tell, and the sound stays what it was."""
+        """Records a transcript that is ready; `text` None: it failed, and the turn keeps its sound alone."""
         self.captions -= 1
         if text is not None:
             self.append(tape.Transcript(caption.turn, text))
@@ -244,65 +250,65 @@ class Context:
     # -- the row
 
     def closing(self) -> tuple[Segment, ...]:
-        """What is to be appended before the model writes; at least one position. The row holds all before it."""
+        """Brings the row up to date, and returns what is left to append before the model generates: at least one position."""
         target = self._target()
-        keep, rest = target.since(self._settled())
-        if keep < self._held.positions or self._astray or not rest:
+        keep, rest = target.since(self._held_now())
+        if keep < self._held.positions or self._overrun or not rest:
             last = target.positions - 1
             rest = target.rest(last)
             self._rewrite(min(keep, last), target.first(last))
-        self._hold(target)
+        self._set_held(target)
         return rest
 
     def wrote(self, id: int) -> None:
-        """The model has put this id into the row."""
-        self._pieces.append((id,))
+        """Records a token that generation has put into the row."""
+        self._appended.append((id,))
         self._length += 1
 
     def stopped(self) -> None:
-        """The model was stopped: it may have put more into the row than it has said."""
-        self._astray = True
+        """Records that generation was stopped: the row may hold tokens that were not reported."""
+        self._overrun = True
 
     def catch_up(self) -> None:
-        """The row follows, if it is stale."""
+        """Updates the row, if it is stale. Raises RowFull as `follow` does."""
         if self.stale:
             self.follow()
             if self.turn is None and not self.captions:
                 self._drop()
 
     def follow(self) -> None:
-        """Makes the row hold what the tape says. Raises RowFull where system prompt and open turn alone are too long."""
+        """Updates the row from the tape. Raises RowFull where system prompt and open turn alone are too long."""
         target = self._target()
-        keep, rest = target.since(self._settled())
-        if rest or keep < self._held.positions or self._astray:
+        keep, rest = target.since(self._held_now())
+        if rest or keep < self._held.positions or self._overrun:
             self._rewrite(keep, target)
-        self._hold(target)
+        self._set_held(target)
 
     def tidy(self) -> None:
-        """Between turns: what the policy lets go of leaves the row, and what no view wants any more leaves memory.
+        """Between turns, evicts from the row by the policy, and drops from memory what no view needs any more.
 
-        `verbatim` lets nothing go while the row is not nearly full: once it is, a little after every turn would mean to write
-        some 4,000 positions anew each time, 1.5 s of nano's."""
+        `verbatim` evicts nothing until the row is nearly full, then leaves a quarter free: to evict a little after every turn would
+        write some 4,000 positions again each time, which takes nano 1.5 s."""
         if self.turn is not None or self.captions:
             return
         if self.policy == "transcripts" or self._length > self.budget.row * 7 // 8:
-            self._decide()
+            self._evict()
         self.follow()
         self._drop()
 
     def _drop(self) -> None:
-        """What the row's view has let go of leaves memory, and is told."""
+        """Drops from memory the data that the row's view no longer needs, and emits what was evicted."""
         held = self._held
-        if held.spent and held.spent is not self._spent:
+        if held.spent and held.spent is not self._dropped:
             self.append(tape.Dropped(held.spent))
-        if held.gone is not self._gone:
-            known = frozenset(self._gone)
-            if new := tuple(gone for gone in held.gone if gone not in known):
+        if held.gone is not self._reported:
+            known = frozenset(self._reported)
+            if new := tuple(evicted for evicted in held.gone if evicted not in known):
                 self._emit(events.EntriesEvicted(new))
-        self._spent, self._gone = held.spent, held.gone
+        self._dropped, self._reported = held.spent, held.gone
 
     def fits(self, entry: tape.Typed | tape.Seen | tape.CallResult | tape.SystemPrompt) -> bool:
-        """Whether the row has room for this too, once what can be let go of is."""
+        """Whether the row has room for this entry too, once everything that may be evicted is."""
         prompt, (system, live) = self.prompt, self._views.least()
         match entry:
             case tape.SystemPrompt():
@@ -319,17 +325,18 @@ class Context:
 
     @property
     def parts(self) -> int:
-        """Words and pictures in the open turn."""
+        """The number of texts and pictures in the open turn."""
         entries = [] if self.turn is None else self.tape.entries[self.turn :]
         return sum(isinstance(entry, tape.Typed | tape.Seen) for entry in entries)
 
     @property
     def positions(self) -> int:
+        """Positions in the row, as far as they are recorded."""
         return self._length
 
     def kinds(self) -> tuple[int, int, int]:
-        """Positions of text, of sound and of pictures."""
-        segments = self._settled().segments
+        """Positions of text, of sound and of pictures in the row."""
+        segments = self._held_now().segments
         sound = sum(size(segment) for segment in segments if isinstance(segment, tape.Sound))
         pictures = sum(size(segment) for segment in segments if isinstance(segment, Picture))
         return self._length - sound - pictures, sound, pictures
@@ -339,27 +346,29 @@ class Context:
         return self._views.setting.thinking
 
     def _target(self) -> View:
+        """The view that the row should hold."""
         target = self._views.view() if self._views.decided else None
         if target is None or target.positions > self.budget.row:
-            self._decide()
+            self._evict()
             target = self._views.view()
         return target
 
-    def _decide(self) -> None:
-        """With a quarter of the row free, or it would be written anew with every frame that comes. Where the open turn alone
-        takes more than the rest, it is all that stays."""
+    def _evict(self) -> None:
+        """Decides what to evict. It leaves a quarter of the row free, or the row would be written again with every frame. Where
+        the open turn alone needs more than that, all else is evicted."""
         try:
             self._views.let_go(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
         except RowFull:
             self._views.let_go(Budget(ahead=0, row=self.budget.row), "transcripts")
 
-    def _settled(self) -> View:
-        self._held, self._pieces = self._held.then(*self._pieces), []
+    def _held_now(self) -> View:
+        """What the row holds."""
+        self._held, self._appended = self._held.then(*self._appended), []
         return self._held
 
     def _rewrite(self, keep: int, target: View) -> None:
         self.row.rewrite(keep, target)
-        self._astray = False
+        self._overrun = False
 
-    def _hold(self, target: View) -> None:
+    def _set_held(self, target: View) -> None:
         self._held, self._length, self.stale = target, target.positions, False

@@ -43,7 +43,7 @@ class OutOfBandResponses:
     def begin(self, item: events.CreateOutOfBandResponse, settings: ConversationConfig, voice: Voice | None) -> None:
         if len(self._given) == MOST or item.name in self._given:
             return self.refuse(item, f"{MOST} responses out of band are being given already")
-        record = self._record.beside(fresh=item.past is not None)
+        record = self._record.fork(fresh=item.past is not None)
         if item.setting or item.past is not None:
             record.append(item.setting or settings.setting)
         for part in item.past or ():
@@ -102,7 +102,7 @@ class OutOfBandResponses:
             case events.PictureInput() if part.size:
                 entries = [tape.Seen(part.data, *part.size, settings.picture or self._loaded.budget)]
             case events.EntryReference():
-                entries = self._record.again(part.of)
+                entries = self._record.content(part.of)
             case Audio():
                 frame = self._loaded.model.config.frame
                 entries = [Sound.of(np.pad(part.samples, (0, -len(part.samples) % frame)).reshape(-1, frame))]

@@ -1,14 +1,13 @@
-"""Which prefill chunk goes next, if any: the engine's decisions, pure, without a clock, a thread or a tensor.
+"""Decides which prefill chunk goes next, if any: pure code, without a clock, a thread or a tensor.
 
-A tick of the engine is one decode step and then at most one chunk. Somebody waits for a chunk (an answer, or sound that is
-being said, comes after it) or nobody does: history, rewritten rows, captions. Three rules make it fair:
+A tick of the engine is one decode step and at most one prefill chunk. A chunk is awaited where an answer, or the speech of the
+user who is speaking, comes after it. Others are background work: history, rewritten rows, transcripts. Three rules make it fair:
 
-* Conversations take turns. The next chunk is that of the conversation with the least virtual time, which is the positions it
-  was given (start-time fair queueing); who comes after a pause begins where the others are, so nobody saves up turns.
-* While answers are decoded each step adds to a token budget that chunks take from. So a long prompt slows the answers of
-  others down by a bounded amount.
-* What nobody waits for uses what is left. Where nothing is left it is given a small share, so that a busy engine still
-  tidies up.
+* Conversations take turns. The next chunk is that of the conversation with the least virtual time, which is the number of
+  positions it was given (start-time fair queueing). After a pause it begins where the others are, so nobody saves up turns.
+* While answers are decoded, each step adds to a token budget that chunks use up. So a long prompt slows down the answers of
+  others by a bounded amount.
+* Background work uses idle ticks. Where there are none it gets a small share, so that a busy engine still does it.
 """
 
 from __future__ import annotations
@@ -16,27 +15,29 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-CHUNK = 128  # positions; a picture may be longer, since it goes in at once
-STEP = 32  # positions that a decode step adds to the budget of chunks that somebody waits for: of four steps one has a chunk
-SHARE = 4  # and what nobody waits for is given one position for so many of those
+CHUNK = 128  # positions; a picture may be longer, since it is never split
+STEP = 32  # positions that a decode step adds to the budget of awaited chunks: one step in four has a chunk
+SHARE = 4  # background work gets one position for so many of those
 
 
 @dataclass(frozen=True, slots=True)
 class PendingChunk:
     conversation: Hashable
     positions: int
-    awaited: bool  # somebody waits for it
+    awaited: bool  # an answer or live speech comes after it; False: background work
 
 
 class Scheduler:
+    """Chooses among the chunks that are pending in each tick."""
+
     def __init__(self) -> None:
-        self._times: dict[Hashable, float] = {}  # virtual, by conversation
-        self._now = 0.0  # where the last one that was chosen began
-        self._budget, self._background = CHUNK, 0  # of what is waited for, and of what is not
+        self._times: dict[Hashable, float] = {}  # virtual times, by conversation
+        self._now = 0.0  # the virtual time of the last conversation that was chosen, before its chunk
+        self._budget, self._background = CHUNK, 0  # positions that awaited chunks and background work may take
 
     def choose(self, chunks: Sequence[PendingChunk], decoding: bool) -> int | None:
-        """The index of the chunk that goes now; None: the next step goes first. To be asked once after each step. `decoding`: in
-        that step was a token or a frame of sound that somebody waits for, so the next one will soon be due."""
+        """The index of the chunk that goes now, or None where the next step goes first. Call it once a step. `decoding`: the step
+        has a token or a frame of sound that is awaited, so the next one will soon be due."""
         awaited = [index for index, chunk in enumerate(chunks) if chunk.awaited]
         others = [index for index, chunk in enumerate(chunks) if not chunk.awaited]
         if decoding:
@@ -54,7 +55,7 @@ class Scheduler:
         return None
 
     def forget(self, conversation: Hashable) -> None:
-        """It is over."""
+        """Removes a conversation that has ended."""
         self._times.pop(conversation, None)
 
     def _earn(self, positions: int) -> None:

@@ -17,9 +17,10 @@ from agent.engine import Engine, EngineStopped
 from agent.segments import Picture
 from model import weights
 from model.cache import SLACK, Cache, Room, RowFull
+from model.config import CheckpointError, GemmaConfig
 from model.forward import ForwardPass
 from model.functional import rms_norm
-from model.gemma import CheckpointError, Gemma, GemmaConfig
+from model.gemma import Gemma
 from model.weights import NANO, read_config
 from tests import fake_cuda, tiny
 from tests.talk import tiny as tiny_loaded
@@ -214,7 +215,7 @@ async def test_a_device_that_fails_ends_the_engine_with_one_sentence(monkeypatch
     with Engine(LOADED, rows=2, length=600) as running:
         feeds = [running.claim(lambda error: None) for _ in range(2)]
         hold = threading.Event()
-        running._orders.put(lambda: hold.wait(30))
+        running.call(lambda: hold.wait(30))
         for feed in feeds:
             feed.append(words(1))
         waiting = [asyncio.create_task(feed.drained()) for feed in feeds]

@@ -1,4 +1,4 @@
-"""The engine against the plain verbs: many conversations at once, each as if it were alone, whatever happens to the others."""
+"""The engine against plain calls of the model: many conversations at once, each answers as if it were alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agent import engine
-from agent.engine import CHUNK, FEW, Engine, EngineStopped, RowLost, SequenceHandle
+from agent.engine import CHUNK, STEP_LIMIT, Engine, EngineStopped, RowLost, SequenceHandle
 from agent.segments import Picture, Segment, size
 from agent.tape import Sound
 from model import cache
@@ -27,7 +27,7 @@ from tests.talk import WINDOW, Plain, greedy, jpeg, picture, same, settled, soun
 from tests.talk import written as written_by
 
 LOADED = tiny()
-HOW = greedy(LOADED)
+GREEDY = greedy(LOADED)
 CLOSING = words(5, 99)
 
 
@@ -35,32 +35,32 @@ def nobody(error: Exception) -> None:
     assert isinstance(error, EngineStopped), error
 
 
-def written(feed: SequenceHandle, closing: Segment = CLOSING, max_tokens: int = 12) -> Any:
-    return written_by(feed, closing, sampling=HOW, max_tokens=max_tokens)
+def written(handle: SequenceHandle, closing: Segment = CLOSING, max_tokens: int = 12) -> Any:
+    return written_by(handle, closing, sampling=GREEDY, max_tokens=max_tokens)
 
 
 def expected(*past: Segment, closing: Segment = CLOSING, max_tokens: int = 12) -> list[tuple[int, float]]:
-    return Plain(LOADED, (*past, closing)).generate(HOW, max_tokens)
+    return Plain(LOADED, (*past, closing)).generate(GREEDY, max_tokens)
 
 
 def held(engine: Engine) -> threading.Event:
-    """The engine does nothing until this is set: what is ordered meanwhile is there in one tick."""
+    """The engine does nothing until this is set: what is submitted meanwhile is there in one tick."""
     hold = threading.Event()
-    engine._orders.put(partial(hold.wait, 30))
+    engine.call(partial(hold.wait, 30))
     return hold
 
 
-async def are(told: list[Exception], count: int) -> bool:
-    """So many were told, and no more."""
+async def reported(errors: list[Exception], count: int) -> bool:
+    """Waits until so many errors were reported. Returns whether there are no more."""
     async with asyncio.timeout(60):
-        while len(told) < count:
+        while len(errors) < count:
             await asyncio.sleep(0)
-    return len(told) == count
+    return len(errors) == count
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
-    """Of each pass how many positions each row took."""
+    """For each pass, how many positions each row took."""
     seen: list[dict[int, int]] = []
     forward = ForwardPass.__call__
 
@@ -79,7 +79,7 @@ def short_rings(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 class Gate:
-    """A sampler that lets through as many draws as were allowed."""
+    """A sampler that samples as many tokens as were allowed."""
 
     def __init__(self) -> None:
         self.begun, self._allowed = 0, threading.Semaphore(0)
@@ -126,28 +126,28 @@ def pieces(segments: list[Segment], how: str, seed: int) -> Iterator[Segment]:
 async def test_rows_fed_in_any_pieces_and_at_once_write_what_the_plain_verbs_write(passes):
     how = ["one by one", "in chunks", "whole", "one by one"]
     with Engine(LOADED, rows=4, length=600) as engine:
-        feeds = [engine.claim(nobody) for _ in how]
+        handles = [engine.claim(nobody) for _ in how]
         streams = [list(pieces(conversation(seed), way, seed)) for seed, way in enumerate(how)]
         for turn in range(max(map(len, streams))):
-            for feed, stream in zip(feeds, streams, strict=True):
-                feed.append(*stream[turn : turn + 1])
+            for handle, stream in zip(handles, streams, strict=True):
+                handle.append(*stream[turn : turn + 1])
             await asyncio.sleep(0)
-        answers = await asyncio.gather(*map(written, feeds))
+        answers = await asyncio.gather(*map(written, handles))
         assert any(len(rows) > 1 for rows in passes), "they share passes"
         assert max(max(rows.values()) for rows in passes) <= max(CHUNK, picture(LOADED).positions)
-        for feed in feeds:
-            feed.release()
+        for handle in handles:
+            handle.release()
     for seed, answer in enumerate(answers):
         assert same(answer, expected(*conversation(seed))), how[seed]
 
 
 async def test_a_row_goes_on_after_what_it_wrote():
     with Engine(LOADED, length=600) as engine:
-        feed = engine.claim(nobody)
-        feed.append(*conversation(0))
-        first = await written(feed)
-        feed.append((first[-1][0],), sound(30, 5))  # the last token is never in the row
-        second = await written(feed)
+        handle = engine.claim(nobody)
+        handle.append(*conversation(0))
+        first = await written(handle)
+        handle.append((first[-1][0],), sound(30, 5))  # the last token is never in the row
+        second = await written(handle)
     said = tuple(token for token, _ in first)
     assert same(second, expected(*conversation(0), CLOSING, said, sound(30, 5)))
 
@@ -216,54 +216,54 @@ async def test_what_was_rewritten_was_never_appended(short_rings, keep):
     """Also further back than the rings reach."""
     old, new = (*words(keep), *words(340 - keep, 1)), (*words(keep), *words(10, 2))
     with Engine(LOADED, length=600) as engine:
-        feed = engine.claim(nobody)
-        feed.append(old, sound(30))
-        await settled(feed)
-        assert feed._seat.row and engine._cache.earliest(feed._seat.row) > 60
-        feed.rewrite(keep, viewed(new, sound(60, 4)))
-        assert same(await written(feed), expected(new, sound(60, 4)))
-        assert feed.waiting == 0
+        handle = engine.claim(nobody)
+        handle.append(old, sound(30))
+        await settled(handle)
+        assert handle.row and engine._cache.earliest(handle.row) > 60
+        handle.rewrite(keep, viewed(new, sound(60, 4)))
+        assert same(await written(handle), expected(new, sound(60, 4)))
+        assert handle.waiting == 0
 
 
 async def test_a_row_is_rewritten_over_and_over_and_never_runs_out(short_rings):
     with Engine(LOADED, length=600) as engine:
-        feed = engine.claim(nobody)
+        handle = engine.claim(nobody)
         for number in range(12):
-            feed.rewrite(0, viewed(words(300, number)))
-        assert same(await written(feed), expected(words(300, 11)))
+            handle.rewrite(0, viewed(words(300, number)))
+        assert same(await written(handle), expected(words(300, 11)))
 
 
 async def test_cancelling_stops_before_the_next_step_and_the_row_goes_on(gate, passes):
     with Engine(LOADED, length=600, sampler=gate) as engine:
-        feed = engine.claim(nobody)
-        feed.append(*conversation(0))
+        handle = engine.claim(nobody)
+        handle.append(*conversation(0))
         gate.allow(3)
-        drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=100)
-        said = [(await anext(drawn))[0] for _ in range(3)]
+        tokens = handle.generate(CLOSING, sampling=GREEDY, max_tokens=100)
+        said = [(await anext(tokens))[0] for _ in range(3)]
         while gate.begun < 4:
             await asyncio.sleep(0)
-        await drawn.aclose()  # while the fourth is being drawn
+        await tokens.aclose()  # while the fourth is being sampled
         before = sum(sum(rows.values()) for rows in passes)
         gate.allow(1)
-        feed.append(words(1))
-        await settled(feed)
+        handle.append(words(1))
+        await settled(handle)
         assert sum(sum(rows.values()) for rows in passes) == before + 1
         gate.allow(1000)
         heard = (*CLOSING, said[0])
-        feed.rewrite(sum(map(size, conversation(0))) + 6, viewed(*conversation(0), heard, sound(30)))
-        assert same(await written(feed), expected(*conversation(0), heard, sound(30)))
+        handle.rewrite(sum(map(size, conversation(0))) + 6, viewed(*conversation(0), heard, sound(30)))
+        assert same(await written(handle), expected(*conversation(0), heard, sound(30)))
 
 
 async def test_an_answer_ends_where_the_row_is_full_and_a_row_that_overflows_is_lost():
-    told: list[Exception] = []
+    errors: list[Exception] = []
     with Engine(LOADED, length=100) as engine:
-        feed = engine.claim(told.append)
-        feed.append(words(90))
-        assert len(await written(feed, words(5), max_tokens=50)) == 6
-        feed.append(words(20))
+        handle = engine.claim(errors.append)
+        handle.append(words(90))
+        assert len(await written(handle, words(5), max_tokens=50)) == 6
+        handle.append(words(20))
         with pytest.raises(RowFull, match="do not fit in a row of 100"):
-            await written(feed)
-        assert await are(told, 1) and isinstance(told[0], RowFull)
+            await written(handle)
+        assert await reported(errors, 1) and isinstance(errors[0], RowFull)
 
 
 # ---- places
@@ -286,9 +286,9 @@ async def test_a_claim_beyond_the_rows_is_refused_at_once_and_a_released_row_is_
         assert engine.free == 2
 
 
-async def lost(feed: SequenceHandle) -> Exception:
+async def lost(handle: SequenceHandle) -> Exception:
     with pytest.raises(Exception) as caught:
-        await written(feed)
+        await written(handle)
     return caught.value
 
 
@@ -302,15 +302,15 @@ async def lost(feed: SequenceHandle) -> Exception:
     ],
 )
 async def test_a_bad_part_ends_its_conversation_alone_and_its_row_is_free(bad, says):
-    told: list[Exception] = []
+    errors: list[Exception] = []
     with Engine(LOADED, rows=2, length=600) as engine:
-        well, ill = engine.claim(nobody), engine.claim(told.append)
+        well, ill = engine.claim(nobody), engine.claim(errors.append)
         well.append(*conversation(0))
         ill.append(words(20), bad)
         assert says in str(await lost(ill))
         assert same(await written(well), expected(*conversation(0)))
-        assert await are(told, 1) and says in str(told[0])
-        assert isinstance(told[0], MediaError | RowLost)
+        assert await reported(errors, 1) and says in str(errors[0])
+        assert isinstance(errors[0], MediaError | RowLost)
         ill.release()
         again = engine.claim(nobody)
         assert same(await written(again), expected())
@@ -318,8 +318,8 @@ async def test_a_bad_part_ends_its_conversation_alone_and_its_row_is_free(bad, s
 
 async def test_whoever_waits_for_a_row_is_told_when_all_is_in_it_or_what_it_was_lost_to():
     with Engine(LOADED, rows=2, length=60) as running:
-        told: list[Exception] = []
-        well, ill = running.claim(nobody), running.claim(told.append)
+        errors: list[Exception] = []
+        well, ill = running.claim(nobody), running.claim(errors.append)
         well.append(words(40), sound(3))
         await well.drained()
         assert well.waiting == 0
@@ -327,11 +327,11 @@ async def test_whoever_waits_for_a_row_is_told_when_all_is_in_it_or_what_it_was_
         for _ in range(2):  # while it is being lost, and long after
             with pytest.raises(RowFull):
                 await ill.drained()
-        assert await are(told, 1)
+        assert await reported(errors, 1)
 
 
 async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypatch):
-    told: list[Exception] = []
+    errors: list[Exception] = []
     forward, full = ForwardPass.__call__, threading.Event()
 
     def heavy(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
@@ -341,53 +341,53 @@ async def test_out_of_memory_ends_the_one_conversation_and_says_so_once(monkeypa
 
     monkeypatch.setattr(ForwardPass, "__call__", heavy)
     with Engine(LOADED, rows=3, length=600) as engine:
-        feeds = [engine.claim(told.append if row == 1 else nobody) for row in range(3)]
-        for seed, feed in enumerate(feeds):
-            feed.append(*conversation(seed))
-        await settled(feeds[1])
-        answers = [asyncio.create_task(written(feed, max_tokens=30)) for feed in feeds]
+        handles = [engine.claim(errors.append if row == 1 else nobody) for row in range(3)]
+        for seed, handle in enumerate(handles):
+            handle.append(*conversation(seed))
+        await settled(handles[1])
+        answers = [asyncio.create_task(written(handle, max_tokens=30)) for handle in handles]
         await asyncio.sleep(0)
         full.set()
         first, second, third = await asyncio.gather(*answers, return_exceptions=True)
         assert isinstance(second, RowLost) and "ran out of memory on this conversation" in str(second)
-        feeds[1].append(words(3))
-        assert isinstance(await lost(feeds[1]), RowLost)
-        assert await are(told, 1) and str(told[0]) == str(second)
+        handles[1].append(words(3))
+        assert isinstance(await lost(handles[1]), RowLost)
+        assert await reported(errors, 1) and str(errors[0]) == str(second)
         assert same(first, expected(*conversation(0), max_tokens=30)) and same(third, expected(*conversation(2), max_tokens=30))
         full.clear()
-        feeds[1].release()
+        handles[1].release()
         assert same(await written(engine.claim(nobody)), expected())
 
 
-@pytest.mark.parametrize("fault", ["no numbers", "no memory"])
-async def test_a_token_that_cannot_be_drawn_ends_one_conversation(fault):
-    told: list[Exception] = []
+@pytest.mark.parametrize("fault", ["NaN", "no memory"])
+async def test_a_token_that_cannot_be_sampled_ends_one_conversation(fault):
+    errors: list[Exception] = []
 
     def broken(logits: torch.Tensor, generations: Any, uniforms: Any) -> torch.Tensor:
-        ill = [how is not HOW for how in generations]
+        ill = [how is not GREEDY for how in generations]
         if fault == "no memory" and any(ill):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample(torch.where(torch.tensor(ill)[:, None], torch.nan, logits), generations, uniforms)
 
     with Engine(LOADED, rows=2, length=600, sampler=broken) as running:
-        well, ill = running.claim(nobody), running.claim(told.append)
+        well, ill = running.claim(nobody), running.claim(errors.append)
         lost, answer = await asyncio.gather(
             written_by(ill, CLOSING, sampling=LOADED.generation), written(well), return_exceptions=True
         )
-        assert isinstance(lost, RowLost) and re.search("no numbers|ran out of memory", str(lost))
+        assert isinstance(lost, RowLost) and re.search("logits are NaN|ran out of memory", str(lost))
         assert same(answer, expected())
-        assert await are(told, 1)
+        assert await reported(errors, 1)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_dying_thread_tells_everyone_and_nothing_hangs(monkeypatch):
-    told: list[Exception] = []
+    errors: list[Exception] = []
 
     def dies(*_: Any, **__: Any) -> Any:
         raise AssertionError("a mistake")
 
     with Engine(LOADED, rows=3, length=600) as engine:
-        idle, speaking = engine.claim(told.append), engine.claim(told.append)
+        idle, speaking = engine.claim(errors.append), engine.claim(errors.append)
         fork = idle.fork()
         assert len(await written(speaking)) == 12
         monkeypatch.setattr(ForwardPass, "__call__", dies)
@@ -397,38 +397,38 @@ async def test_a_dying_thread_tells_everyone_and_nothing_hangs(monkeypatch):
         with pytest.raises(EngineStopped):
             await waits
         engine._thread.join(10)
-        assert await are(told, 2) and {type(error) for error in told} == {EngineStopped}
+        assert await reported(errors, 2) and {type(error) for error in errors} == {EngineStopped}
         with pytest.raises(EngineStopped):
             engine.claim(nobody)
         assert engine.free == 0
-        for feed in (idle, speaking, fork):
-            feed.append(words(3))
-            assert isinstance(await lost(feed), EngineStopped)
-            feed.release()
-        assert len(told) == 2
+        for handle in (idle, speaking, fork):
+            handle.append(words(3))
+            assert isinstance(await lost(handle), EngineStopped)
+            handle.release()
+        assert len(errors) == 2
 
 
 async def test_closing_the_engine_ends_what_is_under_way():
-    told: list[Exception] = []
+    errors: list[Exception] = []
     engine = Engine(LOADED, length=4000)
-    feed = engine.claim(told.append)
-    drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=3000)
-    await anext(drawn)
+    handle = engine.claim(errors.append)
+    tokens = handle.generate(CLOSING, sampling=GREEDY, max_tokens=3000)
+    await anext(tokens)
     engine.close()
     with pytest.raises(EngineStopped, match="it was closed"):
-        async for _ in drawn:
+        async for _ in tokens:
             pass
-    assert await are(told, 1)
+    assert await reported(errors, 1)
 
 
 def test_a_conversation_whose_loop_has_gone_harms_nobody():
     with Engine(LOADED, rows=2, length=600) as engine:
 
         async def leaves() -> None:
-            feed = engine.claim(nobody)
-            drawn = feed.generate(CLOSING, sampling=HOW, max_tokens=500)
-            await anext(drawn)
-            leaves.drawn = drawn  # type: ignore[attr-defined]  # never closed
+            handle = engine.claim(nobody)
+            tokens = handle.generate(CLOSING, sampling=GREEDY, max_tokens=500)
+            await anext(tokens)
+            leaves.tokens = tokens  # type: ignore[attr-defined]  # never closed
 
         loop = asyncio.new_event_loop()
         loop.run_until_complete(leaves())
@@ -446,29 +446,29 @@ def test_a_conversation_whose_loop_has_gone_harms_nobody():
 async def test_a_picture_or_a_backlog_for_one_rides_along_with_anothers_steps_one_chunk_at_a_time(passes):
     with Engine(LOADED, rows=3, length=2000) as engine:
         speaking, looking, behind = (engine.claim(nobody) for _ in range(3))
-        drawn = speaking.generate(CLOSING, sampling=HOW, max_tokens=1900)
-        await anext(drawn)
-        row = speaking._seat.row
+        tokens = speaking.generate(CLOSING, sampling=GREEDY, max_tokens=1900)
+        await anext(tokens)
+        row = speaking.row
         assert row
         passes.clear()
         for seed in range(5):
             looking.append(words(3), picture(LOADED, seed), words(2))
             behind.append(words(300))
-        async for _ in drawn:
+        async for _ in tokens:
             if not looking.waiting and not behind.waiting:
                 break
-        await drawn.aclose()
+        await tokens.aclose()
     others = [[count for index, count in rows.items() if index != row.index] for rows in passes]
     assert sum(map(sum, others)) > 1500, "the pictures and the backlog went in while it spoke"
     assert all(rows[row.index] == 1 for rows in passes), "and it had a step in every pass"
-    assert all(sum(count > FEW for count in counts) <= 1 for counts in others)
+    assert all(sum(count > STEP_LIMIT for count in counts) <= 1 for counts in others)
 
 
-def taken(passes: list[dict[int, int]], feed: SequenceHandle) -> list[int]:
+def taken(passes: list[dict[int, int]], handle: SequenceHandle) -> list[int]:
     """In which passes of all this row had a chunk."""
-    assert feed._seat.row
-    index = feed._seat.row.index
-    return [number for number, rows in enumerate(passes) if rows.get(index, 0) > FEW]
+    assert handle.row
+    index = handle.row.index
+    return [number for number, rows in enumerate(passes) if rows.get(index, 0) > STEP_LIMIT]
 
 
 async def test_what_nobody_waits_for_goes_after_what_somebody_waits_for_and_is_not_starved_by_it(passes):
@@ -503,15 +503,15 @@ async def test_a_caption_waits_for_what_other_conversations_wait_for(passes):
 
 async def test_conversations_that_are_waited_for_take_turns_whoever_came_first(passes):
     with Engine(LOADED, rows=3, length=2000) as engine:
-        feeds = [engine.claim(nobody) for _ in range(3)]
+        handles = [engine.claim(nobody) for _ in range(3)]
         hold = held(engine)
         answers = []
-        for feed, count in zip(feeds, (1500, 300, 20), strict=True):
-            answers.append(asyncio.create_task(written(feed, words(count), max_tokens=1)))
+        for handle, count in zip(handles, (1500, 300, 20), strict=True):
+            answers.append(asyncio.create_task(written(handle, words(count), max_tokens=1)))
             await asyncio.sleep(0)
         hold.set()
         await asyncio.gather(*answers)
-        long, short, shortest = (taken(passes, feed) for feed in feeds)
+        long, short, shortest = (taken(passes, handle) for handle in handles)
         assert shortest == [2] and short[-1] <= 7 and long[-1] == len(passes) - 1
 
 
@@ -519,8 +519,8 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
     for wanted, every in ((0, 16), (1, 4)):
         with Engine(LOADED, rows=2, length=2000) as engine:
             speaks, loads = engine.claim(nobody), engine.claim(nobody)
-            drawn = speaks.generate(CLOSING, sampling=HOW, max_tokens=41)
-            await anext(drawn)
+            tokens = speaks.generate(CLOSING, sampling=GREEDY, max_tokens=41)
+            await anext(tokens)
             passes.clear()
             hold = held(engine)
             if wanted:
@@ -529,9 +529,9 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
             else:
                 loads.append(words(1400))
             hold.set()
-            assert len([token async for token in drawn]) == 40
+            assert len([token async for token in tokens]) == 40
             chunks = taken(passes[:40], loads)
-            assert all(speaks._seat.row.index in rows for rows in passes[:40])  # type: ignore[union-attr]
+            assert all(speaks.row.index in rows for rows in passes[:40])  # type: ignore[union-attr]
             assert all(b - a > 1 for a, b in pairwise(chunks)) and 40 // every - 1 <= len(chunks) <= 40 // every + 1
             if wanted:
                 await asked
@@ -552,6 +552,6 @@ async def test_pictures_of_a_conversation_are_decoded_one_at_a_time_and_not_far_
         many.append(*(picture(LOADED, seed) for seed in range(6)))
         one.append(picture(LOADED, 7))
         both = asyncio.gather(many.drained(), one.drained())
-        running._orders.put(hold.set)  # both were ordered
+        running.call(hold.set)  # both were submitted
         await both
     assert decoded.index(jpeg(7)) <= 2 and len(decoded) == 7

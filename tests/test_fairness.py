@@ -93,7 +93,7 @@ async def test_a_history_is_written_into_the_row_once_however_many_items_it_has(
     async with serving(engine) as port, plain(port) as connection:
         await until(connection, "session.created")
         hold = threading.Event()
-        engine._orders.put(partial(hold.wait, 30))
+        engine.call(partial(hold.wait, 30))
         for n in range(600):
             await say(connection, "conversation.item.create", item={**text(f"the number {n} is in the history"), "id": f"i{n}"})
             await until(connection, "conversation.item.done")

@@ -883,8 +883,8 @@ async def test_a_long_conversation_takes_no_more_memory_than_a_short_one(running
             await door.answered(turn + 1)
             kept.append(sum(len(getattr(entry, "data", b"")) for entry in door.session.record.tape.entries))
             positions.append(door.session.record.positions)
-            assert door.session.record.row._seat.row
-            assert door.session.record.row._seat.row.length <= 500 + 60
+            assert door.session.record.row.row
+            assert door.session.record.row.row.length <= 500 + 60
     assert max(kept[10:]) <= max(kept[:10]) and max(positions) <= 500 + 60
     assert not door.session.dropped and not door.of(events.Notice)
     assert [event.text for event in door.of(events.AnswerDone)] == [f"Number {turn}." for turn in range(20)]
@@ -1093,7 +1093,7 @@ async def test_an_engine_that_fails_on_one_conversation_ends_that_one_alone(runn
     forward = ForwardPass.__call__
 
     def heavy(self: ForwardPass, chunks: Any, x: torch.Tensor) -> Any:
-        if any(chunk.row is ill.session.record.row._seat.row for chunk in chunks):
+        if any(chunk.row is ill.session.record.row.row for chunk in chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, chunks, x)
 

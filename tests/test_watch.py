@@ -269,7 +269,7 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         visual_qa = VisualQA(engine, None)
         await visual_qa.ask([shot], QUESTION, brief=True)  # its kept row is the first one now
         live, hold = engine.claim(lambda error: None), threading.Event()
-        engine._orders.put(partial(hold.wait, SOON))
+        engine.call(partial(hold.wait, SOON))
         asking = asyncio.create_task(visual_qa.ask([shot], QUESTION))
         await asyncio.sleep(0)
         answering = asyncio.create_task(written(live, tuple(range(20, 50)) * 13, sampling=loaded.generation, max_tokens=1))
@@ -279,7 +279,7 @@ async def test_a_question_about_a_camera_never_goes_before_what_a_conversation_w
         hold.set()
         assert (await asyncio.wait_for(asking, SOON)).text == ANSWER
         await asyncio.wait_for(answering, SOON)
-        mine = live._seat.row.index
+        mine = live.row.index
     chunks = [(row == mine, count) for row, count in taken if count > 1]
     first = [count for is_mine, count in chunks if is_mine]
     assert sum(first) == 390 and all(is_mine for is_mine, _ in chunks[: len(first)]), "all of the conversation first"
