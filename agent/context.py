@@ -287,8 +287,8 @@ class Context:
     def tidy(self) -> None:
         """Between turns, evicts from the row by the policy, and drops from memory what no view needs any more.
 
-        `verbatim` evicts nothing until the row is nearly full, then leaves a quarter free: to evict a little after every turn would
-        write some 4,000 positions again each time, which takes nano 1.5 s."""
+        `verbatim` evicts nothing until the row is nearly full, then leaves a quarter free: to evict a little after every turn
+        would write some 4,000 positions again each time, which takes nano 1.5 s."""
         if self.turn is not None or self.captions:
             return
         if self.policy == "transcripts" or self._length > self.budget.row * 7 // 8:
