@@ -186,17 +186,17 @@ def test_rows_that_do_not_fit_are_refused_in_a_sentence(monkeypatch, error):
 
 async def test_a_picture_beyond_what_rows_take_ends_its_conversation_alone(monkeypatch):
     monkeypatch.setattr(weights, "free_memory", lambda device: 0)
-    told: list[Exception] = []
+    errors: list[Exception] = []
     square = cv2.imencode(".png", np.zeros((60, 60, 3), np.uint8))[1].tobytes()
     large = Picture.of(square, 60, 60, 280, LOADED.model.config.patch)
     with Engine(LOADED, rows=2, length=600, budget=70) as running:
-        ill, well = running.claim(told.append), running.claim(told.append)
+        ill, well = running.claim(errors.append), running.claim(errors.append)
         ill.append(large)
         with pytest.raises(RowFull, match=r"\d+ positions at once, as of a large picture"):
             await ill.drained()
         well.append(words(20))
         await well.drained()
-        assert len(told) == 1
+        assert len(errors) == 1
 
 
 # ---- faults, and times
@@ -240,7 +240,7 @@ def test_a_server_whose_device_fails_ends(monkeypatch, capsys):
 
 
 class Gpu:
-    """Events of a device that comes past one when it is told to; times in seconds."""
+    """A device whose events are passed when a test says so; times in seconds."""
 
     def __init__(self, clock: list[float]) -> None:
         self.clock, self.events = clock, list[Gpu.Event]()
@@ -262,49 +262,49 @@ class Gpu:
             return 1000 * (other.at - self.at)
 
     def past(self, count: int, at: float) -> None:
-        """It has come past so many more, at that time of its own clock."""
+        """It has passed so many more events, at that time of its own clock."""
         for event in [event for event in self.events if event.at is None][:count]:
             event.at = at
 
 
 def test_times_end_when_the_gpu_is_done_not_when_it_was_asked(monkeypatch):
-    clock, told = [100.0], list[float]()
+    clock, reported = [100.0], list[float]()
     monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
     gpu = Gpu(clock)
     timed = timing.Timing(torch.device("cuda"), lambda: Gpu.Event(gpu))
     assert timed.begin() == 100
     gpu.past(1, at=7.0)  # its clock is another one
-    timed.mark(told.append)
-    timed.mark(told.append)
+    timed.mark(reported.append)
+    timed.mark(reported.append)
     timed.poll()
-    assert told == []
+    assert reported == []
     clock[0] = 100.5
     gpu.past(1, at=7.03)
     timed.poll()
-    assert told == pytest.approx([100.03])
-    assert timed.begin() == 100.5  # nothing new to go by: the second is still under way
+    assert reported == pytest.approx([100.03])
+    assert timed.begin() == 100.5  # no new reference: the second mark is still pending
     gpu.past(1, at=7.05)
     clock[0] = 101.0
     timed.poll()
-    assert told == pytest.approx([100.03, 100.05])
+    assert reported == pytest.approx([100.03, 100.05])
 
 
 def test_marks_of_a_gpu_that_is_behind_are_bounded(monkeypatch):
-    clock, told = [0.0], list[float]()
+    clock, reported = [0.0], list[float]()
     gpu = Gpu(clock)
     monkeypatch.setattr(timing, "PENDING", 3)
     timed = timing.Timing(torch.device("cuda"), lambda: Gpu.Event(gpu))
     timed.begin()
     gpu.past(1, at=0.0)
     for _ in range(5):
-        timed.mark(told.append)
-    assert len(told) == 2
+        timed.mark(reported.append)
+    assert len(reported) == 2
 
 
-def test_on_a_cpu_a_mark_is_told_at_once(monkeypatch):
-    clock, told = iter([3.0, 5.0]), list[float]()
+def test_on_a_cpu_a_mark_is_reported_at_once(monkeypatch):
+    clock, reported = iter([3.0, 5.0]), list[float]()
     monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
     timed = timing.Timing(torch.device("cpu"))
     assert timed.begin() == 3
-    timed.mark(told.append)
-    assert told == [5]
+    timed.mark(reported.append)
+    assert reported == [5]

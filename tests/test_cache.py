@@ -1,6 +1,6 @@
-"""Whatever way a row was fed, cut, copied and shared, it answers as if it had been read at once.
+"""However a row was appended to, truncated, forked and batched, it gives what one pass over the whole sequence gives.
 
-Window 6, slack 5: the rings hold 11 positions and the rows here go round them several times.
+Window 6, slack 5: the rings hold 11 positions, and the rows here are several times as long.
 """
 
 import random
@@ -50,7 +50,7 @@ def close(ours, theirs):
 
 
 def memory(cache, *indices):
-    """A copy of all that rows hold, without the spare slot, which is anyone's to write."""
+    """A copy of all that rows hold, without the spare slot, which padding writes to."""
     return [t[list(indices), :, :-1].clone() for t in (*cache.keys, *cache.values)]
 
 
@@ -84,7 +84,7 @@ def test_a_chunk_longer_than_slack_plus_one_is_our_mistake(model):
 
 
 def test_a_split_picture_is_another_picture(model):
-    """So the tests above could fail."""
+    """This shows that the tests above could fail."""
     x, blocks = tape(10, pictures=[(3, 6)])
     cache = cache_of(model)
     row = cache.claim()
@@ -220,7 +220,7 @@ def test_truncate_then_append_equals_never_appended_at_every_legal_depth(model, 
 
 @pytest.mark.parametrize("cut", [(30, 28, 26, 24), (30, 24), (12, 6), (11, 0), (30, 0), (11, 8, 3), (40, 39, 38)])
 def test_cuts_after_cuts_and_after_growing_again_equal_never_appended(model, cut):
-    """To each position in turn, with a little growth between; then far beyond the old end, and cut once more."""
+    """To each position in turn, with a few appended between; then far beyond the old end, and truncated once more."""
     cache = cache_of(model, length=80)
     row = cache.claim()
     held, blocks = tape(cut[0])
@@ -240,7 +240,7 @@ def test_cuts_after_cuts_and_after_growing_again_equal_never_appended(model, cut
 
 
 def test_the_limit_stays_where_it_was_until_the_row_is_longer_than_ever(model):
-    """What a cut leaves behind in the rings stands where older positions stood."""
+    """What a truncation leaves behind in the rings is in slots of older positions."""
     cache = cache_of(model)
     row = cache.claim()
     feed(model, cache, row, *tape(30), SLACK + 1)

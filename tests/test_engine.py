@@ -106,7 +106,7 @@ def conversation(seed: int) -> list[Segment]:
 
 
 def pieces(segments: list[Segment], how: str, seed: int) -> Iterator[Segment]:
-    """The same positions in other pieces: pictures stay whole."""
+    """The same positions, split otherwise; pictures stay whole."""
     rng = random.Random(seed)
     for segment in segments:
         at = 0
@@ -213,7 +213,7 @@ async def test_a_fork_that_waited_until_its_past_was_rewritten_says_so():
 
 @pytest.mark.parametrize("keep", [0, 9, 60, 330])
 async def test_what_was_rewritten_was_never_appended(short_rings, keep):
-    """Also further back than the rings reach."""
+    """Also further back than the slack of the rings."""
     old, new = (*words(keep), *words(340 - keep, 1)), (*words(keep), *words(10, 2))
     with Engine(LOADED, length=600) as engine:
         handle = engine.claim(nobody)
@@ -464,8 +464,8 @@ async def test_a_picture_or_a_backlog_for_one_rides_along_with_anothers_steps_on
     assert all(sum(count > STEP_LIMIT for count in counts) <= 1 for counts in others)
 
 
-def taken(passes: list[dict[int, int]], handle: SequenceHandle) -> list[int]:
-    """In which passes of all this row had a chunk."""
+def chunk_passes(passes: list[dict[int, int]], handle: SequenceHandle) -> list[int]:
+    """The indices of the passes in which this row had a chunk."""
     assert handle.row
     index = handle.row.index
     return [number for number, rows in enumerate(passes) if rows.get(index, 0) > STEP_LIMIT]
@@ -480,7 +480,7 @@ async def test_what_nobody_waits_for_goes_after_what_somebody_waits_for_and_is_n
         await asyncio.sleep(0)
         hold.set()
         assert len(await answer) == 1
-        assert taken(passes, asks) == [0, 1, 2, 3, 5, 6, 7, 8] and taken(passes, history)[0] == 4
+        assert chunk_passes(passes, asks) == [0, 1, 2, 3, 5, 6, 7, 8] and chunk_passes(passes, history)[0] == 4
         await settled(history)
 
 
@@ -498,7 +498,7 @@ async def test_a_caption_waits_for_what_other_conversations_wait_for(passes):
         await asyncio.sleep(0)
         hold.set()
         await asyncio.gather(caption, answer)
-        assert taken(passes, other) == [0, 1] and taken(passes, fork) == [2, 3]
+        assert chunk_passes(passes, other) == [0, 1] and chunk_passes(passes, fork) == [2, 3]
 
 
 async def test_conversations_that_are_waited_for_take_turns_whoever_came_first(passes):
@@ -511,7 +511,7 @@ async def test_conversations_that_are_waited_for_take_turns_whoever_came_first(p
             await asyncio.sleep(0)
         hold.set()
         await asyncio.gather(*answers)
-        long, short, shortest = (taken(passes, handle) for handle in handles)
+        long, short, shortest = (chunk_passes(passes, handle) for handle in handles)
         assert shortest == [2] and short[-1] <= 7 and long[-1] == len(passes) - 1
 
 
@@ -530,7 +530,7 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
                 loads.append(words(1400))
             hold.set()
             assert len([token async for token in tokens]) == 40
-            chunks = taken(passes[:40], loads)
+            chunks = chunk_passes(passes[:40], loads)
             assert all(speaks.row.index in rows for rows in passes[:40])  # type: ignore[union-attr]
             assert all(b - a > 1 for a, b in pairwise(chunks)) and 40 // every - 1 <= len(chunks) <= 40 // every + 1
             if wanted:
@@ -538,7 +538,7 @@ async def test_an_answer_is_slowed_by_the_history_of_another_by_one_chunk_in_six
 
 
 async def test_pictures_of_a_conversation_are_decoded_one_at_a_time_and_not_far_ahead(monkeypatch):
-    """So that another's waits for one of them, and they do not pile up in memory."""
+    """So another conversation's picture waits for one of them at most, and decoded pictures do not pile up in memory."""
     hold, decoded, decode = threading.Event(), list[bytes](), engine.decode_picture
 
     def slow(data: bytes, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Who goes next, decided without an engine."""
+"""Which chunk goes next, decided without an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from agent.scheduler import CHUNK, SHARE, STEP, PendingChunk, Scheduler
 
 
 def turns(scheduler: Scheduler, left: dict[str, int], size: int = CHUNK, awaited: bool = True, decoding: bool = False) -> str:
-    """Who had a chunk in each tick, until nothing is left; "." where none went."""
+    """Whose chunk went in each tick, until nothing is left; "." where none did."""
     order = ""
     while any(left.values()):
         names = [name for name, count in left.items() if count]
@@ -59,7 +59,7 @@ def test_a_picture_longer_than_a_chunk_is_paid_for_afterwards():
     assert turns(scheduler, {"p": 280}, size=280, decoding=True) == "." * 8 + "p"
 
 
-def test_what_nobody_waits_for_uses_what_is_left_and_is_given_a_small_share_where_nothing_is():
+def test_background_work_uses_idle_ticks_and_gets_a_small_share_where_there_are_none():
     assert turns(Scheduler(), {"a": 3 * CHUNK}, awaited=False) == "aaa"
     steps = turns(Scheduler(), {"a": 3 * CHUNK}, awaited=False, decoding=True)
     assert steps == ("." * (SHARE * CHUNK // STEP - 1) + "a") * 3

@@ -1,4 +1,4 @@
-"""One position of each of a few rows is what it is by the general way."""
+"""The decode step on a CPU gives what the general forward pass gives."""
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
     ids=["tiny", "nano"],
 )
 def test_a_step_is_what_the_general_way_computes(config, counts, monkeypatch):
-    """From an empty row past the window, several times round the rings of the tiny one; of one row and of several, of any
-    length, whatever lies between them. nano's window is 512: chunks lead up to it."""
+    """From an empty row to past the window, and several times round the rings of the tiny model; for one row and several, of any
+    length, with other rows between them. nano's window is 512: chunks fill most of it."""
     model, called = random_model(config), []
     taken = Step.__call__
     monkeypatch.setattr(Step, "__call__", lambda self, *given: called.append(len(given[0])) or taken(self, *given))
