@@ -41,7 +41,7 @@ from streams.frames import MediaError
 from streams.pictures import decode_picture
 
 STEP_LIMIT = 4  # up to so many positions are a step, since a few pile up whenever the engine is busy; more are a chunk
-RESTART = "attend ends, so that whoever watches over it starts it again"
+RESTART = "attend ends, so that its supervisor restarts it"
 PASS_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)  # a full row, no memory, a picture that cannot be decoded
 
 
@@ -338,7 +338,7 @@ class Engine:
         self._cache.truncate(sequence.row, at)
         for child in [other for other in self._sequences if other.parent is sequence and other.row is None]:
             if child.fork_position is not None and child.fork_position > at:
-                self._end(child, RowFull("the row was cut back before a fork of it could be made"))
+                self._end(child, RowFull("the row was truncated before a fork of it could be made"))
         return at
 
     def _give_row(self, sequence: Sequence) -> bool:
@@ -355,7 +355,7 @@ class Engine:
         if sum(other.parent is not None and other.row is not None for other in self._sequences) >= self.spares:
             return False
         if sequence.fork_position < self._cache.earliest(parent):
-            self._end(sequence, RowFull("the row went on too far before a fork of it could be made"))
+            self._end(sequence, RowFull("the row grew too far before a fork of it could be made"))
             return False
         sequence.row = self._cache.fork(parent)
         self._cache.truncate(sequence.row, sequence.fork_position)

@@ -217,7 +217,7 @@ def table(config: GemmaConfig, machine: Machine, rows: int | None = None, length
     plans = [make(config, machine, form, rows=rows, length=length) for form in FORMS]
     chosen = best(plans)
     if chosen is None:
-        advice = "nothing of this keeps up with one listener; take a smaller model, or a machine with more of what is short"
+        advice = "none of these keeps up with one listener; take a smaller model, or a faster machine"
     elif chosen.form is None:
         advice = f"take it as it is: {_conversations(chosen.rows)}"
     else:

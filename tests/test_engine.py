@@ -203,7 +203,7 @@ async def test_a_fork_that_waited_until_its_past_was_rewritten_says_so():
         waits = asyncio.create_task(written(fork))
         await asyncio.sleep(0)
         parent.rewrite(20, viewed(words(20), words(60, 7)))
-        with pytest.raises(RowFull, match="cut back before a fork"):
+        with pytest.raises(RowFull, match="truncated before a fork"):
             await waits
         one.release()
         assert same(await written(parent), expected(words(20), words(60, 7)))
