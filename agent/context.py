@@ -349,9 +349,9 @@ class Context:
         """With a quarter of the row free, or it would be written anew with every frame that comes. Where the open turn alone
         takes more than the rest, it is all that stays."""
         try:
-            self._views.let_go(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
+            self._views.evict(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
         except RowFull:
-            self._views.let_go(Budget(ahead=0, row=self.budget.row), "transcripts")
+            self._views.evict(Budget(ahead=0, row=self.budget.row), "transcripts")
 
     def _settled(self) -> View:
         self._held, self._pieces = self._held.then(*self._pieces), []
