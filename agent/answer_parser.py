@@ -1,4 +1,4 @@
-"""One answer as it is written: tokens in; text, thoughts, marks and calls out; and which token the last word heard ends at."""
+"""Parses an answer while it is generated: token ids in; text, thoughts, marks and tool calls out."""
 
 from __future__ import annotations
 
@@ -15,78 +15,79 @@ Piece = str | Thought | Mark | ToolCall | BrokenCall
 
 @dataclass
 class AnswerPart:
-    """What the model wrote without a break: up to its end, or to the tools whose results it needs."""
+    """A part of an answer: what the model generates up to a stop token, or up to the tool calls whose results it needs."""
 
-    begun: int  # characters of the answer's text before it
+    start: int  # where its text begins in the answer's text, in characters
     ids: list[int] = field(default_factory=list)
-    reach: list[int] = field(default_factory=list)  # characters of the answer's text after each id
+    characters: list[int] = field(default_factory=list)  # length of the answer's text after each id
     calls: list[ToolCall] = field(default_factory=list)
-    entry: int = -1  # on the tape, once it is complete
+    entry: int = -1  # its index on the tape, once it is complete
 
-    def until(self, characters: int) -> int:
-        """The ids that write so many characters of the text."""
-        if characters <= self.begun:
+    def count_ids(self, characters: int) -> int:
+        """How many of its ids produce the first `characters` characters of the answer's text."""
+        if characters <= self.start:
             return 0
-        return next((n for n, reach in enumerate(self.reach, 1) if reach >= characters), len(self.ids))
+        return next((n for n, end in enumerate(self.characters, 1) if end >= characters), len(self.ids))
 
 
 class AnswerParser:
-    """`thinking`: whether thoughts may be open when results of tools come back."""
+    """Parses one answer, part by part. `thinking`: a part that follows tool results may begin inside a thought."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool = False) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
         self.text = ""
-        self.stretches: list[AnswerPart] = []
+        self.parts: list[AnswerPart] = []
         self.begin()
 
     @property
     def tokens(self) -> int:
-        return sum(len(stretch.ids) for stretch in self.stretches)
+        return sum(len(part.ids) for part in self.parts)
 
     def begin(self) -> AnswerPart:
-        """The first stretch, or the next one after a tool's results."""
-        self._reader = AnswerReader(self._tokenizer, self._thinking and bool(self.stretches))
+        """Begins the first part, or the next one after tool results."""
+        self._reader = AnswerReader(self._tokenizer, self._thinking and bool(self.parts))
         self._marks = MarkReader()
-        self.stretches.append(AnswerPart(len(self.text)))
-        return self.stretches[-1]
+        self.parts.append(AnswerPart(len(self.text)))
+        return self.parts[-1]
 
     def push(self, id: int) -> list[Piece]:
-        stretch = self.stretches[-1]
+        """The next sampled id; returns the pieces it completes."""
+        part = self.parts[-1]
         pieces = self._read(self._reader.push(id))
-        stretch.ids.append(id)
-        stretch.reach.append(len(self.text))
+        part.ids.append(id)
+        part.characters.append(len(self.text))
         return pieces
 
     def flush(self) -> list[Piece]:
-        """The end of a stretch, wherever it came."""
-        return self._read(self._reader.flush()) + self._said(self._marks.flush())
+        """The end of a part, complete or not; returns the last pieces."""
+        return self._read(self._reader.flush()) + self._add_text(self._marks.flush())
 
     async def read(self, tokens: AsyncIterable[tuple[int, float]]) -> AsyncIterator[Piece]:
-        """The pieces of an answer while it is sampled, to its end. `tokens`: ids with their log-probabilities."""
+        """The pieces of a whole part while it is sampled. `tokens`: ids with their log-probabilities."""
         async for id, _ in tokens:
             for piece in self.push(id):
                 yield piece
         for piece in self.flush():
             yield piece
 
-    def _read(self, found: Iterable[AnswerEvent]) -> list[Piece]:
+    def _read(self, parsed: Iterable[AnswerEvent]) -> list[Piece]:
         pieces: list[Piece] = []
-        for event in found:
+        for event in parsed:
             if isinstance(event, Text):
-                pieces += self._said(self._marks.push(event.text))
+                pieces += self._add_text(self._marks.push(event.text))
             else:
                 pieces.append(event)
             if isinstance(event, ToolCall):
-                self.stretches[-1].calls.append(event)
+                self.parts[-1].calls.append(event)
         return pieces
 
-    def _said(self, parts: Iterable[str | Mark]) -> list[Piece]:
+    def _add_text(self, items: Iterable[str | Mark]) -> list[Piece]:
         pieces: list[Piece] = []
-        for part in parts:
-            if isinstance(part, str):
-                if len(self.text) == self.stretches[-1].begun:  # a stretch does not know what stood before its tools
-                    part = part.lstrip()
-                    part = " " + part if part and self.text and not self.text[-1].isspace() else part
-                self.text += part
-            pieces += [part] if part else []
+        for item in items:
+            if isinstance(item, str):
+                if len(self.text) == self.parts[-1].start:  # the model does not know how the text before its tool calls ended
+                    item = item.lstrip()
+                    item = " " + item if item and self.text and not self.text[-1].isspace() else item
+                self.text += item
+            pieces += [item] if item else []
         return pieces

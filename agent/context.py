@@ -357,9 +357,9 @@ class Context:
         """Decides what to evict. It leaves a quarter of the row free, or the row would be written again with every frame. Where
         the open turn alone needs more than that, all else is evicted."""
         try:
-            self._views.let_go(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
+            self._views.evict(replace(self.budget, row=self.budget.row * 3 // 4), self.policy)
         except RowFull:
-            self._views.let_go(Budget(ahead=0, row=self.budget.row), "transcripts")
+            self._views.evict(Budget(ahead=0, row=self.budget.row), "transcripts")
 
     def _held_now(self) -> View:
         """What the row holds."""

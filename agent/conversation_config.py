@@ -1,4 +1,4 @@
-"""How one conversation is held. Every default lives here."""
+"""The settings of one conversation, with their defaults."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class ConversationConfig:
     budget: Budget = field(default_factory=Budget)
     detection: TurnDetectionConfig = field(default_factory=TurnDetectionConfig)
     setting: tape.SystemPrompt = field(default_factory=tape.SystemPrompt)
-    camera: Literal["off", "end", "live"] = "end"  # when its newest picture is looked at: never, as a turn ends, as it begins too
-    picture: int | None = None  # soft tokens; None: as the checkpoint says
-    sampling: SamplingParams | None = None  # None: as the checkpoint says
+    camera: Literal["off", "end", "live"] = "end"  # when the newest picture joins a turn: never, at the end, at start and end
+    picture: int | None = None  # soft tokens of a picture; None: the checkpoint's default
+    sampling: SamplingParams | None = None  # None: the checkpoint's default
     seed: int | None = None
     max_tokens: int = 512  # tokens of an answer
-    answers: bool = True  # a spoken turn is answered as soon as it ends
-    spoken: bool = True  # answers are, where there is a voice
-    calls: tuple[str, ...] = ()  # an answer begins with a call of one of these tools
-    captions: bool = True
-    ahead: float = 0.3  # seconds of sound that are sent before they are heard
-    patience: float = 10.0  # seconds without sound after which the voice is given up
-    backlog: int = 750  # positions that may wait for a model which is too slow; frames beyond are lost, and counted
-    unread: int = 1024  # events that a door may leave lying
+    answers: bool = True  # answer a spoken turn as soon as it ends
+    spoken: bool = True  # speak answers, if there is a voice
+    calls: tuple[str, ...] = ()  # an answer begins with a call to one of these tools
+    captions: bool = True  # transcribe spoken turns
+    ahead: float = 0.3  # seconds of audio that are sent ahead of playback
+    patience: float = 10.0  # seconds without audio after which the voice counts as failed
+    backlog: int = 750  # positions that may wait for the model; further frames are dropped and counted
+    unread: int = 1024  # events that a door may leave unread

@@ -1,7 +1,7 @@
-"""What goes into a conversation and what comes out of it: the words between `Session` and every door.
+"""The inputs and events of a conversation: what every door sends to a `Session` and receives from it.
 
-Time is counted in samples: of the microphone (16,000 a second) in `at`, of the answer's own sound (`AudioDelta.rate`) in
-`sample`. An answer and a turn are known by their place on the tape.
+Time is counted in samples: of the microphone (16,000 a second) in `at`, `start` and `end`; of the answer's own audio
+(`AudioDelta.rate`) in `sample`. Turns, answers, calls and pictures are identified by their index on the tape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streams.frames import Audio
 
 @dataclass(frozen=True, slots=True)
 class TextInput:
-    """Words that the user types. `ask`: an answer is wanted as soon as the turn can end."""
+    """Text that the user typed. `ask`: create an answer as soon as the turn can end."""
 
     text: str
     ask: bool = True
@@ -32,8 +32,8 @@ class TextInput:
 
 @dataclass(frozen=True, slots=True)
 class PictureInput:
-    """A picture file (JPEG, PNG, WebP). `live`: a camera's, of which the newest is looked at and all others are forgotten.
-    `size`: height and width, which the session finds out."""
+    """A picture file (JPEG, PNG, WebP). `live`: from a camera, of which only the newest is used. `size`: height and width in
+    pixels, filled in by the session."""
 
     data: bytes
     live: bool = False
@@ -42,7 +42,7 @@ class PictureInput:
 
 @dataclass(frozen=True, slots=True)
 class RecordedInput:
-    """A whole turn of sound at once, float32 [n] at 16 kHz in [-1, 1]. `name`: what the door calls the turn."""
+    """A whole turn of audio, float32 [n] at 16 kHz in [-1, 1]. `name`: the door's name for the turn."""
 
     samples: np.ndarray = field(repr=False)
     name: str | None = None
@@ -55,13 +55,13 @@ class PushToTalkStart:
 
 @dataclass(frozen=True, slots=True)
 class PushToTalkEnd:
-    pass
+    """Push to talk: the turn ends; a mere tap discards it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommitTurn:
-    """The open turn, or what waits in the input buffer, is complete. `ask` False: it is kept, and nobody answers yet. `name`:
-    what the door calls the turn that the buffer becomes."""
+    """The open turn, or the audio in the input buffer, is complete. `ask`: create an answer. `name`: the door's name for the turn
+    made from the buffer."""
 
     ask: bool = True
     name: str | None = None
@@ -69,26 +69,26 @@ class CommitTurn:
 
 @dataclass(frozen=True, slots=True)
 class DiscardTurn:
-    """What is being said now, and what waits in the input buffer, is to be forgotten."""
+    """Discards the open turn and the audio in the input buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class CreateAnswer:
-    """An answer is wanted to what is there."""
+    """Creates an answer to the conversation so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryReference:
-    """What was said in that turn, or the picture that was looked at there."""
+    """Refers to the speech of a turn, or to a picture, in the conversation."""
 
     of: int
 
 
 @dataclass(frozen=True, slots=True)
 class CreateOutOfBandResponse:
-    """A response out of band is wanted: an answer that the conversation does not keep. Its events come as `OutOfBandEvent` with
-    this `name`, which the door chooses. `past`: what it is to answer instead of the conversation, the open turn of which it does
-    not know. Its `calls` are told, and nobody waits for their results."""
+    """Creates an out-of-band response: an answer that the conversation does not keep. Its events come as `OutOfBandEvent` with
+    this `name`, which the door chooses. `past`: its context; None: the conversation without the open turn.
+    `calls`: it begins with a call of one of these tools; calls are reported, and their results are not awaited."""
 
     name: str
     past: tuple[AnswerInput, ...] | None = None
@@ -100,12 +100,12 @@ class CreateOutOfBandResponse:
 
 @dataclass(frozen=True, slots=True)
 class CancelAnswer:
-    """The answer is to stop where it is; what was heard of it stays."""
+    """Stops the answer; what was heard of it stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlaybackPosition:
-    """Of `answer` so many samples were really played. After `OutputCleared` the door says once more how many."""
+    """The playback of `answer` has reached `sample`. After `OutputCleared` the door sends it once more."""
 
     answer: int
     sample: int
@@ -113,7 +113,7 @@ class PlaybackPosition:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What came of a tool call. Where the answer does not wait for it any more, it is kept for the next one."""
+    """The result of a tool call. If the answer no longer waits for it, it is kept for the next one."""
 
     call: int
     value: Any
@@ -121,9 +121,9 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
-    """New settings; None leaves one as it is. They hold at once, but not for the answer that is being given; `setting` holds
-    when that is over. `most`: tokens of an answer, no more than the session was made for. `calls`: an answer begins with a call
-    of one of these tools."""
+    """New settings; None leaves one unchanged. They apply at once, except to a running answer; `setting`, the system prompt,
+    applies when that has ended. `max_tokens`: of an answer, at most what the session was created with. `calls`: an answer begins
+    with a call of one of these tools."""
 
     setting: SystemPrompt | None = None
     detection: TurnDetectionConfig | None = None
@@ -136,8 +136,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True, slots=True)
 class TruncateAnswer:
-    """Of `answer`, be it over or not, only so many samples were heard: what came after was never said. The door knows better
-    than the `PlaybackPosition` that it told before."""
+    """Truncates `answer`, running or finished, at `sample` of its audio. Overrides any earlier `PlaybackPosition`."""
 
     answer: int
     sample: int
@@ -145,7 +144,7 @@ class TruncateAnswer:
 
 @dataclass(frozen=True, slots=True)
 class PastAnswer:
-    """An answer from an earlier conversation, which the door brings along: its words, its calls and what came of each."""
+    """An answer of an earlier conversation, supplied by the door: its text, and its calls with their results."""
 
     text: str
     calls: tuple[tuple[ToolCall, Any], ...] = ()
@@ -153,22 +152,22 @@ class PastAnswer:
 
 @dataclass(frozen=True, slots=True)
 class SayText:
-    """Words that the agent is to say of itself, as an answer that nobody asked for: an opening line."""
+    """Text that the agent speaks unprompted, as an answer of its own: a greeting."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteEntry:
-    """The turn or answer never was."""
+    """Deletes the turn or answer `of`."""
 
     of: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutOfBandEvent:
-    """What concerns the response out of band of this `name`: what the session tells of it, or Heard and Stop from the door. Its
-    answer has a number of its own."""
+    """An event of the out-of-band response `name`, or a PlaybackPosition or CancelAnswer for it from the door. Its answer
+    has an index of its own."""
 
     name: str
     payload: PlaybackPosition | CancelAnswer | Event
@@ -199,7 +198,7 @@ Input = (
 
 
 def weight(input: Input | AnswerInput) -> int:
-    """Bytes of its words, pictures and recordings, about."""
+    """Approximate bytes of its text, pictures and recordings."""
     match input:
         case TextInput() | PastAnswer():
             return len(input.text)
@@ -217,7 +216,7 @@ def weight(input: Input | AnswerInput) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The user has the floor; the turn's sound begins at `start`. `name`: of a turn that came from the door as a whole."""
+    """The user has the floor; the turn's audio begins at `start`. `name`: of a turn that the door supplied as a whole."""
 
     turn: int
     at: int
@@ -227,8 +226,8 @@ class TurnStarted:
 
 @dataclass(frozen=True, slots=True)
 class TurnStopped:
-    """The turn that began last is over; its last word was over at `end`. It is known by this `turn` from here on: history that
-    came meanwhile stands before it."""
+    """The latest turn has ended; its last word ended at `end`. Its index is `turn` from here on: it changes when history was
+    inserted before it."""
 
     turn: int
     at: int
@@ -238,7 +237,7 @@ class TurnStopped:
 
 @dataclass(frozen=True, slots=True)
 class TurnDiscarded:
-    """The turn was none: a click, a tap, or forgotten by request."""
+    """The turn was discarded: a click, a tap, or by request."""
 
     turn: int
     at: int
@@ -246,14 +245,14 @@ class TurnDiscarded:
 
 @dataclass(frozen=True, slots=True)
 class FalseInterruption:
-    """The talk over an answer, told by `OutputCleared`, was no turn: a cough, an "mm-hmm"."""
+    """The speech that caused an `OutputCleared` was not a turn: a cough, an "mm-hmm"."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class InputTranscribed:
-    """What was said in a turn; it may come after the answer began."""
+    """The transcript of a turn; it may come after the answer has started."""
 
     turn: int
     text: str
@@ -261,7 +260,7 @@ class InputTranscribed:
 
 @dataclass(frozen=True, slots=True)
 class InputTranscriptionFailed:
-    """Nobody can tell what was said in a turn, and why: one sentence for a person."""
+    """A turn could not be transcribed; `message` says why in one sentence."""
 
     turn: int
     message: str
@@ -269,7 +268,7 @@ class InputTranscriptionFailed:
 
 @dataclass(frozen=True, slots=True)
 class PictureAttached:
-    """The picture is in the turn, and marks that follow are on it."""
+    """The picture was added to the turn; marks that follow refer to it."""
 
     picture: int
     turn: int
@@ -278,12 +277,14 @@ class PictureAttached:
 
 @dataclass(frozen=True, slots=True)
 class AnswerStarted:
+    """An answer has started; 0 for an out-of-band response that could not start."""
+
     answer: int
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """The next words of an answer, as the model writes them: without marks and thoughts."""
+    """The next text of an answer, as it is generated, without marks and thoughts."""
 
     answer: int
     text: str
@@ -291,12 +292,16 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ThoughtDelta:
+    """The next text of the model's reasoning."""
+
     answer: int
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class MarkAdded:
+    """A mark on `picture`, or on the newest one if that is None."""
+
     answer: int
     picture: int | None
     mark: Mark
@@ -304,7 +309,7 @@ class MarkAdded:
 
 @dataclass(frozen=True, slots=True)
 class WordTiming:
-    """A word of the answer: text[start:end] begins at `sample` of its sound."""
+    """A word of the answer: text[start:end] begins at `sample` of its audio."""
 
     start: int
     end: int
@@ -313,7 +318,7 @@ class WordTiming:
 
 @dataclass(frozen=True, slots=True)
 class AudioDelta:
-    """Sound to play: it belongs at `sample` of the answer, also when an answer is taken up again at a word."""
+    """Audio to play, from `sample` of the answer on; after a pause it may begin again at an earlier word."""
 
     answer: int
     sample: int
@@ -324,8 +329,8 @@ class AudioDelta:
 
 @dataclass(frozen=True, slots=True)
 class OutputCleared:
-    """Play nothing more of what was sent; say with `PlaybackPosition` how far it came. `start`: since when someone talks over the
-    answer, where that is why; `TurnStarted` or `FalseInterruption` follows."""
+    """Discard the audio that was not played yet, and report with `PlaybackPosition` how far playback came. `start`: the sample
+    since which there is speech over the answer, if that is the reason; `TurnStarted` or `FalseInterruption` follows."""
 
     answer: int
     start: int | None = None
@@ -333,18 +338,18 @@ class OutputCleared:
 
 @dataclass(frozen=True, slots=True)
 class ToolCalled:
-    """A tool is wanted; `ToolResult` with this `call` goes on with the answer."""
+    """The model calls a tool; the answer goes on after a `ToolResult` with this `call`."""
 
     answer: int
     call: int
     tool: ToolCall
-    more: int = 0  # so many follow before the answer waits
+    more: int = 0  # how many calls follow before the answer waits
 
 
 @dataclass(frozen=True, slots=True)
 class UsageCounted:
-    """A stretch of an answer is written, up to its end or to the tools that it calls: positions that were in the row before it,
-    by kind, and its tokens."""
+    """A part of an answer is complete, to its end or to its tool calls: the positions in the row before it, by kind, and the
+    tokens generated."""
 
     answer: int
     text: int
@@ -355,7 +360,7 @@ class UsageCounted:
 
 @dataclass(frozen=True, slots=True)
 class OutputSent:
-    """All words and all sound of the answer are out, and what is left is to be heard."""
+    """All text and audio of the answer was emitted; only its playback goes on."""
 
     answer: int
     finish: Literal["stop", "length"]
@@ -363,7 +368,7 @@ class OutputSent:
 
 @dataclass(frozen=True, slots=True)
 class AnswerDone:
-    """The answer is over: all `text` of it, and how many characters of that were heard."""
+    """The answer has ended: its whole `text`, and how many characters of it were heard."""
 
     answer: int
     text: str
@@ -375,8 +380,8 @@ class AnswerDone:
 
 @dataclass(frozen=True, slots=True)
 class AnswerTimings:
-    """When each stage of an answer was reached, in milliseconds after the frame came that ended the turn; `speech` is how long
-    before that the last word was over. `waiting`: positions not yet in the row at that moment."""
+    """When each stage of an answer was reached, in milliseconds after the frame that ended the turn; `speech_end`, when the last
+    word ended, is negative. `waiting`: positions that were not prefilled yet at that moment."""
 
     answer: int
     stages: Mapping[str, float]
@@ -385,22 +390,21 @@ class AnswerTimings:
 
 @dataclass(frozen=True, slots=True)
 class UserIdle:
-    """Nobody has said anything for as long as the manners allow."""
+    """There has been no speech for `TurnDetectionConfig.idle` since the answer."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class EntriesEvicted:
-    """What the model does not remember any more, under its budget; each is told once."""
+    """What the model no longer has in its context, to stay in its budget; each is reported once."""
 
     gone: tuple[Evicted, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something went wrong and the conversation goes on: one sentence for a person. `refused`: something that the door gave was
-    not taken."""
+    """Something went wrong and the conversation goes on; `message` is one sentence. `refused`: an input was rejected."""
 
     message: str
     refused: bool = False
@@ -408,7 +412,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class SessionFailed:
-    """The conversation is over: one sentence for a person. Always the last event."""
+    """The conversation has failed; `message` says why in one sentence. Always the last event."""
 
     message: str
 

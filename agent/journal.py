@@ -1,4 +1,4 @@
-"""An append-only file of checksummed records, which survives kill -9. Knows nothing of what is in them."""
+"""An append-only file of checksummed records, which survives kill -9. The records' content is opaque here."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from zlib import crc32
 
 
 class JournalError(RuntimeError):
-    """A journal that cannot be written or read; the message is one sentence and names the file."""
+    """A journal cannot be written or read; the message is one sentence and names the file."""
 
 
 class Journal:
-    """An append-only file, for its owner's eyes: a line that says what it is and in which version, then records: length,
-    checksum of that, checksum of the body, body. The first body is the head. One write each, so that a process that is
-    killed leaves at most the last one torn; the disk is not waited for, except where the file is written anew."""
+    """An append-only file that only its owner can read: a line with format and version, then records of length, checksum of the
+    length, checksum of the body, and body. The first body is the head. Each record is one write, so that a killed process leaves
+    at most the last one torn; only `rewrite` waits for the disk (fsync)."""
 
     MAGIC = b"attend tape 1\n"
     HEADER = struct.Struct("<III")
 
     def __init__(self, path: Path, bound: int, head: bytes, size: int | None = None) -> None:
-        """A new file; with `size` the one that is there, cut off after so many bytes."""
+        """A new file; with `size`, the existing one, truncated to that many bytes. Raises JournalError."""
         self.path, self.bound, self._head = path, bound, head
         self._file, self.size = self._open(path, new=size is None), size or 0
         if size is None:
@@ -33,13 +33,15 @@ class Journal:
             self._file.truncate(size)
 
     def room(self, body: bytes) -> bool:
+        """Whether another record with this body stays within `bound` bytes."""
         return self.size + self.HEADER.size + len(body) <= self.bound
 
     def append(self, body: bytes) -> None:
+        """Writes one more record. Raises JournalError."""
         self._write(self._record(body))
 
     def rewrite(self, bodies: Iterable[bytes]) -> None:
-        """The file anew, with these bodies. Whatever happens, either the old or the new one is there."""
+        """Replaces the file by one with these bodies, atomically. Raises JournalError; the old file then stays."""
         path, old = self.path.with_name(self.path.name + ".new"), (self._file, self.size)
         path.unlink(missing_ok=True)
         self._file, self.size = self._open(path, new=True), 0
@@ -52,7 +54,7 @@ class Journal:
         except (OSError, JournalError) as error:
             self._file.close()
             self._file, self.size = old
-            raise JournalError(f"the journal {self.path} cannot be written anew: {error}") from error
+            raise JournalError(f"the journal {self.path} cannot be rewritten: {error}") from error
         old[0].close()
 
     def close(self) -> None:
@@ -82,15 +84,15 @@ class Journal:
 
 
 def records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Whole bodies and where they end. Over where the rest is torn: a record that is not there to its end, or a wrong one with
-    nothing but zeros after it (blocks that were set aside when the power went). Raises JournalError for other damage."""
+    """Yields each body and the byte where its record ends. Stops at a torn end: an incomplete record, or a wrong one with only
+    zeros after it (blocks that were allocated when the power failed). Raises JournalError for any other damage."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise JournalError(f"the journal {path} cannot be opened: {error.strerror}") from error
     with file:
         if file.read(len(Journal.MAGIC)) != Journal.MAGIC:
-            raise JournalError(f"{path} is no journal of a conversation that this version reads")
+            raise JournalError(f"{path} is not a conversation journal that this version can read")
         end = len(Journal.MAGIC)
         while len(header := file.read(Journal.HEADER.size)) == Journal.HEADER.size:
             length, check, checksum = Journal.HEADER.unpack(header)

@@ -1,4 +1,4 @@
-"""Responses out of band: each in a fork of the row, on a tape of its own, and nothing is left of it afterwards."""
+"""Out-of-band responses: each runs in a fork of the row, on a tape of its own, and the conversation keeps nothing of it."""
 
 from __future__ import annotations
 
@@ -24,76 +24,78 @@ from streams.frames import Audio, MediaError
 from streams.pictures import decode_picture
 from streams.voice import Voice
 
-MOST = 4  # at once: they share the spare rows with everybody's captions
+MAX_RESPONSES = 4  # at once: they share the spare rows with the captions of all conversations
 
 
 class OutOfBandResponses:
-    """Those of one conversation, whose `record` they fork. `spawn` runs a task for as long as the conversation goes on."""
+    """The out-of-band responses of one conversation, whose `context` they fork. `spawn` starts a task that ends with the
+    conversation at the latest."""
 
     def __init__(
         self,
-        record: Context,
+        context: Context,
         loaded: LoadedModel,
         emit: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
-        self._record, self._loaded, self._emit, self._spawn = record, loaded, emit, spawn
-        self._given: dict[str, tuple[AnswerTask, asyncio.Task[None]]] = {}
+        self._context, self._loaded, self._emit, self._spawn = context, loaded, emit, spawn
+        self._running: dict[str, tuple[AnswerTask, asyncio.Task[None]]] = {}
 
     def begin(self, item: events.CreateOutOfBandResponse, settings: ConversationConfig, voice: Voice | None) -> None:
-        if len(self._given) == MOST or item.name in self._given:
-            return self.refuse(item, f"{MOST} responses out of band are being given already")
-        record = self._record.fork(fresh=item.past is not None)
+        if len(self._running) == MAX_RESPONSES or item.name in self._running:
+            return self.refuse(item, f"{MAX_RESPONSES} out-of-band responses are running already")
+        context = self._context.fork(fresh=item.past is not None)
         if item.setting or item.past is not None:
-            record.append(item.setting or settings.setting)
+            context.append(item.setting or settings.setting)
         for part in item.past or ():
-            self._put(record, part, settings)
+            self._append_input(context, part, settings)
         settings = replace(
             settings, max_tokens=min(item.max_tokens or settings.max_tokens, settings.max_tokens), calls=item.calls
         )
-        of, emit = record.ask(), partial(self._tell, item.name)
-        reply = AnswerTask(of, record, self._loaded, settings, voice if item.spoken else None, None, emit, out_of_band=True)
-        emit(events.AnswerStarted(of))
-        self._given[item.name] = reply, self._spawn(self._give(item, record, reply))
+        entry, emit = context.ask(), partial(self._emit_named, item.name)
+        answer = AnswerTask(entry, context, self._loaded, settings, voice if item.spoken else None, None, emit, out_of_band=True)
+        emit(events.AnswerStarted(entry))
+        self._running[item.name] = answer, self._spawn(self._run(item, context, answer))
         return None
 
-    def _tell(self, name: str, event: Event) -> None:
+    def _emit_named(self, name: str, event: Event) -> None:
         self._emit(events.OutOfBandEvent(name, event))
 
-    def refuse(self, item: events.CreateOutOfBandResponse, why: str) -> None:
-        self._tell(item.name, events.AnswerStarted(0))
-        self._fail(item, 0, why)
+    def refuse(self, item: events.CreateOutOfBandResponse, reason: str) -> None:
+        """Reports the response as failed, before it has begun."""
+        self._emit_named(item.name, events.AnswerStarted(0))
+        self._fail(item, 0, reason)
 
-    def _fail(self, item: events.CreateOutOfBandResponse, of: int, why: str) -> None:
-        self._emit(events.Notice(f"a response out of band failed: {why}"))
-        self._tell(item.name, events.AnswerDone(of, "", 0, "failed", 0, 0))
+    def _fail(self, item: events.CreateOutOfBandResponse, entry: int, reason: str) -> None:
+        self._emit(events.Notice(f"an out-of-band response failed: {reason}"))
+        self._emit_named(item.name, events.AnswerDone(entry, "", 0, "failed", 0, 0))
 
-    def take(self, item: events.OutOfBandEvent) -> None:
-        """What the door says of one of them; nothing, where that is over."""
-        if (found := self._given.get(item.name)) is None:
+    def receive(self, item: events.OutOfBandEvent) -> None:
+        """A report from the door about a running response; ignored if that has ended."""
+        if (found := self._running.get(item.name)) is None:
             return
-        reply, task = found
+        answer, task = found
         match item.payload:
             case events.PlaybackPosition():
-                reply.hear(item.payload.sample)
+                answer.hear(item.payload.sample)
             case events.CancelAnswer():
-                del self._given[item.name]
+                del self._running[item.name]
                 task.cancel()
-                reply.cut(reply.heard)
+                answer.interrupt(answer.heard)
 
-    async def _give(self, item: events.CreateOutOfBandResponse, record: Context, reply: AnswerTask) -> None:
+    async def _run(self, item: events.CreateOutOfBandResponse, context: Context, answer: AnswerTask) -> None:
         try:
-            await reply.run()
-            reply.complete()
+            await answer.run()
+            answer.complete()
         except (RowFull, RowLost, EngineStopped, MediaError) as error:
-            self._fail(item, reply.of, str(error))
+            self._fail(item, answer.entry, str(error))
         finally:
-            self._given.pop(item.name, None)
-            record.row.release()
+            self._running.pop(item.name, None)
+            context.row.release()
 
-    def _put(self, record: Context, part: events.AnswerInput, settings: ConversationConfig) -> None:
+    def _append_input(self, context: Context, part: events.AnswerInput, settings: ConversationConfig) -> None:
         if isinstance(part, events.PastAnswer):
-            record.recall(part.text, part.calls)
+            context.recall(part.text, part.calls)
             return
         entries: list[Entry] = []
         match part:
@@ -102,21 +104,21 @@ class OutOfBandResponses:
             case events.PictureInput() if part.size:
                 entries = [tape.Seen(part.data, *part.size, settings.picture or self._loaded.budget)]
             case events.EntryReference():
-                entries = self._record.content(part.of)
+                entries = self._context.content(part.of)
             case Audio():
                 frame = self._loaded.model.config.frame
                 entries = [Sound.of(np.pad(part.samples, (0, -len(part.samples) % frame)).reshape(-1, frame))]
         for entry in entries:
-            if not record.tape.fits(entry):
-                record.append(tape.Opened())
-            record.append(entry)
+            if not context.tape.fits(entry):
+                context.append(tape.Opened())
+            context.append(entry)
 
 
-async def sized(item: events.AnswerInput, work: Executor) -> Any:
-    """With its size, where it is a picture, which is decoded in `work`. Raises MediaError for one that cannot be decoded."""
+async def with_size(item: events.AnswerInput, executor: Executor) -> Any:
+    """The item, with its size if it is a picture, which is decoded in `executor`. Raises MediaError if it cannot be decoded."""
     if not isinstance(item, events.PictureInput):
         return item
-    height, width, _ = await asyncio.get_running_loop().run_in_executor(work, _shape, item.data)
+    height, width, _ = await asyncio.get_running_loop().run_in_executor(executor, _shape, item.data)
     return replace(item, size=(height, width))
 
 

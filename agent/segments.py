@@ -1,6 +1,6 @@
-"""What a row can hold, as segments, and views made of them: counted, compared, continued.
+"""Segments, the content of a row, and views made of them: counted, compared, extended.
 
-A segment is ids, sound or a picture. A picture goes into a row in one call; everything else in any chunks.
+A segment is token ids, sound or a picture. A picture is prefilled in one chunk; everything else in chunks of any size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.pixels import target_size
 
 @dataclass(frozen=True)
 class Picture:
-    """One block of soft tokens; boi and eoi stand around it as ids."""
+    """One block of soft tokens; boi and eoi come around it as ids. `positions`: how many soft tokens."""
 
     data: bytes
     budget: int
@@ -29,7 +29,7 @@ class Picture:
 
     @classmethod
     def of(cls, data: bytes, height: int, width: int, budget: int, patch: int) -> Picture:
-        """Of a picture's file and its size in pixels."""
+        """From a picture file and its size in pixels."""
         height, width = target_size(height, width, budget, patch)
         return cls(data, budget, height * width // patch**2)
 
@@ -39,7 +39,7 @@ Segment = tuple[int, ...] | Sound | Picture
 
 @dataclass(frozen=True)
 class Evicted:
-    """What a view lets go of: the words and all of a turn and its answer, a picture, or (`verbatim`) sound that became text."""
+    """What a view no longer shows: a whole turn with its answer, a picture, or (`verbatim`) sound that became text."""
 
     of: int
     what: Literal["turn", "picture", "sound"]
@@ -47,24 +47,24 @@ class Evicted:
 
 @dataclass(frozen=True)
 class View:
-    """What a row should hold. Neighbouring segments of one kind are one, so equal views compare equal."""
+    """What a row should hold. Neighbouring segments of one kind are merged, so that equal views compare equal."""
 
     segments: tuple[Segment, ...]
-    ahead: int  # positions before the sound of the live turn, or before the live turn, or all of them
+    ahead: int  # positions before the live turn's sound; without sound, before that turn; without a live turn, all
     upto: int
     gone: tuple[Evicted, ...] = ()
-    spent: tuple[int, ...] = ()  # payloads that no later view wants, once a row holds this one: for Dropped
+    spent: tuple[int, ...] = ()  # entries whose payloads no later view needs, once a row holds this one: for Dropped
 
     @cached_property
     def positions(self) -> int:
         return sum(map(size, self.segments))
 
     def then(self, *segments: Segment) -> View:
-        """This and what was appended since."""
+        """This view with `segments` appended."""
         return replace(self, segments=merged([*self.segments, *segments]))
 
     def since(self, other: View) -> tuple[int, tuple[Segment, ...]]:
-        """How many positions of a row that holds `other` can stay, and what is to be appended to those."""
+        """How many positions of a row that holds `other` can be kept, and the segments to append to them."""
         keep = 0
         for mine, its in zip(self.segments, other.segments, strict=False):
             keep += _shared(mine, its)
@@ -73,7 +73,7 @@ class View:
         return keep, self.rest(keep)
 
     def first(self, at: int) -> View:
-        """The first `at` positions, which do not end inside a picture."""
+        """The first `at` positions; `at` must not be inside a picture."""
         segments: list[Segment] = []
         for segment in self.segments:
             room = at - sum(map(size, segments))
@@ -83,7 +83,7 @@ class View:
         return replace(self, segments=tuple(segments))
 
     def rest(self, at: int) -> tuple[Segment, ...]:
-        """The segments from position `at` on, which is not inside a picture."""
+        """The segments from position `at` on; `at` must not be inside a picture."""
         out: list[Segment] = []
         for segment in self.segments:
             if at >= size(segment):
@@ -96,6 +96,7 @@ class View:
 
 
 def size(segment: Segment) -> int:
+    """In positions."""
     return len(segment) if isinstance(segment, tuple) else segment.positions
 
 
@@ -114,7 +115,7 @@ def _head(segment: Segment, count: int) -> Segment:
 
 
 def _shared(a: Segment, b: Segment) -> int:
-    """Positions that two segments have in common at their beginning."""
+    """The length of the common prefix of two segments, in positions."""
     if a == b:
         return size(a)
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -127,6 +128,7 @@ def _shared(a: Segment, b: Segment) -> int:
 
 
 def merged(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Joins neighbours of one kind and leaves out empty segments."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if size(segment) == 0:
@@ -147,12 +149,12 @@ def _joined(group: list[Segment]) -> Segment:
 
 
 class AudioRun:
-    """An open run of sound: boa, frames, and where it is closed and opened again, which Gemma wants within 30 s.
+    """An open audio block: boa, frames, and where it is closed and reopened, because Gemma takes at most 30 s in one block.
 
-    The decision needs the frames so far and nothing else, so that live feeding and rebuilding come to the same. From 20 s on
-    the run may end after any frame; the level there is that of the loudest of the last four frames, since the closure of a
-    plosive is no pause. It ends where that level ranks among the run's lowest: lower than all at 20 s, among the lowest
-    quarter at 25 s, anywhere at 30 s.
+    The decision depends on the frames so far alone, so that live input and a rebuilt row get the same tokens. From 20 s on the
+    block may end after any frame. A frame's level is that of the loudest of the last four, since the closure of a plosive is no
+    pause. The block ends where that level ranks among its lowest: below all others at 20 s, in the lowest quarter at 25 s,
+    anywhere at 30 s.
     """
 
     PATIENT, LONGEST = 500, 750  # positions of 40 ms: 20 s, 30 s
@@ -164,7 +166,7 @@ class AudioRun:
         self._levels: list[int] = []
 
     def feed(self, sound: Sound) -> list[Segment]:
-        """The sound, with the control tokens that are due before and within it."""
+        """The sound, with the control tokens that belong before and inside it."""
         out: list[Segment] = []
         pcm = np.frombuffer(sound.data, "<i2").reshape(-1, sound.frame)
         start = 0
@@ -189,38 +191,38 @@ class AudioRun:
 
 
 class TurnBuilder:
-    """An open turn, part by part, behind its opening: what each part adds to a row. As with sound, live feeding and rebuilding
-    come to the same. `patch`: the side in pixels of the model's soft token."""
+    """The parts of an open turn as segments, after its opening tokens. Live input and a rebuilt row get the same tokens. `patch`:
+    the side of the model's soft token in pixels."""
 
     def __init__(self, prompt: Prompt, patch: int) -> None:
         self._prompt, self._patch = prompt, patch
         self._run: AudioRun | None = None
-        self._timed = self._glued = False
+        self._has_timestamp = self._after_text = False
 
     def feed(self, part: Sound | Typed | Seen) -> list[Segment]:
         if isinstance(part, Sound):
-            self._glued, self._run = False, self._run or AudioRun(self._prompt)
+            self._after_text, self._run = False, self._run or AudioRun(self._prompt)
             return self._run.feed(part)
         ids = self._words(part.text.strip()) if isinstance(part, Typed) else self._before(part)
         if not ids:
             return []
         ended: list[Segment] = [(self._prompt.eoa,)] if self._run else []
-        self._run, self._glued = None, isinstance(part, Typed)
+        self._run, self._after_text = None, isinstance(part, Typed)
         if isinstance(part, Typed):
             return [*ended, ids]
         return [*ended, ids, Picture.of(part.data, part.height, part.width, part.budget, self._patch), (self._prompt.eoi,)]
 
     def end(self) -> list[int]:
-        """What closes the sound that is open."""
+        """The tokens that close an open audio block."""
         return [self._prompt.eoa] if self._run else []
 
     def _words(self, text: str) -> tuple[int, ...]:
-        """A line of its own after other words: what was said does not run into what was typed."""
-        return tuple(self._prompt.tokenizer.encode("\n" + text) if self._glued and text else self._prompt.text(text))
+        """On a new line after other text, so that separate texts do not run together."""
+        return tuple(self._prompt.tokenizer.encode("\n" + text) if self._after_text and text else self._prompt.text(text))
 
     def _before(self, picture: Seen) -> tuple[int, ...]:
         if picture.seconds is None:
             return (self._prompt.boi,)
-        stamp = self._prompt.timestamp(picture.seconds, first=not (self._timed or self._glued))
-        self._timed = True
+        stamp = self._prompt.timestamp(picture.seconds, first=not (self._has_timestamp or self._after_text))
+        self._has_timestamp = True
         return (*stamp, self._prompt.boi)

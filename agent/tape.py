@@ -1,8 +1,8 @@
-"""The tape of a conversation: what was said, seen and answered, append-only, in memory and if wanted in a journal on disk.
+"""The tape of a conversation: an append-only list of what was said, seen and answered, in memory and optionally in a journal.
 
-Entries refer to earlier ones by their index. Nothing is changed afterwards: a transcript, how much of an answer was heard,
-a tool's result, a deletion are entries of their own. What may leave memory is the payload (samples, JPEGs) that no view
-will want again, said by `Dropped`, and all that was `Deleted`. What a row should hold of it: agent/view.py.
+Entries refer to earlier ones by index. No entry is changed later: a transcript, how much of an answer was heard, a tool result
+and a deletion are entries of their own. Only payloads (samples, JPEGs) leave memory: those that no view will need again
+(`Dropped`), and everything that was `Deleted`. Which part of the tape a row should hold: agent/view.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streams.frames import FRAME
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """What stands before everything; the last one counts. `tools` in OpenAI's form."""
+    """The system prompt at the start of the row; the last one counts. `tools` in OpenAI's format."""
 
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -33,7 +33,7 @@ class SystemPrompt:
 
 @dataclass(frozen=True)
 class Opened:
-    """A turn begins; its parts follow until Closed or Asked. `at`: the sample on the stream's clock."""
+    """A turn begins; its parts follow until Closed or Asked. `at`: the sample on the microphone's clock."""
 
     role: str = "user"
     at: int = 0
@@ -41,8 +41,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Sound:
-    """Whole frames as little-endian int16. A row is fed with `samples`, never with what they were made of: so that it hears
-    exactly what the tape can give again."""
+    """Whole frames as little-endian int16. A row is prefilled from `samples`, never from the original float samples, so that a
+    row rebuilt from the tape holds exactly the same."""
 
     data: bytes
     frame: int = FRAME
@@ -55,7 +55,7 @@ class Sound:
 
     @property
     def samples(self) -> NDArray[np.float32]:
-        """[n, frame]"""
+        """float32 [n, frame] in [-1, 1]."""
         samples = np.frombuffer(self.data, "<i2").astype(np.float32)
         samples /= 32768
         return samples.reshape(-1, self.frame)
@@ -67,13 +67,15 @@ class Sound:
 
 @dataclass(frozen=True)
 class Typed:
+    """Text in a turn."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture that was looked at: the file's bytes, its upright size in pixels, its budget in soft tokens, the sample at
-    which it was taken; `seconds` on the camera's clock, written before it where it is one of a stream."""
+    """A picture in a turn: the file's bytes, its upright size in pixels, its budget in soft tokens, the sample at which it was
+    taken; for one of a stream, `seconds` on the camera's clock, which are written before it."""
 
     data: bytes
     height: int
@@ -85,18 +87,18 @@ class Seen:
 
 @dataclass(frozen=True)
 class Closed:
-    """The turn has ended; nobody is asked to answer."""
+    """The turn has ended; no answer follows."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The turn, if one is open, has ended, and the model's begins."""
+    """The turn, if one is open, has ended, and an answer begins."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model wrote: every id that was sampled, thoughts, calls and the stop token included, and the words of it.
-    Without ids (an answer that a client brought along) the words are what counts."""
+    """What the model generated: every sampled id, with thoughts, calls and the stop token, and its text. Without ids (an answer
+    that a client supplied) the text counts."""
 
     ids: tuple[int, ...]
     text: str = ""
@@ -104,7 +106,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Heard:
-    """Of the answer `of` only the first `ids` ids were heard. The last one counts."""
+    """Only the first `ids` ids of the answer `of` were heard. The last such entry counts."""
 
     of: int
     ids: int
@@ -112,7 +114,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Called:
-    """A tool that the answer `of` called; the model waits for its Result and then goes on in the same turn."""
+    """A tool call in the answer `of`; the model waits for its CallResult and then goes on in the same turn."""
 
     of: int
     name: str
@@ -121,7 +123,7 @@ class Called:
 
 @dataclass(frozen=True)
 class CallResult:
-    """What came of the call `of`."""
+    """The result of the call `of`."""
 
     of: int
     value: Any
@@ -129,7 +131,7 @@ class CallResult:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The words of all sound in the finished turn `of`; empty where there were none or nobody could tell."""
+    """The transcript of all sound in the finished turn `of`; empty if there were no intelligible words."""
 
     of: int
     text: str
@@ -137,14 +139,14 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The sound of these turns and these pictures are no longer in memory."""
+    """The sound of these turns, and these pictures, are no longer in memory."""
 
     of: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Deleted:
-    """The turn, answer, call or piece of sound `of` never was."""
+    """The turn, answer, call or sound `of` is deleted."""
 
     of: int
 
@@ -155,38 +157,38 @@ Entry = SystemPrompt | Opened | Part | Closed | Asked | Answered | Heard | Calle
 
 # ---- the tape
 
-REFERS = {Heard: Answered, Called: Answered, CallResult: Called, Transcript: Opened, Deleted: Opened | Answered | Called | Sound}
-JOINED = 320_000  # bytes of sound in one entry: 10 s
+TARGETS = {Heard: Answered, Called: Answered, CallResult: Called, Transcript: Opened, Deleted: Opened | Answered | Called | Sound}
+MAX_SOUND = 320_000  # bytes of sound in one entry: 10 s
 BOUND = 256 << 20  # bytes of a journal: more than two hours of sound
 
 
 class Tape:
-    """`model`: the checkpoint whose ids these are. Without a journal, which is the default, nothing leaves memory."""
+    """`model`: the checkpoint whose token ids these are. Without a journal, the default, nothing is written to disk."""
 
     def __init__(self, model: str = "", journal: Journal | None = None) -> None:
         self.model, self._journal = model, journal
         self._entries: list[Entry] = []
-        self._open: int | None = None  # the turn that takes parts
+        self._open: int | None = None  # the index of the open turn
 
     @classmethod
     def create(cls, path: Path, model: str = "", bound: int = BOUND) -> Tape:
-        """A new tape with a journal of at most `bound` bytes: past it, the oldest payloads leave tape and file until half is
-        free. Raises JournalError if the file exists or cannot be written."""
+        """A new tape with a journal of at most `bound` bytes; beyond that, the oldest payloads are dropped from tape and file
+        until half is free. Raises JournalError if the file exists or cannot be written."""
         return cls(model, Journal(path, bound, json.dumps({"model": model}).encode()))
 
     @classmethod
     def load(cls, path: Path, bound: int = BOUND) -> Tape:
-        """The tape in a journal, to go on with. A torn last record (kill -9) is cut off. Raises JournalError."""
+        """Loads a tape from its journal and goes on in it. A torn last record (kill -9) is cut off. Raises JournalError."""
         bodies = records(path)
         head, size = next(bodies, (b"", 0))
         if not head:
-            raise JournalError(f"the journal {path} holds nothing")
+            raise JournalError(f"the journal {path} is empty")
         tape = cls(json.loads(head)["model"])
         for body, size in bodies:
             entry = _read(body)
             if entry is None or not tape.fits(entry):
-                raise JournalError(f"the journal {path} is damaged: what ends at byte {size:,} does not belong there")
-            tape._take(entry)
+                raise JournalError(f"the journal {path} is damaged: the record that ends at byte {size:,} does not belong there")
+            tape._add(entry)
         tape._journal = Journal(path, bound, head, size)
         return tape
 
@@ -195,38 +197,38 @@ class Tape:
         return self._entries
 
     def append(self, entry: Entry) -> int:
-        """The entry's index. Raises JournalError where the file cannot follow; `close` then goes on without it."""
+        """Returns the entry's index. Raises JournalError if the file cannot be written; `close` then goes on in memory."""
         assert self.fits(entry), entry
         if self._journal:
             body = _body(entry)
             if not self._journal.room(body):
                 self._shrink(self._journal)
                 if not self._journal.room(body):
-                    raise JournalError(f"the journal {self._journal.path} is full and nothing in it can be let go")
+                    raise JournalError(f"the journal {self._journal.path} is full and nothing in it can be dropped")
             self._journal.append(body)
-        self._take(entry)
-        if self._journal and isinstance(entry, Deleted):  # deleted is deleted: on the disk too
+        self._add(entry)
+        if self._journal and isinstance(entry, Deleted):  # deleted on disk too
             self._journal.rewrite(map(_body, self._entries))
         return len(self._entries) - 1
 
     def copy(self) -> Tape:
-        """What it says so far but for the open turn, without a journal."""
+        """A copy without the open turn and without a journal."""
         copy, end = Tape(self.model), len(self._entries) if self._open is None else self._open
-        facts = (Heard, CallResult, Transcript, Deleted)  # about what was before that turn
+        facts = (Heard, CallResult, Transcript, Deleted)  # kept if they are about an entry before that turn
         copy._entries = self._entries[:end]
         copy._entries += [e for e in self._entries[end:] if isinstance(e, SystemPrompt) or (isinstance(e, facts) and e.of < end)]
         return copy
 
     def close(self) -> None:
-        """The journal is closed; the tape goes on in memory."""
+        """Closes the journal; the tape goes on in memory."""
         if self._journal:
             self._journal.close()
             self._journal = None
 
     def fits(self, entry: Entry) -> bool:
-        """Whether the entry makes sense here: parts go into an open turn, facts are about what there is."""
+        """Whether the entry is valid here: parts need an open turn, and a reference needs an entry of the right kind."""
 
-        def there(index: int, kinds: Any) -> bool:
+        def exists(index: int, kinds: Any) -> bool:
             return 0 <= index < len(self._entries) and isinstance(self._entries[index], kinds)
 
         match entry:
@@ -235,16 +237,16 @@ class Tape:
             case Sound() | Typed() | Seen() | Closed():
                 return self._open is not None
             case Dropped():
-                return all(there(index, Opened | Seen) for index in entry.of)
+                return all(exists(index, Opened | Seen) for index in entry.of)
             case Transcript():
-                return entry.of != self._open and there(entry.of, Opened)
+                return entry.of != self._open and exists(entry.of, Opened)
             case Heard() | Called() | CallResult() | Deleted():
-                return there(entry.of, REFERS[type(entry)])
+                return exists(entry.of, TARGETS[type(entry)])
         return True
 
-    def _take(self, entry: Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         last = self._entries[-1] if self._entries else None
-        if isinstance(entry, Sound) and isinstance(last, Sound) and last.frame == entry.frame and len(last.data) < JOINED:
+        if isinstance(entry, Sound) and isinstance(last, Sound) and last.frame == entry.frame and len(last.data) < MAX_SOUND:
             # Frames come 25 times a second; two hours of them as entries made every view take 100 ms.
             self._entries[-1] = replace(last, data=last.data + entry.data)
             return
@@ -262,32 +264,33 @@ class Tape:
                 self._open = None if self._open == entry.of else self._open
 
     def _blank(self, of: int, words: bool) -> None:
-        """Empties the payloads of a turn or a picture; with `words` all that a turn, an answer or a call ever said."""
+        """Empties the payloads of a turn or a picture; with `words` also all text of a turn, an answer or a call."""
         turn, about = isinstance(self._entries[of], Opened), {of}
         for index in range(of, len(self._entries)):
             entry = self._entries[index]
             turn = turn and (index == of or not isinstance(entry, Opened))
             if not (turn or words or index == of):
                 break
-            part = isinstance(entry, Sound | Typed | Seen if words else Sound)  # of a turn whose sound goes, a picture stays
+            part = isinstance(entry, Sound | Typed | Seen if words else Sound)  # a picture outlives its turn's sound
             if (turn and part) or index in about or getattr(entry, "of", None) in about:
                 self._entries[index] = _emptied(entry, words)
                 if isinstance(entry, Called):
                     about.add(index)
 
     def _shrink(self, journal: Journal) -> None:
-        spare = sum(len(getattr(entry, "data", b"")) for entry in self._entries) - journal.bound // 2
-        gone, turn = set(), -1
+        excess = sum(len(getattr(entry, "data", b"")) for entry in self._entries) - journal.bound // 2
+        dropped, turn = set(), -1
         for index, entry in enumerate(self._entries):
             turn = index if isinstance(entry, Opened) else turn
-            if spare <= 0 or turn == self._open:
+            if excess <= 0 or turn == self._open:
                 break
             if isinstance(entry, Sound | Seen) and entry.data:
-                gone.add(turn if isinstance(entry, Sound) else index)
-                spare -= len(entry.data)
-        if gone:
-            journal.append(_body(dropped := Dropped(tuple(sorted(gone)))))
-            self._take(dropped)
+                dropped.add(turn if isinstance(entry, Sound) else index)
+                excess -= len(entry.data)
+        if dropped:
+            entry = Dropped(tuple(sorted(dropped)))
+            journal.append(_body(entry))
+            self._add(entry)
         journal.rewrite(map(_body, self._entries))
 
 
@@ -312,7 +315,7 @@ KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Entry)}
 
 
 def _body(entry: Entry) -> bytes:
-    """One line of JSON, then the payload as it is."""
+    """One line of JSON, then the payload as raw bytes."""
     named = {field.name: getattr(entry, field.name) for field in fields(entry)}
     data: bytes = named.pop("data", b"")
     return json.dumps({"kind": type(entry).__name__, **named}, separators=(",", ":")).encode() + b"\n" + data

@@ -1,17 +1,18 @@
-"""Who has the floor: the probability of speech in each frame in, decisions out.
+"""Turn detection, who has the floor: the speech probability of each frame in, decisions out.
 
-Pure: no clock and no tasks. Time is the number of samples heard, so an hour of talk replays in a second.
+Pure: no clock and no tasks. Time is the number of samples heard, so an hour of speech replays in a second.
 
-          talk for `speech`                silence for `pause`
-    QUIET ─▶ STARTING ─────────▶ SPEAKING ◀───────────────────▶ STOPPING ──▶ QUIET
-      ▲         │     Began                 Paused, WentOn         Ended, or Discarded if it was less than `least`
-      └─────────┘ silence for `gap`
+       speech for `speech`                   silence for `pause`         silence for `silence`
+    QUIET ─▶ STARTING ────────────▶ SPEAKING ◀─────────────────▶ STOPPING ──────────▶ QUIET
+      ▲         │     SpeechStarted            PauseStarted,          SpeechEnded, or SpeechDiscarded
+      └─────────┘ silence for `gap`            PauseEnded             if the speech was shorter than `least`
 
-Talk over an answer stays in STARTING for longer, for it may be a cough or an "mm-hmm". The answer is Hushed at once, since
-silence is what the user waits for; then either the talk lasts for `interruption`, and the answer is Interrupted, or it
-stops, and the answer is TakenUp at the word that was cut. So a wrong guess costs a moment and never the answer.
+Speech over an answer stays in STARTING for longer, because it may be a cough or an "mm-hmm". Playback pauses at once
+(OutputPaused), since that is what the user waits for. Then either the speech lasts for `interruption` and the answer ends
+(BargeIn), or it stops and playback goes on at the word where it paused (OutputResumed). A false alarm costs a moment of silence
+and never the answer.
 
-A turn is open from Began to Ended or Discarded, and never while an answer is being given.
+A turn is open from SpeechStarted to SpeechEnded or SpeechDiscarded, and never during an answer.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ EndReason = Literal["silence", "released", "committed", "long"]
 
 @dataclass(frozen=True, slots=True)
 class TurnDetectionConfig:
-    """Times are in milliseconds."""
+    """When a turn begins and ends. Times are in milliseconds."""
 
-    threshold: float = 0.5  # of probability, where speech begins; it ends 0.15 lower (silero's own hysteresis)
-    pre_roll: int = 300  # kept from before the onset, or the first syllable is lost
-    speech: int = 80  # of talk: two frames open a turn or hush an answer; silero needs another 40 to 120 for the onset itself
-    least: int = 160  # of talk in a whole turn: the shortest "no" is 240, a click or a knock is less
-    gap: int = 320  # of silence that ends a sound too short to be talk; "no, wait … stop it" has 240 in the middle
-    pause: int = 120  # of silence after which an answer may be guessed at
-    silence: int = 500  # that ends a turn; with a model that judges pauses itself, the longest wait
-    interruption: int = 800  # of talk over an answer: measured, "mm-hmm" takes 560 to 760 and "no, wait" 840 and more
-    interrupt: bool = True  # False: talk over an answer is not heard at all (a loudspeaker without echo cancellation)
-    hands_free: bool = True  # False: only `press` and `release` open and close turns
-    buffered: bool = False  # sound waits for a commit, as in OpenAI's input buffer, and interrupts nothing
-    longest: int = 120_000  # of one turn: a television never stops talking
-    idle: int | None = None  # of silence after an answer
+    threshold: float = 0.5  # speech probability at which speech begins; it ends 0.15 lower (silero's own hysteresis)
+    pre_roll: int = 300  # audio from before the onset that joins the turn, or the first syllable is lost
+    speech: int = 80  # of speech, two frames: opens a turn or pauses an answer; silero needs another 40 to 120 for the onset
+    least: int = 160  # of speech in a whole turn: the shortest "no" is 240, a click or a knock is less
+    gap: int = 320  # of silence that ends a sound too short to be speech; "no, wait … stop it" has 240 in the middle
+    pause: int = 120  # of silence after which an answer may be prepared speculatively
+    silence: int = 500  # of silence that ends a turn; where a model judges pauses, the longest wait
+    interruption: int = 800  # of speech over an answer; measured: "mm-hmm" 560 to 760, "no, wait" 840 and more
+    interrupt: bool = True  # False: speech over an answer is ignored (a loudspeaker without echo cancellation)
+    hands_free: bool = True  # False: push to talk, only `press` and `release` open and close turns
+    buffered: bool = False  # audio waits for a commit, as in OpenAI's input audio buffer, and interrupts nothing
+    longest: int = 120_000  # of one turn: a television never stops
+    idle: int | None = None  # of silence after an answer until IdleTimeout; None: never
 
     def __post_init__(self) -> None:
         assert 0.15 < self.threshold < 1, self.threshold
@@ -51,16 +52,16 @@ class TurnDetectionConfig:
 
     @property
     def keep(self) -> int:
-        """Samples of the past that Began may ask for; frames older than that can go."""
+        """How many samples a turn may begin before it is detected; older frames are not needed."""
         return _samples(self.pre_roll + self.interruption + self.gap)
 
 
-# ---- decisions; `at` is when they were made
+# ---- decisions; `at`: the sample at which they were made
 
 
 @dataclass(frozen=True, slots=True)
 class SpeechStarted:
-    """The user has the floor: what was heard from sample `start` on belongs to the turn."""
+    """The user has the floor; the turn's audio begins at sample `start`."""
 
     at: int
     start: int
@@ -68,7 +69,8 @@ class SpeechStarted:
 
 @dataclass(frozen=True, slots=True)
 class PauseStarted:
-    """The user has said nothing since `end`: a chance to guess at the answer. WentOn, Ended or Discarded follows."""
+    """The user has been silent since `end`: an answer may start speculatively. PauseEnded, SpeechEnded or
+    SpeechDiscarded follows."""
 
     at: int
     end: int
@@ -76,14 +78,14 @@ class PauseStarted:
 
 @dataclass(frozen=True, slots=True)
 class PauseEnded:
-    """The user speaks again, in the same turn: a guess is worth nothing."""
+    """The user speaks again in the same turn: a speculative answer is void."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class SpeechEnded:
-    """The turn is complete; the last word was over at `end`."""
+    """The turn is complete; the last word ended at `end`."""
 
     at: int
     end: int
@@ -92,7 +94,7 @@ class SpeechEnded:
 
 @dataclass(frozen=True, slots=True)
 class SpeechDiscarded:
-    """What was heard since `start` was no turn: forget it."""
+    """The audio since `start` was not a turn; it is discarded."""
 
     at: int
     start: int
@@ -100,16 +102,16 @@ class SpeechDiscarded:
 
 @dataclass(frozen=True, slots=True)
 class OutputPaused:
-    """Someone talks over the answer: play nothing more until TakenUp or Interrupted."""
+    """There is speech over the answer: playback pauses until OutputResumed or BargeIn."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutputResumed:
-    """It was too short to be an interruption: go on with the answer from its sample `heard`.
+    """The speech was too short for an interruption: playback goes on from the answer's sample `heard`.
 
-    The talk itself lies between `start` and `end`."""
+    The speech lies between `start` and `end`."""
 
     at: int
     heard: int
@@ -119,9 +121,9 @@ class OutputResumed:
 
 @dataclass(frozen=True, slots=True)
 class BargeIn:
-    """The answer is over, and everything after its sample `heard` was never said. Began follows.
+    """The answer is interrupted and truncated at its sample `heard`. SpeechStarted follows.
 
-    If nothing was heard, the last turn was cut too early, and what begins is the rest of it.
+    If `heard` is 0, the last turn had been ended too early, and the new one is the rest of it.
     """
 
     at: int
@@ -130,7 +132,7 @@ class BargeIn:
 
 @dataclass(frozen=True, slots=True)
 class IdleTimeout:
-    """Nobody has said anything for `TurnDetectionConfig.idle` since the answer. Said once for each answer."""
+    """There has been no speech for `TurnDetectionConfig.idle` since the answer. At most once for each answer."""
 
     at: int
 
@@ -153,33 +155,33 @@ Decision = (
 
 class State(Enum):
     QUIET = auto()
-    STARTING = auto()  # perhaps talk, perhaps a cough
+    STARTING = auto()  # speech or a cough
     SPEAKING = auto()
-    STOPPING = auto()  # a pause, or the end
+    STOPPING = auto()  # a pause, or the end of the turn
 
 
 class TurnDetector:
-    """One conversation's floor. `manners` may be replaced at any time and hold from the next frame on."""
+    """The floor of one conversation. `detection` may be replaced at any time and applies from the next frame on."""
 
     def __init__(self, detection: TurnDetectionConfig = TurnDetectionConfig(), at: int = 0) -> None:
         self.detection = detection
         self.now = at
         self.state = State.QUIET
-        self._talking = False  # the last frame, with hysteresis
-        self._onset = at  # of the talk
-        self._end = at  # of the talk so far
-        self._said = 0  # samples of talk since the onset
+        self._speaking_now = False  # whether the last frame was speech, with hysteresis
+        self._onset = at  # of the speech
+        self._end = at  # of the speech so far
+        self._speech_samples = 0  # since the onset
         self._start = at  # of the turn
-        self._free = at  # nothing before belongs to the next turn, as it belongs to the last one
-        self._pressed: int | None = None
-        self._heard: int | None = None  # of the answer; None: there is none
-        self._to_speech = True  # the answer is to what was said, and not to what was typed
-        self._hushed = False
-        self._answered: int | None = None  # since when Idle is due
+        self._not_before = at  # the next turn cannot begin earlier: that audio belongs to the last one
+        self._pressed_at: int | None = None
+        self._heard: int | None = None  # samples of the answer that were heard; None: there is no answer
+        self._to_speech = True  # the answer is to speech, and not to typed text
+        self._output_paused = False
+        self._answered_at: int | None = None  # the start of the idle time
 
     @property
     def floor(self) -> Literal["user", "agent"] | None:
-        """Talk over an answer does not take the floor before it is an interruption."""
+        """Speech over an answer does not take the floor before it is an interruption."""
         if self.state in (State.SPEAKING, State.STOPPING):
             return "user"
         return None if self._heard is None else "agent"
@@ -187,17 +189,17 @@ class TurnDetector:
     # -- the microphone
 
     def hear(self, samples: int, probability: float) -> list[Decision]:
-        """The next frame: how long it is and how likely it holds speech."""
+        """The next frame: its number of samples and its speech probability, 0 to 1."""
         assert samples > 0 and 0 <= probability <= 1, (samples, probability)
-        before, threshold = self._talking, self.detection.threshold
+        before, threshold = self._speaking_now, self.detection.threshold
         self.now += samples
-        self._talking = probability >= (threshold - 0.15 if before else threshold)
-        if self._talking:
-            self._said += samples
+        self._speaking_now = probability >= (threshold - 0.15 if before else threshold)
+        if self._speaking_now:
+            self._speech_samples += samples
             self._end = self.now
-        if self.state is State.QUIET and self._talking and not before and self._listens:
+        if self.state is State.QUIET and self._speaking_now and not before and self._listens:
             self.state = State.STARTING
-            self._onset, self._said = self.now - samples, samples
+            self._onset, self._speech_samples = self.now - samples, samples
         match self.state:
             case State.QUIET:
                 return self._quiet()
@@ -212,128 +214,128 @@ class TurnDetector:
 
     def _quiet(self) -> list[Decision]:
         idle = self.detection.idle
-        if idle is None or self._answered is None or self._heard is not None:
+        if idle is None or self._answered_at is None or self._heard is not None:
             return []
-        if self.now - max(self._answered, self._end) < _samples(idle):
+        if self.now - max(self._answered_at, self._end) < _samples(idle):
             return []
-        self._answered = None
+        self._answered_at = None
         return [IdleTimeout(self.now)]
 
     def _starting(self) -> list[Decision]:
-        m = self.detection
-        if self.now - self._end >= _samples(m.gap):
-            return self._let_go()
-        if self._said < _samples(m.speech):
+        config = self.detection
+        if self.now - self._end >= _samples(config.gap):
+            return self._abandon()
+        if self._speech_samples < _samples(config.speech):
             return []
         if self._heard is None:
             return self._open(self._onset)
-        events: list[Decision] = [] if self._hushed else [OutputPaused(self.now)]
-        self._hushed = True
-        # Before its first word is heard nobody says "mm-hmm" to an answer: the user is still busy with the last sentence. Who
-        # typed is not: a click of the keys would cancel what was asked for.
-        if self._end - self._onset >= _samples(m.interruption if self._heard or not self._to_speech else m.least):
+        events: list[Decision] = [] if self._output_paused else [OutputPaused(self.now)]
+        self._output_paused = True
+        # Nobody says "mm-hmm" before the answer's first word is heard: early speech is the rest of the user's sentence. Not
+        # so after typed text: there the click of a key would cancel the answer.
+        if self._end - self._onset >= _samples(config.interruption if self._heard or not self._to_speech else config.least):
             events += self._interrupt() + self._open(self._onset)
         return events
 
     def _speaking(self) -> list[Decision]:
-        m, silence = self.detection, self.now - self._end
-        if self._pressed is None and silence >= _samples(m.silence):
+        config, silence = self.detection, self.now - self._end
+        if self._pressed_at is None and silence >= _samples(config.silence):
             return [self._close("silence")]
-        if self.now - self._start >= _samples(m.longest):
+        if self.now - self._start >= _samples(config.longest):
             return [self._close("long")]
         events: list[Decision] = []
-        if self.state is State.SPEAKING and silence >= _samples(m.pause):
+        if self.state is State.SPEAKING and silence >= _samples(config.pause):
             self.state = State.STOPPING
             events.append(PauseStarted(self.now, self._end))
-        elif self.state is State.STOPPING and self._talking:
+        elif self.state is State.STOPPING and self._speaking_now:
             self.state = State.SPEAKING
             events.append(PauseEnded(self.now))
         return events
 
     def skip(self, samples: int) -> None:
-        """Time goes on, and what was heard is not to be judged."""
+        """Advances time by audio that is not judged."""
         self.now += samples
 
-    # -- the user's other ways
+    # -- push to talk and requests
 
     def press(self) -> list[Decision]:
-        """Push to talk: a turn is open from here to `release`, whatever is heard, and an answer is interrupted at once."""
-        if self._pressed is not None:
+        """Push to talk: a turn is open until `release`, with or without speech, and an answer is interrupted at once."""
+        if self._pressed_at is not None:
             return []
-        self._pressed = self.now
+        self._pressed_at = self.now
         if self.floor == "user":
             return []
         if self.state is not State.STARTING:
-            self._onset, self._said, self._end = self.now, 0, self.now
+            self._onset, self._speech_samples, self._end = self.now, 0, self.now
         return self._interrupt() + self._open(self._onset)
 
     def release(self) -> list[Decision]:
-        """Ends the turn; a mere tap discards it."""
-        return [] if self._pressed is None else [self._close("released")]
+        """Push to talk: ends the turn; a press shorter than `least` discards it."""
+        return [] if self._pressed_at is None else [self._close("released")]
 
     def commit(self) -> list[Decision]:
-        """The turn, if one is open, is complete: a client says so, or the model has judged a pause."""
+        """Ends the open turn, if any, at a client's request or because the model judged a pause."""
         return [self._close("committed")] if self.floor == "user" else []
 
     def cancel(self) -> list[Decision]:
-        """Whatever the user is saying is to be forgotten."""
+        """Discards the open turn, if any."""
         if self.floor == "user":
             return [self._discard()]
-        return self._let_go() if self.state is State.STARTING else []
+        return self._abandon() if self.state is State.STARTING else []
 
     # -- the answer
 
     def answering(self, to_speech: bool = True) -> None:
-        """An answer is on its way, to what was said or to what was typed; nothing of it has been heard yet."""
+        """An answer begins, to speech or to typed text; nothing of it has been heard yet."""
         assert self.floor is None, f"an answer begins while the floor is the {self.floor}'s"
-        self._heard, self._answered, self._to_speech = 0, None, to_speech
+        self._heard, self._answered_at, self._to_speech = 0, None, to_speech
         if self.state is State.STARTING and not self.detection.interrupt:
             self.state = State.QUIET
 
     def heard(self, samples: int) -> None:
-        """So much of the answer has been played, counted to the end of a whole word. Late news of an ended answer is ignored."""
+        """Samples of the answer played so far, to the end of a whole word. Ignored after the answer has ended."""
         if self._heard is not None:
             self._heard = max(self._heard, samples)
 
     def answered(self) -> list[Decision]:
-        """The answer is over, because all was heard or because it was stopped. Talk over its last word becomes a turn."""
+        """The answer has ended, heard completely or cancelled. Speech over its last word becomes a turn."""
         if self._heard is None:
             return []
-        self._heard, self._hushed, self._answered = None, False, self.now
+        self._heard, self._output_paused, self._answered_at = None, False, self.now
         return self._starting() if self.state is State.STARTING else []
 
     # -- transitions
 
     def _open(self, onset: int) -> list[Decision]:
-        self._start = max(onset - _samples(self.detection.pre_roll), self._free)
+        self._start = max(onset - _samples(self.detection.pre_roll), self._not_before)
         self.state = State.SPEAKING
         return [SpeechStarted(self.now, self._start)]
 
     def _close(self, why: EndReason) -> Decision:
-        """After this, talk that just goes on opens no turn: only a new onset does."""
-        held = 0 if self._pressed is None else self.now - self._pressed
-        if why != "committed" and max(held, self._said) < _samples(self.detection.least):
+        """After this, speech that goes on does not open a turn: only a new onset does."""
+        held = 0 if self._pressed_at is None else self.now - self._pressed_at
+        if why != "committed" and max(held, self._speech_samples) < _samples(self.detection.least):
             return self._discard()
-        self.state, self._pressed, self._answered = State.QUIET, None, None
-        self._free = self.now
+        self.state, self._pressed_at, self._answered_at = State.QUIET, None, None
+        self._not_before = self.now
         return SpeechEnded(self.now, self._end, why)
 
     def _discard(self) -> Decision:
-        self.state, self._pressed = State.QUIET, None
+        self.state, self._pressed_at = State.QUIET, None
         return SpeechDiscarded(self.now, self._start)
 
     def _interrupt(self) -> list[Decision]:
         if self._heard is None:
             return []
         event = BargeIn(self.now, self._heard)
-        self._heard, self._hushed, self._answered = None, False, self.now
+        self._heard, self._output_paused, self._answered_at = None, False, self.now
         return [event]
 
-    def _let_go(self) -> list[Decision]:
+    def _abandon(self) -> list[Decision]:
         self.state = State.QUIET
-        if not self._hushed or self._heard is None:
+        if not self._output_paused or self._heard is None:
             return []
-        self._hushed = False
+        self._output_paused = False
         return [OutputResumed(self.now, self._heard, self._onset, self._end)]
 
 

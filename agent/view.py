@@ -1,8 +1,7 @@
-"""Views of a tape: what of a conversation a row should hold, under a budget.
+"""Views of a tape: which part of a conversation a row should hold, under a budget.
 
-`view` is a pure function of the entries. While a row lives its `ViewComposer` keeps `upto`: what is evicted is then decided by
-the first `upto` entries alone and everything newer only lengthens the view, so that the row follows by appending. `upto`
-moves when the next row is built in the background.
+`view` is a pure function of the entries. The `ViewComposer` of a row remembers `upto`: the first `upto` entries alone decide
+what is evicted, and newer ones only extend the view, so that the row follows by appending. `evict` moves `upto`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from agent.exchanges import Exchange, Exchanges, Reply
+from agent.exchanges import Exchange, Exchanges, ModelOutput
 from agent.prompt import Prompt
 from agent.segments import Evicted, Segment, TurnBuilder, View, merged, size
 from agent.tape import Entry, Part, Seen, Sound, SystemPrompt, Typed
@@ -23,7 +22,7 @@ from model.cache import RowFull
 @dataclass(frozen=True)
 class _Visible:
     words: bool = True
-    sound: bool = True  # as it was heard; otherwise its transcript, once there is one
+    sound: bool = True  # as audio; otherwise as its transcript, once there is one
     pictures: frozenset[int] | None = None  # None: all
 
     def has(self, picture: int) -> bool:
@@ -44,33 +43,33 @@ class _Renderer:
         setting = self.exchanges.setting
         return tuple(self.prompt.begin(setting.system, setting.tools, setting.thinking))
 
-    def exchange(self, x: Exchange, show: _Visible, last: bool = False) -> list[Segment]:
-        """`last`: nothing comes after it, so it may still be open, be asked, or wait for a tool."""
-        if show == _NOTHING:
+    def exchange(self, x: Exchange, visible: _Visible, last: bool = False) -> list[Segment]:
+        """`last`: it is the newest exchange, so its turn may be open and its answer may be running or wait for tool results."""
+        if visible == _NOTHING:
             return []
-        turn = [] if x.role is None else self._turn(x.role, self._left(x, show), open=last and not x.closed)
-        return [*turn, tuple(self._answers(x, last))] if show.words else [*turn]
+        turn = [] if x.role is None else self._turn(x.role, self._visible_parts(x, visible), open=last and not x.closed)
+        return [*turn, tuple(self._answers(x, last))] if visible.words else [*turn]
 
-    def cost(self, x: Exchange, show: _Visible, last: bool = False) -> int:
-        return _total(self.exchange(x, show, last))
+    def cost(self, x: Exchange, visible: _Visible, last: bool = False) -> int:
+        return _total(self.exchange(x, visible, last))
 
-    def _left(self, x: Exchange, show: _Visible) -> Iterator[Part]:
-        """What is left of a turn's parts."""
-        told = False
+    def _visible_parts(self, x: Exchange, visible: _Visible) -> Iterator[Part]:
+        """The parts of a turn that are shown: pictures and sound in memory, text, and the transcript in place of sound."""
+        transcribed = False
         for index, part in self.exchanges.parts(x):
             match part:
                 case Seen():
-                    if part.data and show.has(index):
+                    if part.data and visible.has(index):
                         yield part
-                case _ if not show.words:
+                case _ if not visible.words:
                     pass
                 case Typed():
                     yield part
-                case Sound() if part.data and (show.sound or x.transcript is None):
+                case Sound() if part.data and (visible.sound or x.transcript is None):
                     yield part
-                case Sound() if not told:
+                case Sound() if not transcribed:
                     yield Typed(x.transcript or "")
-                    told = True
+                    transcribed = True
 
     def _turn(self, role: str, parts: Iterable[Part], open: bool) -> Iterator[Segment]:
         turn = TurnBuilder(self.prompt, self.patch)
@@ -82,51 +81,51 @@ class _Renderer:
 
     def _answers(self, x: Exchange, last: bool) -> list[int]:
         prompt = self.prompt
-        turns: list[list[Reply]] = []
-        for reply in x.replies:
-            if reply.goes_on and turns:
-                turns[-1].append(reply)
+        turns: list[list[ModelOutput]] = []
+        for output in x.outputs:
+            if output.continues and turns:
+                turns[-1].append(output)
             else:
-                turns.append([reply])
+                turns.append([output])
         ids: list[int] = []
         for turn in turns:
-            if last and x.waits and turn is turns[-1]:
-                ids += prompt.ask(x.thinking) + [id for reply in turn for id in self._unfinished(reply, x.thinking)]
-            elif inside := [id for reply in turn for id in self._finished(reply)]:
+            if last and x.awaits_results and turn is turns[-1]:
+                ids += prompt.ask(x.thinking) + [id for output in turn for id in self._unfinished(output, x.thinking)]
+            elif inside := [id for output in turn for id in self._finished(output)]:
                 ids += prompt.open_turn("model") + inside + prompt.end_turn()
         return ids + (prompt.ask(x.thinking) if last and x.asked else [])
 
-    def _finished(self, reply: Reply) -> list[int]:
-        """As history has it: no thoughts, what was heard of the words, and every call that came to something."""
-        ids = self._words(reply)
-        done = {index: value for index, value in reply.results.items() if index in reply.calls}
-        for index, call in reply.calls.items():
+    def _finished(self, output: ModelOutput) -> list[int]:
+        """As history: the text that was heard, without thoughts, and every call that has a result."""
+        ids = self._heard_ids(output)
+        done = {index: value for index, value in output.results.items() if index in output.calls}
+        for index, call in output.calls.items():
             ids += self.prompt.tool_call(call.name, call.arguments) if index in done else []
         for index, value in done.items():
-            ids += self.prompt.tool_response(reply.calls[index].name, value, opened=False)
+            ids += self.prompt.tool_response(output.calls[index].name, value, opened=False)
         return ids
 
-    def _unfinished(self, reply: Reply, thinking: bool) -> list[int]:
-        """As the model wrote it, thoughts included, and the results so far: the row it goes on from."""
+    def _unfinished(self, output: ModelOutput, thinking: bool) -> list[int]:
+        """As the model generated it, with thoughts and the results so far: the model goes on from here."""
         prompt, name = self.prompt, self.prompt.tokenizer.name
-        ids = list(reply.entry.ids)
+        ids = list(output.entry.ids)
         if not ids:
-            ids = prompt.text(reply.entry.text)
-            ids += [id for call in reply.calls.values() for id in prompt.tool_call(call.name, call.arguments)]
+            ids = prompt.text(output.entry.text)
+            ids += [id for call in output.calls.values() for id in prompt.tool_call(call.name, call.arguments)]
         while ids and name(ids[-1]) in ("<turn|>", "<eos>"):
             ids.pop()
-        done = [(reply.calls[index].name, value) for index, value in reply.results.items() if index in reply.calls]
+        done = [(output.calls[index].name, value) for index, value in output.results.items() if index in output.calls]
         for number, (tool, value) in enumerate(done, 1):
             opened = bool(ids) and name(ids[-1]) == "<|tool_response>"
-            ids += prompt.tool_response(tool, value, opened=opened, thinking=thinking and number == len(reply.calls))
+            ids += prompt.tool_response(tool, value, opened=opened, thinking=thinking and number == len(output.calls))
         return ids
 
-    def _words(self, reply: Reply) -> list[int]:
-        """What was heard, without thoughts, calls and control tokens, and without the white space around."""
-        if not reply.entry.ids:
-            return self.prompt.text(reply.entry.text) if reply.heard != 0 else []
-        tokenizer, hidden, words = self.prompt.tokenizer, reply.thinks, []
-        for id in reply.entry.ids[: reply.heard]:
+    def _heard_ids(self, output: ModelOutput) -> list[int]:
+        """The ids that were heard, without thoughts, calls, control tokens and surrounding white space."""
+        if not output.entry.ids:
+            return self.prompt.text(output.entry.text) if output.heard != 0 else []
+        tokenizer, hidden, words = self.prompt.tokenizer, output.starts_in_thought, []
+        for id in output.entry.ids[: output.heard]:
             match tokenizer.name(id):
                 case None if not hidden:
                     words.append(id)
@@ -140,7 +139,7 @@ class _Renderer:
         return words
 
 
-# ---- what is let go
+# ---- eviction
 
 Cost = Callable[[Exchange, _Visible], int]
 Policy = Literal["transcripts", "verbatim"]
@@ -148,63 +147,69 @@ Policy = Literal["transcripts", "verbatim"]
 
 @dataclass(frozen=True)
 class Budget:
-    """In positions. `ahead`: all that stands before the sound of the live turn, under `transcripts`. Field reports say that
-    the 12B no longer understands sound after 450 to 500 positions of other content (google/gemma-4-12B-it, discussion 45).
-    `row`: all that a view holds, under either policy; a row of 8192 less 1024 for the answer."""
+    """In positions. `ahead`: at most so many before the sound of the live turn, under `transcripts`. Field reports say that the
+    12B no longer understands sound after 450 to 500 positions of other content (google/gemma-4-12B-it, discussion 45). `row`: at
+    most so many in a view, under either policy; by default a row of 8192 less 1024 for the answer."""
 
     ahead: int = 400
     row: int = 7168
 
 
 class ViewComposer:
-    """Of a tape that grows: `let_go` decides by what is on it now, `view` is what a row should hold.
+    """The views of a growing tape: `evict` decides what leaves, by the entries so far; `view` is what a row should hold.
 
-    `transcripts`: finished turns are words. Under `budget.ahead` the newest exchange's words come first, then the newest
-    picture, then older words, then older pictures; oldest goes first, a turn and its answer as a whole. An exchange that does
-    not fit takes all older ones with it; the newest picture stays without its words. `verbatim`: everything stays as it
-    was while it fits `budget.row`; else the newest three quarters of it do, older turns are words, the oldest go.
+    Policy `transcripts`: finished turns are shown as text. `budget.ahead` is filled with the text of the newest exchange, then
+    the newest picture, then older text, then older pictures; a turn and its answer go together. An exchange that does not fit
+    evicts all older ones too; the newest picture stays without its text. Policy `verbatim`: everything stays as it was while it
+    fits `budget.row`; otherwise the newest turns stay in three quarters of it, older ones are text, and the oldest go.
 
-    What was let go does not come back. `patch`: the side in pixels of the model's soft token.
+    What was evicted does not come back. `patch`: the side of the model's soft token in pixels.
     """
 
     def __init__(self, entries: Sequence[Entry], prompt: Prompt, patch: int = 48) -> None:
         self._entries, self._exchanges = entries, Exchanges(entries)
-        self._writer = _Renderer(self._exchanges, prompt, patch)
-        self._fresh = _Visible()
+        self._renderer = _Renderer(self._exchanges, prompt, patch)
+        self._default = _Visible()
         self._plan: dict[int, _Visible] = {}
         self._upto: int | None = None
-        self._gone: tuple[Evicted, ...] = ()
-        self._spent: tuple[int, ...] = ()
+        self._evicted: tuple[Evicted, ...] = ()
+        self._unneeded: tuple[int, ...] = ()
 
     @property
     def decided(self) -> bool:
+        """Whether `evict` has been called."""
         return self._upto is not None
 
-    def let_go(self, budget: Budget, policy: Policy, upto: int | None = None) -> None:
-        """By the first `upto` entries, or by all. The system prompt and the live turn never go: RowFull says when they alone do
-        not fit `budget.row`; nothing is decided then."""
-        exchanges, writer, fresh = self._exchanges, self._writer, _Visible(sound=policy == "verbatim")
+    def evict(self, budget: Budget, policy: Policy, upto: int | None = None) -> None:
+        """Decides what is evicted, by the first `upto` entries or by all. The system prompt and the live turn always stay; raises
+        RowFull, and decides nothing, if they alone do not fit `budget.row`."""
+        exchanges, renderer, default = self._exchanges, self._renderer, _Visible(sound=policy == "verbatim")
         exchanges.read(upto)
-        exchanges.settle()
+        exchanges.apply_transcripts()
         live = exchanges.live
-        past = exchanges.known[:-1] if live else exchanges.known
-        written = writer.exchange(live, fresh, last=True) if live else []
-        system = len(writer.begin())
-        room = budget.row - system - _total(written)
+        finished = exchanges.items[:-1] if live else exchanges.items
+        rendered = renderer.exchange(live, default, last=True) if live else []
+        system = len(renderer.begin())
+        room = budget.row - system - _total(rendered)
         if room < 0:
             raise RowFull(
                 f"the system prompt and this turn take {budget.row - room} positions and a row has room for {budget.row}"
             )
-        opening = len(writer.prompt.open_turn()) + 1  # so that a turn that opens moves nothing
+        opening = len(renderer.prompt.open_turn()) + 1  # reserved, so that opening a turn evicts nothing
         if policy == "verbatim":
-            plan = _verbatim(past, room, writer.cost)
+            plan = _verbatim(finished, room, renderer.cost)
         else:
-            ahead = min(room, budget.ahead - system - max(opening, _before_sound(written)))
-            plan = _transcripts([(x, exchanges.pictures(x)) for x in past], ahead, writer.cost)
-        self._plan, self._fresh = plan, fresh
+            ahead = min(room, budget.ahead - system - max(opening, _positions_before_sound(rendered)))
+            plan = _transcripts([(x, exchanges.pictures(x)) for x in finished], ahead, renderer.cost)
+        self._plan, self._default = plan, default
         self._upto = len(self._entries) if upto is None else upto
-        self._gone, self._spent = _report([(x, [*exchanges.parts(x)], plan[x.of]) for x in past], policy)
-        exchanges.forget([of for of, show in plan.items() if show == _NOTHING])
+        self._evicted, self._unneeded = _evictions([(x, [*exchanges.parts(x)], plan[x.of]) for x in finished], policy)
+        exchanges.prune([of for of, visible in plan.items() if visible == _NOTHING])
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges are remembered, evicted ones that may still change included."""
+        return len(self._exchanges.items)
 
     @property
     def setting(self) -> SystemPrompt:
@@ -212,24 +217,25 @@ class ViewComposer:
         return self._exchanges.setting
 
     def least(self) -> tuple[int, int]:
-        """Positions of what never goes: the system prompt, and the live exchange."""
+        """Positions of what is never evicted: (the system prompt, the live exchange)."""
         self._exchanges.read()
         live = self._exchanges.live
-        return len(self._writer.begin()), self._writer.cost(live, self._fresh, last=True) if live else 0
+        return len(self._renderer.begin()), self._renderer.cost(live, self._default, last=True) if live else 0
 
     def view(self) -> View:
-        assert self._upto is not None, "nothing is decided"
-        exchanges, writer = self._exchanges, self._writer
+        """What a row should hold now."""
+        assert self._upto is not None, "call evict first"
+        exchanges, renderer = self._exchanges, self._renderer
         exchanges.read()
-        segments: list[Segment] = [writer.begin()]
+        segments: list[Segment] = [renderer.begin()]
         ahead = 0
-        for x in exchanges.known:
-            show, last = self._plan.get(x.of, self._fresh), x is exchanges.known[-1]
-            written = writer.exchange(x, replace(show, words=show.words or (last and x.live)), last)
+        for x in exchanges.items:
+            visible, last = self._plan.get(x.of, self._default), x is exchanges.items[-1]
+            rendered = renderer.exchange(x, replace(visible, words=visible.words or (last and x.live)), last)
             if last and x.live:
-                ahead = _total(segments) + _before_sound(written)
-            segments += written
-        return View(merged(segments), ahead or _total(segments), self._upto, self._gone, self._spent)
+                ahead = _total(segments) + _positions_before_sound(rendered)
+            segments += rendered
+        return View(merged(segments), ahead or _total(segments), self._upto, self._evicted, self._unneeded)
 
 
 def view(
@@ -241,9 +247,9 @@ def view(
     upto: int | None = None,
     patch: int = 48,
 ) -> View:
-    """What a row should hold, composed at once. Raises RowFull, as `ViewComposer.let_go` does."""
+    """What a row should hold, in one call. Raises RowFull as `ViewComposer.evict` does."""
     views = ViewComposer(entries, prompt, patch)
-    views.let_go(budget or Budget(), policy, upto)
+    views.evict(budget or Budget(), policy, upto)
     return views.view()
 
 
@@ -251,67 +257,72 @@ def _total(segments: Iterable[Segment]) -> int:
     return sum(map(size, segments))
 
 
-def _before_sound(segments: list[Segment]) -> int:
-    """0 where there is none."""
+def _positions_before_sound(segments: list[Segment]) -> int:
+    """Positions before the first sound; 0 if there is none."""
     first = next((n for n, segment in enumerate(segments) if isinstance(segment, Sound)), 0)
     return _total(segments[:first])
 
 
-def _transcripts(past: list[tuple[Exchange, list[int]]], room: int, cost: Cost) -> dict[int, _Visible]:
-    """Of exchanges and their pictures."""
-    plan = {x.of: _NOTHING for x, _ in past}
-    words: list[tuple[Exchange, int | None]] = [(x, None) for x, _ in reversed(past)]
-    pictures: list[tuple[Exchange, int | None]] = [(x, index) for x, seen in reversed(past) for index in reversed(seen)]
+def _transcripts(finished: list[tuple[Exchange, list[int]]], room: int, cost: Cost) -> dict[int, _Visible]:
+    """What to show of each exchange under policy `transcripts`. `finished`: exchanges with their pictures."""
+    plan = {x.of: _NOTHING for x, _ in finished}
+    words: list[tuple[Exchange, int | None]] = [(x, None) for x, _ in reversed(finished)]
+    pictures: list[tuple[Exchange, int | None]] = [(x, index) for x, seen in reversed(finished) for index in reversed(seen)]
     current = pictures[0][1] if pictures else None
     refused = set()
     for x, index in [*words[:1], *pictures[:1], *words[1:], *pictures[1:]]:
-        show = plan[x.of]
-        if (index is None) in refused or (index not in (None, current) and not show.words):
+        visible = plan[x.of]
+        if (index is None) in refused or (index not in (None, current) and not visible.words):
             continue
-        more = replace(show, words=True) if index is None else replace(show, pictures=(show.pictures or frozenset()) | {index})
-        if (price := cost(x, more) - cost(x, show)) <= room:
-            plan[x.of], room = more, room - price
+        more = (
+            replace(visible, words=True)
+            if index is None
+            else replace(visible, pictures=(visible.pictures or frozenset()) | {index})
+        )
+        if (needed := cost(x, more) - cost(x, visible)) <= room:
+            plan[x.of], room = more, room - needed
         else:
             refused.add(index is None)
     return plan
 
 
-def _verbatim(past: list[Exchange], room: int, cost: Cost) -> dict[int, _Visible]:
-    plan = {x.of: _NOTHING for x in past}
-    prices: list[int] = []  # newest first, and no more of them than matter: a tape may be hours long
-    for x in reversed(past):
-        prices.append(cost(x, _Visible()))
-        if sum(prices) > room:
+def _verbatim(finished: list[Exchange], room: int, cost: Cost) -> dict[int, _Visible]:
+    """What to show of each exchange under policy `verbatim`."""
+    plan = {x.of: _NOTHING for x in finished}
+    costs: list[int] = []  # newest first, and only as many as can fit: a tape may be hours long
+    for x in reversed(finished):
+        costs.append(cost(x, _Visible()))
+        if sum(costs) > room:
             break
     else:
-        return {x.of: _Visible() for x in past}
-    share = room // 4  # of which older turns are words
-    newer = next(n for n in range(len(prices)) if sum(prices[: n + 1]) > room - share)
-    room -= sum(prices[:newer])
-    for n, x in enumerate(reversed(past)):
-        price = 0 if n < newer else cost(x, _WORDS)
-        if price > room:
+        return {x.of: _Visible() for x in finished}
+    share = room // 4  # for older turns, as text
+    newer = next(n for n in range(len(costs)) if sum(costs[: n + 1]) > room - share)
+    room -= sum(costs[:newer])
+    for n, x in enumerate(reversed(finished)):
+        needed = 0 if n < newer else cost(x, _WORDS)
+        if needed > room:
             break
-        plan[x.of], room = _Visible() if n < newer else _WORDS, room - price
+        plan[x.of], room = _Visible() if n < newer else _WORDS, room - needed
     return plan
 
 
-def _report(
-    past: list[tuple[Exchange, list[tuple[int, Part]], _Visible]], policy: Policy
+def _evictions(
+    finished: list[tuple[Exchange, list[tuple[int, Part]], _Visible]], policy: Policy
 ) -> tuple[tuple[Evicted, ...], tuple[int, ...]]:
     gone: list[Evicted] = []
     spent: list[int] = []
-    for x, parts, show in past:
+    for x, parts, visible in finished:
         sounds = [part for _, part in parts if isinstance(part, Sound)]
-        silent = not (show.words and show.sound) and x.transcript is not None  # without words the sound is all there is
-        if not show.words:
+        silent = not (visible.words and visible.sound) and x.transcript is not None  # without one, the sound is all there is
+        if not visible.words:
             gone.append(Evicted(x.of, "turn"))
         elif policy == "verbatim" and silent and sounds:
             gone.append(Evicted(x.of, "sound"))
         if silent and any(sound.data for sound in sounds):
             spent.append(x.of)
         for index, part in parts:
-            if isinstance(part, Seen) and not show.has(index):
-                gone += [Evicted(index, "picture")] if show.words else []
+            if isinstance(part, Seen) and not visible.has(index):
+                gone += [Evicted(index, "picture")] if visible.words else []
                 spent += [index] if part.data else []
     return tuple(gone), tuple(spent)

@@ -28,15 +28,15 @@ def test_text_thoughts_marks_and_calls_are_told_apart():
     answer, pieces = read(f"<|channel>thought\nhm, left<channel|>It is {MARKS} here.{CALL}")
     assert "".join(piece.text for piece in pieces if isinstance(piece, Thought)) == "hm, left"
     assert [piece for piece in pieces if isinstance(piece, Mark)] == [Mark((120, 340, 560, 780), "red circle")]
-    assert [piece for piece in pieces if isinstance(piece, ToolCall)] == answer.stretches[0].calls
-    assert [(call.name, call.arguments) for call in answer.stretches[0].calls] == [("look", {"where": "left"})]
+    assert [piece for piece in pieces if isinstance(piece, ToolCall)] == answer.parts[0].calls
+    assert [(call.name, call.arguments) for call in answer.parts[0].calls] == [("look", {"where": "left"})]
     assert "".join(piece for piece in pieces if isinstance(piece, str)) == answer.text
     assert re.sub(" +", " ", answer.text) == "It is here."
 
 
 def test_a_call_that_cannot_be_read_is_no_call():
     answer, pieces = read("<|tool_call>call:{{<tool_call|>")
-    assert [type(piece) for piece in pieces] == [BrokenCall] and not answer.stretches[0].calls
+    assert [type(piece) for piece in pieces] == [BrokenCall] and not answer.parts[0].calls
 
 
 def test_an_answer_does_not_begin_with_white_space():
@@ -45,10 +45,10 @@ def test_an_answer_does_not_begin_with_white_space():
 
 def test_a_stretch_goes_on_after_its_tools_in_the_same_answer():
     answer, _ = read("Let me look." + CALL)
-    stretch = answer.begin()
+    part = answer.begin()
     assert read("Red.<turn|>", answer)[0].text == "Let me look. Red."
-    assert stretch.begun == len("Let me look.") and not stretch.calls
-    assert [s.until(len("Let me look.")) for s in answer.stretches] == [len(ids("Let me look.")), 0]
+    assert part.start == len("Let me look.") and not part.calls
+    assert [s.count_ids(len("Let me look.")) for s in answer.parts] == [len(ids("Let me look.")), 0]
     assert answer.tokens == len(ids("Let me look." + CALL + "Red.<turn|>"))
 
 
@@ -68,13 +68,13 @@ WORDS = st.lists(st.sampled_from(["red", "Circle", "the", "left.", "é", "日本
 @given(WORDS)
 def test_the_ids_until_a_character_write_that_character_and_no_more_than_its_token(text):
     answer, _ = read(text)
-    stretch = answer.stretches[0]
-    assert stretch.reach == sorted(stretch.reach) and len(stretch.reach) == len(stretch.ids)
-    assert stretch.until(0) == 0
+    part = answer.parts[0]
+    assert part.characters == sorted(part.characters) and len(part.characters) == len(part.ids)
+    assert part.count_ids(0) == 0
     for characters in range(1, len(answer.text) + 1):
-        count = stretch.until(characters)
+        count = part.count_ids(characters)
         again = AnswerParser(TOKENIZER)
-        for id in stretch.ids[:count]:
+        for id in part.ids[:count]:
             again.push(id)
-        assert count == len(stretch.ids) or len(again.text) >= characters
-        assert count == 1 or stretch.reach[count - 2] < characters
+        assert count == len(part.ids) or len(again.text) >= characters
+        assert count == 1 or part.characters[count - 2] < characters

@@ -100,3 +100,14 @@ async def test_a_fault_of_ours_ends_its_conversation_and_says_what_it_was(engine
         end = await ends
         assert end.code == 1011 and "secret" not in end.why and isinstance(end.fault, ZeroDivisionError)
         await free(engine)
+
+
+async def test_a_cancelled_conversation_gives_its_row_back(engine: Engine, mind: Mind) -> None:
+    async with asyncio.timeout(60):
+        pipe = Pipe()
+        ends = connected(engine, pipe, asyncio.Event(), [])
+        await pipe.until("session.created")
+        ends.cancel()
+        await asyncio.wait({ends})
+        assert ends.cancelled()
+        await free(engine)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.session import LATER
+from agent.session import MAX_DEFERRED
 from agent.tape import Typed
 from model.forward import ForwardPass
 from tests.serving import SETTINGS, VAD, fast, get, plain, say, serving, text, until, works
@@ -115,7 +115,7 @@ async def test_what_comes_while_an_answer_is_given_waits_and_nothing_of_it_is_lo
         await until(connection, "response.output_text.delta")
 
         async def send() -> None:
-            for n in range(LATER + 500):
+            for n in range(MAX_DEFERRED + 500):
                 await say(connection, "conversation.item.create", item=text(f"item {n}"))
 
         sending, heard = asyncio.create_task(send()), list[dict[str, Any]]()
@@ -123,12 +123,12 @@ async def test_what_comes_while_an_answer_is_given_waits_and_nothing_of_it_is_lo
         while not session.full:
             heard += await until(connection, "conversation.item.done")
         mind.go_on()
-        while sum(event["type"] == "conversation.item.done" for event in heard) < LATER + 500 + 1:  # the answer is one too
+        while sum(event["type"] == "conversation.item.done" for event in heard) < MAX_DEFERRED + 500 + 1:  # the answer is one too
             heard += await until(connection, "conversation.item.done")
         await sending
         assert not [event for event in heard if event["type"] == "error"]
         typed: list[str] = []
-        while len(typed) < LATER + 500:
+        while len(typed) < MAX_DEFERRED + 500:
             await asyncio.sleep(0)
             typed = [entry.text for entry in session.record.tape.entries if isinstance(entry, Typed)]
-        assert typed == [f"item {n}" for n in range(LATER + 500)]
+        assert typed == [f"item {n}" for n in range(MAX_DEFERRED + 500)]

@@ -1,4 +1,4 @@
-"""What of an answer can be spoken already, and what was made, sent and heard of it."""
+"""Clauses of an answer for the voice, and what was synthesized, sent and heard of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.events import WordTiming
-from agent.speech import LONG, Clauses, Playback
+from agent.speech import MAX_CLAUSE, Clauses, Playback
 
 # ---- clauses
 
@@ -63,7 +63,7 @@ def test_all_that_can_be_spoken_is_spoken_once_and_in_its_place(text, sizes):
 def test_words_without_an_end_are_spoken_after_a_while(text):
     said = Clauses()
     clauses = [clause for character in text for _, clause in said.push(character)] + [clause for _, clause in said.flush()]
-    assert all(len(clause) <= LONG + max(map(len, text.split(" "))) for clause in clauses)
+    assert all(len(clause) <= MAX_CLAUSE + max(map(len, text.split(" "))) for clause in clauses)
 
 
 # ---- playback
@@ -76,48 +76,48 @@ def spoken(*starts: int) -> list[WordTiming]:
 
 def test_what_was_heard_is_whole_words():
     sound = Playback(1000)
-    sound.make(np.zeros(300, np.float32), spoken(0, 100, 250))
+    sound.add(np.zeros(300, np.float32), spoken(0, 100, 250))
     assert sound.send(1.0)
     for heard, whole, characters in [(0, 0, 0), (99, 0, 0), (100, 100, 3), (249, 100, 3), (300, 250, 7)]:
         sound.hear(heard)
-        assert (sound.whole, sound.characters(sound.whole)) == (whole, characters)
-    sound.pause(11)
-    assert (sound.whole, sound.characters(sound.whole)) == (300, 11), "the clause is over"
-    assert not sound.over
+        assert (sound.heard_to_word_end, sound.characters(sound.heard_to_word_end)) == (whole, characters)
+    sound.end_clause(11)
+    assert (sound.heard_to_word_end, sound.characters(sound.heard_to_word_end)) == (300, 11), "the clause is over"
+    assert not sound.finished
     sound.complete = True
-    assert sound.over
+    assert sound.finished
 
 
 def test_sound_without_words_counts_by_the_clause():
     sound = Playback(1000)
-    sound.make(np.zeros(300, np.float32), [])
-    sound.pause(20)
-    sound.make(np.zeros(300, np.float32), [])
+    sound.add(np.zeros(300, np.float32), [])
+    sound.end_clause(20)
+    sound.add(np.zeros(300, np.float32), [])
     sound.send(1.0)
     for heard, characters in [(299, 0), (300, 20), (600, 20)]:
         sound.hear(heard)
-        assert sound.characters(sound.whole) == characters
+        assert sound.characters(sound.heard_to_word_end) == characters
 
 
 def test_a_word_that_becomes_known_after_its_sound_was_sent_is_told_with_the_next():
     sound = Playback(1000)
-    sound.make(np.zeros(100, np.float32), [])
+    sound.add(np.zeros(100, np.float32), [])
     sound.send(1.0)
-    sound.make(np.zeros(100, np.float32), spoken(50, 150))
+    sound.add(np.zeros(100, np.float32), spoken(50, 150))
     assert sound.send(1.0)[2] == tuple(spoken(50, 150))
 
 
 def test_the_sound_of_a_word_that_begins_where_it_ends_is_told():
     sound = Playback(1000)
-    sound.make(np.zeros(100, np.float32), spoken(0, 100))
+    sound.add(np.zeros(100, np.float32), spoken(0, 100))
     sound.complete = True
     assert sound.send(1.0)[2] == tuple(spoken(0, 100))
 
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("make"), st.lists(st.integers(0, 60), max_size=3)),
-        st.tuples(st.sampled_from(["send", "hear", "take up", "pause", "hush"]), st.integers(0, 120)),
+        st.tuples(st.just("add"), st.lists(st.integers(0, 60), max_size=3)),
+        st.tuples(st.sampled_from(["send", "hear", "resume", "end clause", "pause"]), st.integers(0, 120)),
     ),
     max_size=60,
 )
@@ -130,35 +130,35 @@ def test_any_playback_sends_every_sample_and_word_in_order_and_never_far_ahead(s
     for step, n in steps:
         before = sound.heard
         match step:
-            case "make":
-                starts = np.sort(np.asarray(n, int)) + max(sound.made, 0)
+            case "add":
+                starts = np.sort(np.asarray(n, int)) + max(sound.synthesized, 0)
                 fresh = [WordTiming(4 * (len(words) + k), 4 * (len(words) + k) + 3, int(start)) for k, start in enumerate(starts)]
                 words += fresh
-                sound.make(track[sound.made : sound.made + 60], fresh)
+                sound.add(track[sound.synthesized : sound.synthesized + 60], fresh)
             case "send" if piece := sound.send(ahead):
                 start, pcm, found = piece
-                assert not sound.held and start == at, "where the last one ended, or where it was taken up"
+                assert not sound.paused and start == at, "where the last one ended, or where it was taken up"
                 assert (pcm == track[start : start + len(pcm)]).all() and len(pcm)
                 at = start + len(pcm)
                 told += found
             case "hear":
                 sound.hear(sound.heard + n)
                 assert sound.heard >= before
+            case "end clause":
+                sound.end_clause(4 * len(words))
             case "pause":
-                sound.pause(4 * len(words))
-            case "hush":
-                sound.held = True
-            case "take up" if sound.held:
-                at = sound.whole
+                sound.paused = True
+            case "resume" if sound.paused:
+                at = sound.heard_to_word_end
                 told = [word for word in told if word.sample < at]
-                sound.go_on(at)
-        assert 0 <= sound.whole <= sound.heard <= sound.sent <= sound.made
-        assert sound.sent <= sound.heard + 150 or sound.held or step == "hear"
-        heard = sound.characters(sound.whole)
+                sound.resume(at)
+        assert 0 <= sound.heard_to_word_end <= sound.heard <= sound.sent <= sound.synthesized
+        assert sound.sent <= sound.heard + 150 or sound.paused or step == "hear"
+        heard = sound.characters(sound.heard_to_word_end)
         assert heard % 4 in (0, 3), "never inside a word"
         assert told == words[: len(told)], "each word once, in order"
-    sound.held = False
-    while (piece := sound.send(ahead)) or sound.heard < sound.made:
+    sound.paused = False
+    while (piece := sound.send(ahead)) or sound.heard < sound.synthesized:
         told += piece[2] if piece else ()
         sound.hear(sound.sent)
-    assert told == [word for word in words if word.sample < sound.made]
+    assert told == [word for word in words if word.sample < sound.synthesized]

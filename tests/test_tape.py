@@ -290,7 +290,7 @@ def test_the_system_prompt_never_goes():
     assert shape(looks(tape, Budget(ahead=1))) == "<bos><|turn>system\nYou are a helpful pilot.<turn|>\n"
 
 
-def test_the_live_turn_is_not_let_go_and_says_so_when_a_row_cannot_hold_it():
+def test_the_live_turn_is_not_evicted_and_says_so_when_a_row_cannot_hold_it():
     tape = [*exchange(0), Opened(), sound(90)]
     fixed = looks(tape, Budget(ahead=1))
     assert shape(fixed) == "<bos><|turn>user\n<|audio>~90"
@@ -458,10 +458,10 @@ def test_a_damaged_journal_is_refused_by_name_and_place(tmp_path):
         with pytest.raises(JournalError, match=rf"tape is damaged at byte {middle}"):
             Tape.load(path)
     path.write_bytes(whole.replace(b"attend tape 1", b"attend tape 2"))
-    with pytest.raises(JournalError, match="no journal of a conversation that this version reads"):
+    with pytest.raises(JournalError, match="is not a conversation journal that this version can read"):
         Tape.load(path)
     path.write_bytes(whole[:14])
-    with pytest.raises(JournalError, match="holds nothing"):
+    with pytest.raises(JournalError, match="is empty"):
         Tape.load(path)
     with pytest.raises(JournalError, match="cannot be opened: File exists"):
         Tape.create(path)
@@ -493,7 +493,7 @@ def test_a_journal_keeps_to_its_bound_by_letting_the_oldest_payloads_go(tmp_path
     assert kept == sorted(kept) and 5 < sum(kept) < 20
     assert sum(isinstance(entry, Typed) for entry in tape.entries) == 40, "words stay"
     tape.append(Opened())
-    with pytest.raises(JournalError, match="is full and nothing in it can be let go"):
+    with pytest.raises(JournalError, match="is full and nothing in it can be dropped"):
         for number in range(99):
             tape.append(sound(50, number))
     length = len(tape.entries)
@@ -601,12 +601,12 @@ def test_views_that_are_kept_up_with_a_tape_are_those_composed_at_once(entries, 
     """But for what they forget, which is tried below."""
     tape, budget, upto = Tape(), Budget(ahead, row), None
     views = ViewComposer(tape.entries, PROMPT, SIDE)
-    views._exchanges.forget = lambda _: None  # type: ignore[method-assign]
+    views._exchanges.prune = lambda _: None  # type: ignore[method-assign]
     for number, entry in enumerate(entries):
         tape.append(entry)
         if upto is None or number in decided:
             try:
-                views.let_go(budget, policy)
+                views.evict(budget, policy)
             except RowFull:
                 with pytest.raises(RowFull):
                     looks(tape, budget, policy)
@@ -619,10 +619,10 @@ def test_views_that_are_kept_up_with_a_tape_are_those_composed_at_once(entries, 
         if upto == len(tape.entries):
             assert views.view() == plain
             if policy == "transcripts":
-                assert sum(live) == looks(tape, Budget(0, 100_000)).positions, "all else can be let go"
+                assert sum(live) == looks(tape, Budget(0, 100_000)).positions, "everything else can be evicted"
 
 
-def test_what_is_let_go_of_and_out_of_memory_does_not_come_back_and_costs_nothing_more():
+def test_what_is_evicted_and_out_of_memory_does_not_come_back_and_costs_nothing_more():
     tape = taped(SystemPrompt("Be brief."), Opened())
     views = ViewComposer(tape.entries, PROMPT, SIDE)
     tape.append(sound(60))
@@ -630,15 +630,15 @@ def test_what_is_let_go_of_and_out_of_memory_does_not_come_back_and_costs_nothin
         turn = len(tape.entries) - 2
         for entry in (seen(b"%d" % number), Asked(), answered(f"a{number}"), Transcript(turn, f"q{number}")):
             tape.append(entry)
-        views.let_go(Budget(ahead=150), "transcripts")
+        views.evict(Budget(ahead=150), "transcripts")
         tape.append(Dropped(views.view().spent))
         tape.append(Opened())
         tape.append(sound(60))
-    assert len(views._exchanges.known) < 12
+    assert views.exchanges < 12
     assert re.findall(r"q\d+", shape(views.view())) == [f"q{number}" for number in (297, 298, 299)]
     for index in [index for index, entry in enumerate(tape.entries[:-2]) if isinstance(entry, Opened)][-3:]:
         tape.append(Deleted(index))
-    views.let_go(Budget(ahead=150), "transcripts")
+    views.evict(Budget(ahead=150), "transcripts")
     assert not re.findall(r"q\d+", shape(views.view())), "there would be room for three"
 
 

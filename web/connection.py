@@ -77,15 +77,17 @@ class Connection:
         )
         tasks = [asyncio.ensure_future(part) for part in work]
         session, write, stopping, *_ = tasks
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        stopped = stopping.done()
-        if session.done() and not write.done():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSING):
-                    await self._unsent.join()
-        for task in tasks:
-            task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            stopped = stopping.done()
+            if session.done() and not write.done():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSING):
+                        await self._unsent.join()
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
         return self._end([end for end in ends if isinstance(end, Exception) and not isinstance(end, ClientGone)], stopped)
 
     def _end(self, raised: list[Exception], stopped: bool) -> End:

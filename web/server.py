@@ -174,7 +174,8 @@ class Server:
         begun = time.monotonic()
         self.say("start", name)
         try:
-            end = await self._connected(connection, session, name, asked).run()
+            with session:
+                end = await self._connected(connection, session, name, asked).run()
         finally:
             self.sessions.discard(session)
             self.metrics.dropped.inc(session.dropped)
