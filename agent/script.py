@@ -58,7 +58,7 @@ class ScriptedTurn:
     wait: float = 0.6
 
 
-class Talks(Protocol):
+class SessionLike(Protocol):
     """A session, or a client with the interface of one."""
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
@@ -177,7 +177,7 @@ class Performance:
         self._transcripts.clear()
         self._turn_of_answer.clear()
 
-    async def run(self, session: Talks) -> None:
+    async def run(self, session: SessionLike) -> None:
         """Plays all turns, and returns when the session has ended."""
         await session.run(self._inputs(), self._emit)
         for answer, turn in self._turn_of_answer.items():

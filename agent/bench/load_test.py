@@ -150,23 +150,23 @@ async def session(
     return {"device": str(model.device), "threads": threads, "torch": torch.__version__, "speakers": result}
 
 
-class Call(script.Talks, Protocol):
-    """A conversation with a remote server. `lost`: why it ended early, if it did."""
+class RemoteSession(script.SessionLike, Protocol):
+    """A session of a remote server. `lost`: why it ended early, if it did."""
 
     lost: str | None
 
 
-async def calls(counts: Sequence[int], call: Callable[[], Call], person: Person, say: waits.Say) -> dict[str, Any]:
+async def remote(counts: Sequence[int], connect: Callable[[], RemoteSession], person: Person, say: waits.Say) -> dict[str, Any]:
     """The same load at a remote server, in real time, measured by its clients; returns all figures."""
     people = [person(seed) for seed in range(max(counts))]
     result: dict[str, Any] = {}
     for count in counts:
-        lines = [call() for _ in range(count)]
+        sessions = [connect() for _ in range(count)]
 
-        async def talk(number: int, count: int = count, lines: list[Call] = lines) -> SpeakerTally:
+        async def talk(number: int, count: int = count, sessions: list[RemoteSession] = sessions) -> SpeakerTally:
             await asyncio.sleep(STAGGER * number / count)
             played = Performance([question.turn for question in people[number]], True)
-            await played.run(lines[number])
+            await played.run(sessions[number])
             return SpeakerTally(people[number], played, 0, 0)
 
         tallies = await asyncio.gather(*(talk(number) for number in range(count)))
@@ -175,7 +175,7 @@ async def calls(counts: Sequence[int], call: Callable[[], Call], person: Person,
         asked = sum(len(tally.right()) for tally in tallies)
         figures: list[Spread | Figure] = [figure for figure in _figures(tallies, []) if figure.key not in ("lag", "late")]
         figures += [
-            Figure("lost", "conversations lost", "", sum(line.lost is not None for line in lines)),
+            Figure("lost", "conversations lost", "", sum(session.lost is not None for session in sessions)),
             Figure(
                 "unanswered", "questions without an answer", "", sum(x is None for tally in tallies for x in tally.exchanges())
             ),

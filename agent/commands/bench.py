@@ -79,7 +79,7 @@ def _bench_session(given: argparse.Namespace) -> int:
     if given.url:
         token = options.token(given.token_file) if given.token_file else None
         figures = asyncio.run(
-            load_test.calls(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
+            load_test.remote(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
         )
         if given.json:
             print(json.dumps(figures))
