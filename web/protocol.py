@@ -51,10 +51,8 @@ class RealtimeProtocol:
         self._speaking: str | None = None  # item id of the open turn
         self._recorded_turn = False  # the last turn that started is audio that the client sent as an item
         self._interruption_item: str | None = None  # item id of speech over an answer, which may become a turn
-        self._idle: tuple[float, events.UserIdle] | None = None  # deadline after playback, and the event that it confirms
-        self._pending_pictures: deque[tuple[bytes, str]] = deque(
-            maxlen=64
-        )  # pictures that the session has not looked at yet, and their ids
+        self._idle: tuple[float, events.UserIdle] | None = None  # deadline after playback, and the session's event
+        self._pending_pictures: deque[tuple[bytes, str]] = deque(maxlen=64)  # with their ids, until the session looks at them
         self.out.send("session.created", session=self._responses.session(model))
 
     @property
