@@ -1,4 +1,4 @@
-"""`attend`, which is `python -m agent`: the commands, and what is said where one of them cannot go on."""
+"""`attend`, or `python -m agent`: runs a command, and prints an error that ends it as one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streams.portaudio import SoundError
 from streams.voice import VoiceMissing
 from web.access import NotServed
 
-COMPLAINTS = (
+ERRORS = (
     CheckpointError, TokenizerError, RowFull, RowLost, EngineStopped, VoiceMissing, VadMissing,
     MediaError, SoundError, NotServed, ConfigError, OutboxError, BrokerError, NoAnswer,
 )  # fmt: skip
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pools.limit()
     try:
         return int(given.run(given))
-    except COMPLAINTS as complaint:
-        print(f"attend: {complaint}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"attend: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,5 @@
-"""One question from files, by the way that a live turn takes: the tape, the engine and its row, sound frame by frame, in the
-order given. Only nobody has to detect the turn's end, and the answer is read and not spoken."""
+"""One question from files, on the same path as a live turn: the tape, the engine and its row, audio frame by frame, in the order
+given. Only there is no turn detection, and the answer is not spoken."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from model.sampling import SamplingParams
 
 VIDEO_BUDGET = 70  # soft tokens of each picture of a video
-CHUNK = 2  # seconds of a video's sound that stand together, at least
-NEAR = 10  # frames by which sound and pictures may be out of step, so that no word is cut in two: 0.4 s
+CHUNK = 2  # seconds of a video's audio between two groups of pictures, at least
+NEAR = 10  # frames by which audio and pictures may be out of step, so that no word is split: 0.4 s
 
 
 @dataclass(frozen=True)
 class QuestionPart:
-    """A piece of the question as the command line has it; `value` is text or a file's path."""
+    """A part of the question from the command line; `value` is text or the path of a file."""
 
     kind: Literal["text", "image", "audio", "video"]
     value: str
@@ -44,20 +44,20 @@ class QuestionPart:
 
 @dataclass(frozen=True)
 class QuestionMedia:
-    """A question whose files have been read: what goes on the tape, in order."""
+    """A question whose files have been read: the entries for the tape, in order."""
 
     parts: tuple[Typed | Sound | Seen, ...]
     audio_seconds: float
 
     @property
     def last_picture(self) -> bytes | None:
-        """The picture that marks are drawn on, as a file."""
+        """The file of the picture on which marks are drawn, if there is one."""
         return next((part.data for part in reversed(self.parts) if isinstance(part, Seen)), None)
 
 
 @dataclass
 class AskResult:
-    """What was asked, in ids (soft tokens as placeholders), and what came. Times in milliseconds."""
+    """The prompt in ids (soft tokens as placeholders) and the answer. Times in milliseconds."""
 
     text: str = ""
     thought: str = ""
@@ -79,9 +79,9 @@ class AskResult:
 
 
 def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> QuestionMedia:
-    """Reads every file of the question, so that a bad one is found before a model is loaded. Blocks. Raises MediaError.
+    """Reads all files of the question, so that a bad one is found before a model is loaded. Blocks. Raises MediaError.
 
-    `soundtracks`: the sound of a video is part of the question too, in step with its pictures.
+    `soundtracks`: the audio of a video is part of the question too, interleaved with its pictures.
     """
     read: list[Typed | Sound | Seen] = []
     seconds = 0.0
@@ -106,18 +106,18 @@ def read(parts: Sequence[QuestionPart], *, soundtracks: bool = True) -> Question
 
 
 def _interleave(shown: Sequence[tuple[float, NDArray[np.uint8]]], samples: NDArray[np.float32]) -> Iterator[Seen | Sound]:
-    """A video's pictures with their seconds, and between them its sound, float32 [n] at 16 kHz from 0 s on.
+    """A video's pictures with their times, and between them its audio `samples`, float32 [n] at 16 kHz from 0 s on.
 
-    The pictures of at least CHUNK seconds stand together before the sound of these seconds, which ends where it is quietest:
-    words that a picture cuts in two are not understood.
+    The pictures of at least CHUNK seconds come first, then the audio of these seconds, which ends where it is quietest: a word
+    that is split by a picture is not understood.
     """
-    begun = heard = 0  # frames of sound: where the pictures since the last piece of sound begin, and what that ended with
+    begun = heard = 0  # frames of audio: the start of the pictures since the last piece of audio, and the end of that piece
     for at, pixels in shown:
         now = round(at * RATE / FRAME)
         if now - begun >= CHUNK * RATE // FRAME and heard * FRAME < len(samples):
-            cut = _quietest(samples, now)
-            yield _sound(samples[heard * FRAME : cut * FRAME])
-            begun, heard = now, cut
+            end = _quietest(samples, now)
+            yield _sound(samples[heard * FRAME : end * FRAME])
+            begun, heard = now, end
         height, width = pixels.shape[:2]
         png = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
         yield Seen(png, height, width, VIDEO_BUDGET, seconds=at)
@@ -126,7 +126,7 @@ def _interleave(shown: Sequence[tuple[float, NDArray[np.uint8]]], samples: NDArr
 
 
 def _quietest(samples: NDArray[np.float32], near: int) -> int:
-    """The frame within NEAR of this one around which 200 ms are quietest: the closure of a plosive is no pause."""
+    """The frame within NEAR of this one around which 200 ms are quietest: shorter silence may be a plosive, and not a pause."""
     first = near - NEAR
     frames = samples[first * FRAME : (near + NEAR) * FRAME]
     if len(frames) < 2 * NEAR * FRAME:
@@ -136,12 +136,12 @@ def _quietest(samples: NDArray[np.float32], near: int) -> int:
 
 
 def _sound(samples: NDArray[np.float32]) -> Sound:
-    """Whole frames, zeros after the last sample."""
+    """The samples as whole frames, padded with zeros."""
     return Sound.of(np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME))
 
 
 def _prompt_ids(loaded: LoadedModel, setting: SystemPrompt, parts: Sequence[Typed | Sound | Seen], length: int) -> list[int]:
-    """The whole prompt in ids, soft tokens as placeholders. Raises RowFull: what cannot fit should not first take minutes."""
+    """The whole prompt in ids, soft tokens as placeholders. Raises RowFull at once, and not after minutes of prefill."""
     prompt = loaded.prompt
     videos = iter([part.seconds is not None for part in parts if isinstance(part, Seen)])
 
@@ -157,7 +157,7 @@ def _prompt_ids(loaded: LoadedModel, setting: SystemPrompt, parts: Sequence[Type
     unlimited = Budget(ahead=1 << 30, row=1 << 30)
     segments = view(entries, prompt, unlimited, "verbatim", patch=loaded.model.config.patch).segments
     whole = [id for segment in segments for id in ids(segment)]
-    if len(whole) + 2 >= length:  # with a place for the end of a run of sound, and one for the answer
+    if len(whole) + 2 >= length:  # with a position for the end of the audio, and one for the answer
         film = any(isinstance(part, Seen) and part.seconds is not None for part in parts)
         less = "leave the video's sound out with --no-sound, or give it " if film else "give it "
         less += "less sound, fewer pictures or a smaller budget"
@@ -181,37 +181,37 @@ async def ask(
     real_time: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> AskResult:
-    """Feeds the question and generates. `on_text` is called with the answer's text as it comes.
+    """Appends the question to a row and generates the answer. `on_text` is called with its text as it comes.
 
-    `budget`: soft tokens of a picture, else the checkpoint's own. Raises RowFull if the question does not fit.
+    `budget`: soft tokens of a picture, by default the checkpoint's. Raises RowFull if the question does not fit.
     """
     setting = SystemPrompt(system, thinking=thinking)
     result = AskResult(audio_seconds=question.audio_seconds)
     parts = [_with_budget(part, budget or loaded.budget) for part in question.parts]
     with Engine(loaded, length=LENGTH, budget=max(budget or loaded.budget, VIDEO_BUDGET)) as engine:
         result.prompt_ids = _prompt_ids(loaded, setting, parts, engine.length)
-        row = engine.claim(lambda error: None)  # every wait below is told too
+        row = engine.claim(lambda error: None)  # errors are also raised by each wait below
         limits = Budget(ahead=engine.length, row=engine.length - 1)
         config = loaded.model.config
-        record = Context(Tape(), row, loaded.prompt, config, limits, "verbatim", limits.row, lambda note: None)
+        context = Context(Tape(), row, loaded.prompt, config, limits, "verbatim", limits.row, lambda note: None)
         begun = perf_counter()
-        record.append(setting)
-        record.open(0)
+        context.append(setting)
+        context.open(0)
         for part in parts:
             if isinstance(part, Sound):
                 async for sound in media_files.play(part.samples.reshape(-1), real_time=real_time):
-                    assert record.sound(sound.samples), "_prompt_ids has counted"
+                    assert context.sound(sound.samples), "_prompt_ids has counted"
             else:
-                record.part(part)
+                context.part(part)
         await row.drained()
         asked = perf_counter()
         result.timings_ms["append"] = (asked - begun) * 1000
-        caption = record.caption()
-        record.ask()
-        tokens = row.generate(*record.closing(), sampling=sampling, max_tokens=max_tokens, seed=seed)
+        caption = context.caption()
+        context.ask()
+        tokens = row.generate(*context.closing(), sampling=sampling, max_tokens=max_tokens, seed=seed)
         await _read_answer(loaded, result, tokens, on_text, asked)
         if caption:
-            with suppress(RowFull):  # a prompt that leaves no room to ask for it
+            with suppress(RowFull):  # the prompt leaves no room for a transcript
                 result.heard = await caption.words(loaded.generation)
     return result
 
@@ -227,7 +227,7 @@ async def _read_answer(
     on_text: Callable[[str], None],
     asked: float,
 ) -> None:
-    """Ids with their log-probabilities → `result`, until there are no more."""
+    """Reads tokens (id, log-probability) into `result` until they end."""
     answer, times = AnswerParser(loaded.tokenizer), list[float]()
 
     async def counted() -> AsyncIterator[tuple[int, float]]:

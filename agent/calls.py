@@ -1,8 +1,7 @@
-"""Gemma's notation for tools: declarations out, results out, calls in. Pure.
+"""Gemma's notation for tools: renders declarations and results, parses calls. Pure.
 
-A value is written `{key:value,other:[1,true,null]}`: bare keys, sorted; strings between the control token <|"|>; no
-spaces. What is written comes as parts, text and control tokens apart, so that a string which contains `<|"|>` as
-characters cannot close itself.
+A value is written `{key:value,other:[1,true,null]}`: bare keys, sorted; strings between the control token <|"|>; no spaces. It is
+rendered as separate parts of text and control tokens, so that a string which contains the characters `<|"|>` cannot end itself.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 
 class Control(str):
-    """A control token by name, among parts that are otherwise text."""
+    """The name of a control token, as a part beside parts of text."""
 
 
 Part = str  # text, or Control
@@ -27,6 +26,7 @@ def _sorted(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def notation(value: Any, quote_keys: bool = False) -> Iterator[Part]:
+    """Renders a JSON value."""
     if isinstance(value, str):
         yield from (QUOTE, value, QUOTE)
     elif value is None:
@@ -54,7 +54,7 @@ def _list(opening: str, items: Iterable[Iterable[Part]], closing: str) -> Iterat
 
 
 def declaration(tool: Mapping[str, Any]) -> Iterator[Part]:
-    """A function in OpenAI's form, nested ({"function": {…}}) or flat, as a Gemma declaration."""
+    """Renders a function in OpenAI's form, nested ({"function": {…}}) or flat. Raises ValueError if it has no name."""
     function = tool.get("function", tool)
     if not function.get("name"):
         raise ValueError("A tool needs a name.")
@@ -66,7 +66,7 @@ def declaration(tool: Mapping[str, Any]) -> Iterator[Part]:
 
 
 def _object(schema: Mapping[str, Any], properties: bool) -> Iterator[list[Part]]:
-    """The last fields of an object: properties (when there are any, or when asked for always), required, type."""
+    """The last fields of an object: properties (if there are any, or `properties`), required, type."""
     if schema.get("properties") or properties:
         yield _properties(schema.get("properties"))
     if schema.get("required"):
@@ -86,7 +86,7 @@ def _type(schema: Mapping[str, Any]) -> Iterator[list[Part]]:
 
 
 def _kind(schema: Mapping[str, Any]) -> tuple[str, bool]:
-    """The type in capitals, and whether null is allowed; JSON schema's ["string", "null"] says both."""
+    """The type in capitals, and whether null is allowed; JSON schema can have both in `type`: ["string", "null"]."""
     kinds = schema.get("type") or ""
     names = [kinds] if isinstance(kinds, str) else [str(kind) for kind in kinds]
     rest = [name.upper() for name in names if name.lower() != "null"]
@@ -110,7 +110,7 @@ def _schema(schema: Any) -> Iterator[Part]:
 
 
 def _items(schema: Mapping[str, Any]) -> Iterator[Part]:
-    """What an array holds: unlike a property, all its keys in alphabetical order."""
+    """The items of an array: unlike those of a property, all keys are in alphabetical order."""
     fields: list[list[Part]] = []
     for key, value in _sorted(schema):
         if key == "type":
@@ -124,24 +124,26 @@ def _items(schema: Mapping[str, Any]) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class ToolCall:
+    """A call of a tool by the model."""
+
     name: str
     arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BrokenCall:
-    """A call that cannot be read or was cut off: it must not run, and somebody has to say so."""
+    """A call that is malformed or incomplete: it must not run, and the user has to be told."""
 
     text: str
 
 
-MARK = "\0"  # stands for the token <|"|> in a call's text, so that the same characters copied from somewhere do not end a string
+MARK = "\0"  # stands for the token <|"|> in a call's text, so that the same characters as plain text do not end a string
 
 
 def read_call(text: str) -> ToolCall | BrokenCall:
-    """`call:name{key:value}`, strings between MARKs.
+    """Parses `call:name{key:value}`, strings between MARKs.
 
-    Tolerant of quoted keys, plain quotes, spaces, and the words of JSON and Python; not of a call that is cut off.
+    Tolerates quoted keys, plain quotes, spaces, and the constants of JSON and Python, but not an incomplete call.
     """
     head = re.match(r"\s*(?:call:)?\s*([\w.\-]+)\s*(?=\{)", text)
     if head:
@@ -162,7 +164,7 @@ _QUOTES = (MARK, '"', "'")
 
 
 class _NotationReader:
-    """Recursive descent; every method takes a position and returns what it read and the position after it."""
+    """A recursive-descent parser: each method takes a position and returns a value and the position after it."""
 
     def __init__(self, text: str) -> None:
         self.text = text

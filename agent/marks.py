@@ -1,10 +1,9 @@
-"""What the model points at: detection JSON in a stream of text ↔ marks on a picture.
+"""Marks on a picture: parses detection JSON in a stream of text, and draws it.
 
-Gemma answers "where is …?" with `[{"box_2d": [y0, x0, y1, x1], "label": "…"}]`, often in a ```json fence, amid ordinary
-text. That JSON is for the picture and never for the voice. `MarkReader` takes the text as it comes and gives back what
-can be said, at once, and each mark as soon as its object is complete. Other brackets, braces and fences are text like
-any other, and what the model gets wrong about JSON is forgiven: where an object breaks off, it ends, and what follows
-is text again.
+Gemma answers "where is …?" with `[{"box_2d": [y0, x0, y1, x1], "label": "…"}]`, often in a ```json fence, amid ordinary text.
+That JSON is for the picture and must not be spoken. `MarkReader` takes the text as it is generated, and returns ordinary text at
+once and each mark as soon as its object is complete. Other brackets, braces and fences are ordinary text. Errors in the model's
+JSON are tolerated: where an object breaks off, it ends, and what follows is text again.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _is_detection(text: str) -> bool:
 
 
 def _mark(text: str) -> Mark | None:
-    """The mark of one object's text, however it is spelled; None if it has no place or no extent."""
+    """The mark in an object's text, also if its JSON is imperfect; None if it has no valid box or point."""
     found = _KEY.search(text)
     if not found or "]" not in found[2]:
         return None
@@ -78,10 +77,10 @@ def _label(text: str) -> str:
 
 
 class _Object:
-    """Follows one object character by character, to see where it ends.
+    """Scans one object character by character to find its end.
 
-    A quote ends a string only where one may end, so that 'the dog's bowl' is one string.
-    Anything that no JSON has ends the object.
+    A quote ends a string only where one may end, so that 'the dog's bowl' is one string. Anything that JSON cannot contain ends
+    the object.
     """
 
     def __init__(self, opening: str) -> None:
@@ -93,13 +92,13 @@ class _Object:
         self._maybe_closed = self._escaped = False
 
     def push(self, c: str) -> int | None:
-        """None: go on. Otherwise the object ends with this many characters of `text`, and the rest was never part of it."""
+        """None to go on; otherwise the object is the first n characters of `text`, and the rest does not belong to it."""
         self.text += c
         before = len(self.text) - 1
         if self._quote and not self._in_string(c):
             too_long = before - self._start > _LONGEST_STRING
             return (
-                self._cut(self._start if too_long else len(self.text))
+                self._string_end(self._start if too_long else len(self.text))
                 if too_long or (c == "\n" and not self._maybe_closed)
                 else None
             )
@@ -126,7 +125,7 @@ class _Object:
         return None
 
     def _in_string(self, c: str) -> bool:
-        """Whether the string is over and c stands behind it."""
+        """Whether the string has ended and c comes after it."""
         if self._maybe_closed:
             if c.isspace():
                 return False
@@ -143,46 +142,47 @@ class _Object:
         return False
 
     def end(self) -> int:
-        """Where it ends if nothing more comes."""
-        return self._cut(len(self.text)) if self._quote and not self._maybe_closed else len(self.text)
+        """Where the object ends if no more text comes."""
+        return self._string_end(len(self.text)) if self._quote and not self._maybe_closed else len(self.text)
 
-    def _cut(self, otherwise: int) -> int:
-        """Inside an open string: the first place that looks like its end."""
+    def _string_end(self, otherwise: int) -> int:
+        """The first position inside an open string that looks like its end, else `otherwise`."""
         sign = re.compile(rf"{self._quote}(?:\s*\}})?|\s*\}}|(?=[\]\n])").search(self.text, self._start + 1)
         return sign.end() if sign else otherwise
 
 
 # ---- the stream ------------------------------------------------------------------------------------------------------
 
-# Everything before an object's first value that may yet become a detection: a fence, a bracket, a brace, a quoted key.
+# Text before an object's first value that may still become a detection: a fence, a bracket, a brace, a quoted key.
 _OPENING = re.compile(r"""(?:`{1,2}|(?:```[A-Za-z]*\s*)?(?:\[\s*)?(?:\{\s*(?:["']\w*(?:["']\s*)?)?)?)""")
 _OPENED = re.compile(r"""[^{]*\{\s*["']\w+["']\s*:""")
-_EMPTY = re.compile(r"```[A-Za-z]*\s*\[\s*\]")  # a fenced list of nothing
+_EMPTY = re.compile(r"```[A-Za-z]*\s*\[\s*\]")  # a fenced empty list
 _LONGEST_OPENING = 100
 
 
 class MarkReader:
-    """Deltas of text in; text that can be said, and marks, out, in order. However the text is cut up, the outcome is the same."""
+    """Splits text deltas into ordinary text and marks, in order. It does not matter where the text is split into deltas."""
 
     def __init__(self) -> None:
-        self._held = ""  # undecided: may be the beginning of a detection
-        self._object: _Object | None = None  # the last part of what is held, from its brace
-        self._list = self._fence = False  # inside a detection's bracket, its fence: what separates objects is not text
-        self._ticks, self._code = 0, False  # backticks said in a row; inside a fence that is text, where the next one closes it
+        self._held = ""  # undecided: may be the start of a detection
+        self._object: _Object | None = None  # the last part of _held, from its brace
+        self._list = self._fence = False  # inside a detection's bracket, or fence, where separators are not text
+        self._ticks, self._code = 0, False  # backticks in a row; inside a fence that is text, which the next one closes
         self._out: list[str | Mark] = []
 
     def push(self, text: str) -> list[str | Mark]:
+        """The text and marks that are decided with this delta."""
         self._feed(text)
         out, self._out = self._out, []
         return out
 
     def flush(self) -> list[str | Mark]:
-        """The end of the text, wherever it came."""
+        """The rest, at the end of the text."""
         while self._held:
             if self._object:
                 self._feed(self._finish(self._object.end()))
             elif self._list or self._fence:
-                self._held = ""  # a separator, half a fence, the beginning of one more object
+                self._held = ""  # a separator, half a fence, the start of another object
             else:
                 self._feed(self._reject())
         self._list = self._fence = self._code = False
@@ -190,12 +190,12 @@ class MarkReader:
         return self.push("")
 
     def _feed(self, text: str) -> None:
-        todo = list(reversed(text))
-        while todo:
-            todo += reversed(self._step(todo.pop()))
+        pending = list(reversed(text))
+        while pending:
+            pending += reversed(self._step(pending.pop()))
 
     def _step(self, c: str) -> str:
-        """Take one character; give back those that are to be read again."""
+        """Takes one character; returns those that have to be read again."""
         if self._object:
             self._held += c
             end = self._object.push(c)
@@ -203,7 +203,7 @@ class MarkReader:
         if self._list or self._fence:
             return self._between(c)
         if not self._held and (c not in "[{`" or (c == "`" and self._code)):
-            self._say(c)
+            self._add_text(c)
             return ""
         self._held += c
         return self._open()
@@ -218,7 +218,7 @@ class MarkReader:
         return ""
 
     def _between(self, c: str) -> str:
-        """After an object of a list or in a fence: one more, or the end of it."""
+        """After an object of a list or in a fence: another object, or the end."""
         self._held += c
         body = self._held.lstrip(", \t\r\n")
         if body.startswith("{") or not body:
@@ -239,7 +239,7 @@ class MarkReader:
         return self._reject()
 
     def _finish(self, end: int) -> str:
-        """The object is over: a detection goes to the picture and takes its bracket and fence along; anything else was text."""
+        """The object has ended: a detection becomes a mark, without its bracket and fence; anything else was text."""
         assert self._object
         text, opening = self._object.text, self._held[: -len(self._object.text)]
         self._object = None
@@ -253,12 +253,12 @@ class MarkReader:
         return text[end:]
 
     def _reject(self) -> str:
-        """What was held is text. Only its first character is sure: a detection may begin right behind it."""
+        """_held is not a detection: its first character is text, and the rest is read again, since one may start there."""
         held, self._held = self._held, ""
-        self._say(held[0])
+        self._add_text(held[0])
         return held[1:]
 
-    def _say(self, c: str) -> None:
+    def _add_text(self, c: str) -> None:
         self._ticks = self._ticks + 1 if c == "`" else 0
         if self._ticks == 3:
             self._code = not self._code
@@ -269,7 +269,7 @@ class MarkReader:
 
 
 def parse(text: str) -> tuple[str, list[Mark]]:
-    """What can be said of a whole text, and its marks."""
+    """The ordinary text of a whole text, and its marks."""
     reader = MarkReader()
     out = reader.push(text) + reader.flush()
     return "".join(part for part in out if isinstance(part, str)), [part for part in out if isinstance(part, Mark)]
@@ -281,7 +281,7 @@ _COLOURS = ((255, 221, 51), (64, 224, 208), (255, 105, 180), (124, 252, 0), (255
 
 
 def draw(picture: NDArray[np.uint8], marks: Sequence[Mark]) -> NDArray[np.uint8]:
-    """A copy of an RGB picture with the marks on it. Light lines edged in black, labels on their own ground."""
+    """A copy of an RGB picture [height, width, 3] with the marks drawn: light lines edged in black, labels on a background."""
     out = np.array(picture, dtype=np.uint8, order="C")
     height, width = out.shape[:2]
     if not height or not width:
@@ -315,7 +315,7 @@ def _write(out: NDArray[np.uint8], mark: Mark, colour: tuple[int, int, int]) -> 
     pad = size // 4
     box_width, box_height = min(text_width + 2 * pad, width), min(text_height + 2 * pad, height)
     (y, _), (x, _) = _pixels(mark.box[0::2], height), _pixels(mark.box[1::2], width)
-    y = y - box_height if y >= box_height else y  # above the box, or inside where there is no room
+    y = y - box_height if y >= box_height else y  # above the box, or inside it if there is no room
     x, y = min(x, width - box_width), min(y, height - box_height)
     cv2.rectangle(out, (x, y), (x + box_width - 1, y + box_height - 1), colour, cv2.FILLED)
     cv2.putText(out, mark.label, (x + pad, y + pad - top), (0, 0, 0), font, size, 600)

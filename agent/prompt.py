@@ -1,20 +1,18 @@
-"""The chat format of Gemma 4, as segments around live frames. Pure: names and text in, ids out.
+"""The chat format of Gemma 4, as segments of ids around live frames. Pure: names and text in, ids out.
 
-A conversation is fed piece by piece while it happens, so nothing here renders a whole prompt. In order:
+A conversation is appended piece by piece as it happens, so nothing here renders a whole prompt. In order:
 
     begin(system, tools, thinking)        <bos> and, if any of the three is given, the system turn
     open_turn()                           <|turn>user⏎
-    text("…"), boa … eoa, boi … eoi       what the user types, says and shows, in any order
+    text("…"), boa … eoa, boi … eoi       text, audio and pictures of the user, in any order
     close_turn(thinking)                  <turn|>⏎<|turn>model⏎, and the empty thought when thinking is off
       … the model writes; AnswerReader reads it …
     after_answer()                        ⏎ once the model's own <turn|> is in the row, then the next open_turn()
 
-When the model calls a tool it stops at its own <|tool_response>; `tool_response(name, result)` goes on from there in
-the same model turn. History that is composed from text uses `end_turn` (a user turn nobody is asked to answer yet) and
-`answer`.
+When the model calls a tool it stops at its own <|tool_response>; `tool_response(name, result)` continues from there in the same
+model turn. History that is rendered from text uses `end_turn` (for a user turn that is not to be answered yet) and `answer`.
 
-Text of users, tools and system prompts is encoded as text: it cannot open a turn or close a string (see
-Tokenizer.encode).
+Text of users, tools and system prompts is encoded as plain text: it cannot become a control token (see Tokenizer.encode).
 """
 
 from __future__ import annotations
@@ -32,12 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
+    """Renders segments of the chat format to ids."""
+
     tokenizer: Tokenizer
     media: MediaTokens
 
     @property
     def boi(self) -> int:
-        """Before a picture's soft tokens; `eoi` after them."""
+        """The token before a picture's soft tokens; `eoi` comes after them."""
         return self.media.boi
 
     @property
@@ -46,14 +46,14 @@ class Prompt:
 
     @property
     def boa(self) -> int:
-        """Before a run of audio frames; `eoa` after it."""
+        """The token before a run of audio frames; `eoa` comes after it."""
         return self.media.boa
 
     @property
     def eoa(self) -> int:
         return self.media.eoa
 
-    # -- the conversation as it happens
+    # -- the live conversation
 
     def begin(self, system: str | None = None, tools: Sequence[Mapping[str, Any]] = (), thinking: bool = False) -> list[int]:
         parts: list[Part] = [Control("<bos>")]
@@ -74,16 +74,16 @@ class Prompt:
         return self._ids([text.strip()])
 
     def timestamp(self, seconds: float, first: bool = False) -> list[int]:
-        """What stands before a camera frame: `mm:ss `, and a space before it unless it is the first of the turn."""
+        """The time before a video frame: `mm:ss `, with a space before it unless it is the first of the turn."""
         whole = int(seconds)
         return self._ids([f"{'' if first else ' '}{whole // 60:02d}:{whole % 60:02d} "])
 
     def end_turn(self) -> list[int]:
-        """Close a turn and ask for nothing; also closes a model turn that was cut short."""
+        """Closes a turn without asking for an answer; also closes a model turn that was interrupted."""
         return self._ids([Control("<turn|>"), "\n"])
 
     def ask(self, thinking: bool = False) -> list[int]:
-        """The model's turn begins. With thinking off the thought is there already, and empty."""
+        """Opens the model's turn. With thinking off it contains an empty thought already."""
         return self.open_turn("model") + ([] if thinking else self.empty_thought())
 
     def empty_thought(self) -> list[int]:
@@ -98,17 +98,17 @@ class Prompt:
     # -- history
 
     def answer(self, text: str) -> list[int]:
-        """A finished model turn in its canonical form: the text, no thought."""
+        """A finished model turn in canonical form: its text, without a thought."""
         return self.open_turn("model") + self.text(text) + self.end_turn()
 
     # -- tools
 
     def tool_call(self, name: str, arguments: Mapping[str, Any]) -> list[int]:
-        """A call as the model writes it; for history only."""
+        """A call as the model writes it, for history."""
         return self._ids([Control("<|tool_call>"), f"call:{name}", *notation(arguments), Control("<tool_call|>")])
 
     def open_call(self, name: str = "") -> list[int]:
-        """The beginning of a call, of any tool or of this one, that the model is made to go on with."""
+        """The start of a call of any tool, or of `name`, which forces the model to complete it."""
         return self._ids([Control("<|tool_call>"), f"call:{name}{{" if name else "call:"])
 
     def tool_response(self, name: str, result: Any, *, opened: bool = True, thinking: bool = False) -> list[int]:
@@ -140,19 +140,19 @@ class Prompt:
         return ids
 
 
-# ---- reading what the model writes
+# ---- parsing what the model writes
 
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer."""
+    """A piece of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Thought:
-    """A piece of reasoning: not to be spoken, not part of the history."""
+    """A piece of the model's reasoning: it is not spoken and does not stay in the history."""
 
     text: str
 
@@ -163,15 +163,16 @@ _LABEL = "thought\n"
 
 
 class AnswerReader:
-    """Generated ids one by one in, events out. `thinking`: the prompt ends inside an open thought (after a tool's result)."""
+    """Parses generated ids into events. `thinking`: the prompt ends inside an open thought (after a tool's result)."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
-        self._mode = "thought" if thinking else "text"  # or label, at the beginning of a thought, or call
-        self._held = ""  # of a label or a call, until it is complete
+        self._mode = "thought" if thinking else "text"  # or "label" (at the start of a thought), or "call"
+        self._held = ""  # text of a label or a call until it is complete
 
     def push(self, id: int) -> list[AnswerEvent]:
+        """The events that are complete with the next id."""
         match self._tokenizer.name(id):
             case None:
                 return self._read(self._stream.push(id))
@@ -184,10 +185,10 @@ class AnswerReader:
             case '<|"|>' if self._mode == "call":
                 self._read(self._stream.flush())
                 self._held += MARK
-        return []  # no other control token means anything in an answer
+        return []  # no other control token has a meaning in an answer
 
     def flush(self) -> list[AnswerEvent]:
-        """The end of the answer, wherever it came."""
+        """The last events, at the end of the answer."""
         return self._switch("text")
 
     def _switch(self, mode: str) -> list[AnswerEvent]:

@@ -1,12 +1,12 @@
-"""A conversation on disk: both sides as a stereo wav, and a log beside it from which it can be held again (agent/replay.py).
+"""A recorded conversation: both sides as a stereo wav, and a log beside it from which it can be replayed (agent/replay.py).
 
-The log is lines of JSON, in the order in which things happened; `at` counts the microphone's frames before them:
+The log has one JSON object per line, in the order of events; `at` is the number of microphone frames before it:
 
-    {"attend": 2, "model": …, …}                     first: what it was held with
-    {"at": 57, "input": "PlaybackPosition", …}                  what went in, but for sound, which is the wav's left side
-    {"at": 57, "event": "AnswerDone", …, "ids": […]}   what came out, but for sound
-    {"at": 57, "picture": 3, "data": …}              of the pictures that went in, those that were looked at
-    {"at": 57, "said": "Yes,", "chunks": […]}        how long the voice took over it, and where each word began
+    {"attend": 2, "model": …, …}                     first: model and settings
+    {"at": 57, "input": "PlaybackPosition", …}       inputs, without audio, which is the wav's left channel
+    {"at": 57, "event": "AnswerDone", …, "ids": […]} events, without audio
+    {"at": 57, "picture": 3, "data": …}              those input pictures that were attached to a turn
+    {"at": 57, "said": "Yes,", "chunks": […]}        TTS output: its length, and where each word began
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from model.sampling import SamplingParams
 from streams.frames import FRAME, RATE, Audio, MediaError
 from streams.voice import SpeechChunk, Stream, Voice
 
-LATE = 3  # frames that sound may stay in a resampler
+LATE = 3  # frames that a resampler may hold back
 
 FORMAT = 2  # of the log; 1 had other names for events and settings
 
 
 class Recording:
-    """Left the user, right the agent, 16 kHz, written as it goes."""
+    """A wav at 16 kHz, the user left and the agent right, written during the conversation."""
 
     def __init__(self, path: Path) -> None:
-        """Raises MediaError where it cannot be written."""
+        """Raises MediaError if it cannot be written."""
         try:
             self._file = soundfile.SoundFile(path, "w", RATE, 2, "PCM_16", format="WAV")
         except soundfile.LibsndfileError as error:
@@ -51,11 +51,11 @@ class Recording:
         self._resampler: Any = None  # while the agent speaks
         self._rate = 0
         self._played = False  # since the last frame
-        self._user: deque[np.ndarray] = deque()  # frames not written yet, since a resampler is some of them late
-        self._agent = np.zeros(0, np.float32)  # at 16 kHz, beside them
+        self._user: deque[np.ndarray] = deque()  # frames not written yet: the agent's side is some frames late in the resampler
+        self._agent = np.zeros(0, np.float32)  # at 16 kHz, of the same time
 
     def play(self, rate: int, pcm: np.ndarray) -> None:
-        """What was played while the user's next frame was heard."""
+        """Adds what was played during the user's next frame."""
         if self._resampler is None or rate != self._rate:
             self._flush()
             self._rate, self._resampler = rate, soxr.ResampleStream(rate, RATE, 1, dtype="float32")
@@ -64,6 +64,7 @@ class Recording:
         self._played = True
 
     def hear(self, frame: np.ndarray) -> None:
+        """Adds a frame of the user."""
         if not self._played:
             self._flush()
         self._played = False
@@ -95,10 +96,10 @@ class Recording:
 
 
 class EventLog:
-    """Writes the lines. Its verbs are called on the event loop, but for those of the voice."""
+    """Writes the log. Methods are called on the event loop, except `said`, which is called in a voice's thread."""
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
-        """Raises MediaError where it cannot be written."""
+        """Raises MediaError if it cannot be written."""
         try:
             self._file = path.open("w", encoding="utf-8")
         except OSError as error:
@@ -110,6 +111,7 @@ class EventLog:
         self._write({"attend": FORMAT, **head})
 
     def input(self, item: Input) -> None:
+        """Logs an input."""
         if isinstance(item, Audio):
             self.at += 1
         elif isinstance(item, events.PictureInput):
@@ -120,7 +122,7 @@ class EventLog:
             self._write({"at": self.at, "input": type(item).__name__, **plain(item)})
 
     def event(self, event: Event, session: Session | None) -> None:
-        """`session`: the one whose tape knows the ids of what it answered."""
+        """Logs an event. `session`: whose tape has the ids of its answers; None for a server's conversation."""
         if isinstance(event, events.PictureAttached):
             for number, data in self._shown:
                 if data is event.data:
@@ -135,11 +137,12 @@ class EventLog:
         self._write(line)
 
     def said(self, text: str, chunks: list[SpeechChunk]) -> None:
-        told = [[len(chunk.pcm), [[word.start, word.end, word.sample] for word in chunk.words]] for chunk in chunks]
-        self._write({"at": self.at, "said": text, "chunks": told})
+        """Logs the TTS output of a text."""
+        listed = [[len(chunk.pcm), [[word.start, word.end, word.sample] for word in chunk.words]] for chunk in chunks]
+        self._write({"at": self.at, "said": text, "chunks": listed})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with self._lock, suppress(ValueError):  # closed, while a voice still spoke
+        with self._lock, suppress(ValueError):  # the log was closed while a voice still spoke
             self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
             self._file.flush()
 
@@ -149,18 +152,18 @@ class EventLog:
 
 
 class LoggedVoice:
-    """The same voice; the log learns how it spoke."""
+    """A voice whose output is logged."""
 
     def __init__(self, voice: Voice, log: EventLog) -> None:
         self.rate, self._voice, self._log = voice.rate, voice, log
 
     def speak(self, text: str, before: str = "") -> Stream:
-        def make(take: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
+        def make(put: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
             chunks = []
             with self._voice.speak(text, before) as stream:
                 for chunk in stream:
                     chunks.append(chunk)
-                    if not take(chunk):
+                    if not put(chunk):
                         break
             self._log.said(text, chunks)
 
@@ -168,19 +171,24 @@ class LoggedVoice:
 
 
 def beside(path: Path) -> Path:
-    """The log of a recording."""
+    """The path of a recording's log."""
     return path.with_suffix(".jsonl")
 
 
 def head(model: str, settings: ConversationConfig, sampling: SamplingParams, voice: Voice | None) -> dict[str, Any]:
-    """The first line of the log: what a conversation is held with."""
-    said = {name: getattr(settings, name) for name in ("policy", "camera", "picture", "seed", "max_tokens")}
-    told = {"budget": settings.budget, "turn_detection": settings.detection, "setting": settings.setting, "sampling": sampling}
-    return {"model": model, "rate": voice.rate if voice else 0, **said, **{name: plain(thing) for name, thing in told.items()}}
+    """The first line of the log: model, voice and settings."""
+    values = {name: getattr(settings, name) for name in ("policy", "camera", "picture", "seed", "max_tokens")}
+    nested = {"budget": settings.budget, "turn_detection": settings.detection, "setting": settings.setting, "sampling": sampling}
+    return {
+        "model": model,
+        "rate": voice.rate if voice else 0,
+        **values,
+        **{name: plain(thing) for name, thing in nested.items()},
+    }
 
 
 def ids(session: Session, answer: int) -> list[int]:
-    """All that was drawn for the answer to what was Asked there."""
+    """All ids that were sampled for the answer at this index of the tape."""
     found: list[int] = []
     for entry in session.record.tape.entries[answer + 1 :]:
         if isinstance(entry, tape.Asked | tape.Opened):
@@ -191,7 +199,7 @@ def ids(session: Session, answer: int) -> list[int]:
 
 
 def plain(thing: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it, without sound and pictures."""
+    """A dataclass as JSON, without audio and pictures."""
     assert is_dataclass(thing) and not isinstance(thing, type)
     named = {field.name: getattr(thing, field.name) for field in fields(thing) if field.name not in ("data", "pcm", "samples")}
     return {name: _listed(value) for name, value in named.items()}

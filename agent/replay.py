@@ -1,7 +1,7 @@
-"""A recorded conversation held again: the same frames and inputs in the same order, and a comparison of what is drawn.
+"""Replays a recorded conversation: the same frames and inputs in the same order, and a comparison of the sampled ids.
 
-Time is the recording's. Before a frame goes in, everything must have come out that had come out by then; so the model may
-take as long as it needs. The voice says what it said, in silence. With greedy sampling, or a seed, the ids are the same.
+Time is the recording's: a frame goes in only when all events have come that came before it in the recording, so the model may
+take as long as it needs. The voice is silent, with the recorded timing. With greedy sampling, or a seed, the ids are the same.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ WAITED = (
     "OutputCleared",
     "AnswerDone",
 )
-PATIENCE = 60.0  # seconds for what the recording has and the replay does not
-UNSAID = 0.3  # seconds of silence for each word that the recording's voice never came to
+PATIENCE = 60.0  # seconds to wait for an event of the recording that the replay may not have
+UNSAID = 0.3  # seconds of silence for each word of a text that was not spoken in the recording
 
 
 @dataclass
 class ReplayLog:
-    """What a recording says. `lines` with `at`, in order; `said`: how the voice spoke each text."""
+    """A recording's log. `lines`: inputs and events in order. `said`: the chunks of each text that was spoken."""
 
     path: Path
     head: dict[str, Any]
@@ -64,7 +64,8 @@ class ReplayLog:
 
 @dataclass
 class Compared:
-    """One answer, then and now; ids of an answer that was stopped may go on further on one side. `same`: as far as both go."""
+    """The ids of an answer in the recording (`then`) and in the replay (`now`). One side of an interrupted answer may
+    have more ids: `same` compares as far as both go."""
 
     then: list[int]
     now: list[int]
@@ -78,7 +79,7 @@ class Compared:
 
 
 def read(path: Path) -> ReplayLog:
-    """Of the recording `path`, wav or log. Raises MediaError."""
+    """The log of a recording; `path` is its wav or its log. Raises MediaError."""
     path = beside(path)
     lines: list[dict[str, Any]] = []
     pictures: dict[int, bytes] = {}
@@ -104,7 +105,7 @@ def read(path: Path) -> ReplayLog:
 
 
 def settings(head: dict[str, Any]) -> ConversationConfig:
-    """With which it was held."""
+    """The configuration of the recorded conversation."""
     sampling = {
         **head["sampling"],
         "stop": frozenset(head["sampling"]["stop"]),
@@ -124,20 +125,20 @@ def settings(head: dict[str, Any]) -> ConversationConfig:
 
 
 async def replay(log: ReplayLog, engine: Engine) -> list[Compared]:
-    """Raises MediaError where the recording's sound is missing."""
+    """Replays a recording and compares its answers. Raises MediaError if the recording's wav cannot be read."""
     frames = _left(log.path.with_suffix(".wav"))
     voice = _Silent(log) if log.head["rate"] else None
     session = Session(engine, Vad(), voice, settings(log.head))
-    again = _Replayed(log, session, frames)
-    await session.run(again.inputs(), again.emit)
+    replayed = _Replayed(log, session, frames)
+    await session.run(replayed.inputs(), replayed.emit)
     return [
         Compared(then["ids"], now, then["text"], then["finish"] == "interrupted")
-        for then, now in zip(log.answers, [*again.ids, *[[]] * len(log.answers)], strict=False)
+        for then, now in zip(log.answers, [*replayed.ids, *[[]] * len(log.answers)], strict=False)
     ]
 
 
 def _left(path: Path) -> np.ndarray:
-    """int16-exact float32 [n, FRAME]: the frames that the session heard."""
+    """The frames that the session heard: float32 [n, FRAME], exactly the int16 values."""
     try:
         sound, _ = soundfile.read(path, dtype="int16", always_2d=True)
     except (OSError, soundfile.LibsndfileError) as error:
@@ -147,12 +148,14 @@ def _left(path: Path) -> np.ndarray:
 
 
 class _Replayed:
+    """The inputs of the replay, each given when the events before it have come."""
+
     def __init__(self, log: ReplayLog, session: Session, frames: np.ndarray) -> None:
         self._log, self._session, self._frames = log, session, frames
         self._seen: Counter[str] = Counter()
-        self._answers: list[int] = []  # now, by their order
-        self._then: dict[int, int] = {}  # the order of the recording's
-        self._sent: dict[int, int] = {}  # samples of each answer
+        self._answers: list[int] = []  # of the replay, in order
+        self._then: dict[int, int] = {}  # the index of each answer of the recording
+        self._sent: dict[int, int] = {}  # samples sent of each answer
         self._changed = asyncio.Event()
         self.ids: list[list[int]] = []
 
@@ -166,7 +169,7 @@ class _Replayed:
             case events.AnswerDone():
                 self.ids.append(ids(self._session, event.answer))
             case events.SessionFailed():
-                raise MediaError(f"the conversation failed as it was held again: {event.message}")
+                raise MediaError(f"the conversation failed during the replay: {event.message}")
         self._changed.set()
 
     async def inputs(self) -> AsyncIterator[Input]:
@@ -191,7 +194,7 @@ class _Replayed:
         kind = line.pop("input")
         line.pop("at")
         if kind == "PictureInput":
-            if line["picture"] in self._log.pictures:  # all others were forgotten for a newer one
+            if line["picture"] in self._log.pictures:  # all others were replaced by a newer one
                 yield events.PictureInput(self._log.pictures[line["picture"]], line["live"])
             return
         if "answer" in line:
@@ -205,7 +208,7 @@ class _Replayed:
         yield getattr(events, kind)(**line)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Or until it will never be: then the two have gone apart, which the comparison shows."""
+        """Waits for a condition, for PATIENCE at most: beyond that the replay differs, which the comparison shows."""
         try:
             async with asyncio.timeout(PATIENCE):
                 while not condition():
@@ -216,7 +219,7 @@ class _Replayed:
 
 
 class _Silent:
-    """The recorded voice without its sound: as long, and with its words where they were."""
+    """The recorded voice as silence of the same length, with the same word timings."""
 
     def __init__(self, log: ReplayLog) -> None:
         self.rate, self._said = log.head["rate"], log.said
@@ -224,18 +227,18 @@ class _Silent:
     def speak(self, text: str, before: str = "") -> Stream:
         chunks = list(self._chunks(text))
 
-        def make(take: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
+        def make(put: Callable[[SpeechChunk], bool], over: threading.Event) -> None:
             for chunk in chunks:
-                if not take(chunk):
+                if not put(chunk):
                     return
 
         return Stream(make)
 
     def _chunks(self, text: str) -> Iterator[SpeechChunk]:
-        told, at = self._said.get(text), 0
-        if not told:
+        recorded, at = self._said.get(text), 0
+        if not recorded:
             yield SpeechChunk(np.zeros(round(UNSAID * self.rate * (1 + text.count(" "))), np.float32), 0, ())
             return
-        for count, words in told.popleft():
+        for count, words in recorded.popleft():
             yield SpeechChunk(np.zeros(count, np.float32), at, tuple(Word(*word) for word in words))
             at += count

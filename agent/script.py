@@ -1,8 +1,8 @@
-"""A conversation from a script: a door without devices, through `Session.run`, and a recording of both sides.
+"""A scripted conversation, without devices: plays the turns of a script to `Session.run`, and can record both sides.
 
-A TOML file, of which every turn may have each of these once:
+A script is a TOML file; a turn may have each of these keys once:
 
-    system = "You are attend."        # before everything, if at all
+    system = "You are attend."        # optional
 
     [[turn]]
     show = "table.jpg"                # a picture
@@ -10,11 +10,11 @@ A TOML file, of which every turn may have each of these once:
     speak = "what do you see"         # words for espeak-ng, with
     voice = "en-gb+f2"                # this voice
     type = "and how many are red?"    # typed words
-    interrupt = 3                     # the next turn begins when so many words of this one's answer were heard
+    interrupt = 3                     # the next turn begins when this many words of this turn's answer were heard
     wait = 0.6                        # seconds of silence before it
 
-Time is the microphone's: 40 ms of it pass while 40 ms of the answer are played. Without `real_time` it stands still while
-the model computes, so that a script takes as long as the model needs and the outcome does not depend on the machine.
+Time is counted in frames of the microphone: in 40 ms of it, 40 ms of the answer are played. Without `real_time` it stops while
+the model computes, so a script takes as long as the model needs, and the result does not depend on the machine's speed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from agent.recording import Recording
 from streams.frames import FRAME, RATE, Audio, MediaError
 from streams.media_files import read_audio
 
-TAIL = 40  # frames of silence after the last answer: for its caption, and for the ear
-SETTLED = 8  # frames after which a script without real time waits for the model
-PATIENCE = 250  # frames of silence after which a turn that nobody answers is given up
+TAIL = 40  # frames of silence after the last answer, in which its transcript arrives
+SETTLED = 8  # frames after which a script without real time waits until the model has taken them
+PATIENCE = 250  # frames of silence after which a turn counts as unanswered
 FORMAT = "[[turn]] with show, say, speak and voice, type, interrupt, wait; see agent/script.py"
 KEYS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("show", "say", "speak", "voice", "type"), str), "interrupt": int, "wait": (int, float),
@@ -48,6 +48,9 @@ KEYS: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ScriptedTurn:
+    """What the user does in one turn. `speech`: float32 at 16 kHz. `interrupt`: words of the answer that are heard before the
+    next turn begins. `wait`: seconds of silence before this one."""
+
     picture: bytes = b""
     speech: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     typed: str = ""
@@ -55,15 +58,15 @@ class ScriptedTurn:
     wait: float = 0.6
 
 
-class Talks(Protocol):
-    """A session, or what stands for one that is elsewhere."""
+class SessionLike(Protocol):
+    """A session, or a client with the interface of one."""
 
     async def run(self, inputs: AsyncIterator[Input], emit: Callable[[Event], Awaitable[None]]) -> None: ...
 
 
 @dataclass
 class ScriptedExchange:
-    """What came of one answer. Times in milliseconds after the turn's end."""
+    """The answer to a scripted turn. `heard`: characters that were heard. `stages`: milliseconds after the turn's end."""
 
     caption: str = ""
     text: str = ""
@@ -78,7 +81,7 @@ class ScriptedExchange:
 
 
 def read(path: Path) -> tuple[str | None, list[ScriptedTurn]]:
-    """System prompt and turns. Raises MediaError for what cannot be used."""
+    """The system prompt and the turns of a script. Raises MediaError."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -126,8 +129,8 @@ def _spoken(text: str, voice: str, where: str) -> np.ndarray:
 
 
 class Performance:
-    """Plays `turns` to a session and keeps what comes back. `quiet`: a little noise instead of digital silence. `settled`: waits
-    until the model has taken in what it was sent; without it, and without `real_time`, sound comes faster than the model is."""
+    """Plays `turns` to a session and keeps its events. `quiet`: standard deviation of noise instead of digital silence.
+    `settled`: waits until the model has processed its input; without it, and without `real_time`, audio comes too fast."""
 
     def __init__(
         self,
@@ -141,43 +144,44 @@ class Performance:
         self.exchanges: list[ScriptedExchange] = []
         self.events: list[Event] = []
         self.times: list[float] = []  # of `events`, by `clock`
-        self.asked: list[tuple[int, int]] = []  # of each turn: the sample its speech begins at, the exchanges before it
-        self.late: list[float] = []  # in real time: by how many seconds each frame came too late
+        self.asked: list[tuple[int, int]] = []  # of each turn: first sample of its speech, number of exchanges before it
+        self.late: list[float] = []  # in real time: seconds by which each frame was late
         self.answers: dict[int, ScriptedExchange] = {}
         self._rng, self._quiet = np.random.default_rng(0), quiet
         self._frames = 0
-        self._answer: int | None = None  # the one that is being given
-        self._captions: dict[int, str] = {}
+        self._answer: int | None = None  # the answer in progress
+        self._transcripts: dict[int, str] = {}
         self._turn: int | None = None
-        self._asked: dict[int, int] = {}  # answer by the turn it answers
+        self._turn_of_answer: dict[int, int] = {}  # turn by the answer to it
         self._playing: list[events.AudioDelta] = []
         self._played = 0
-        self._hushed = False  # by the user's voice: time goes on, to tell what it is
-        self._ends: list[int] = []  # where each word but the first begins
+        self._paused = False  # by the user's voice: time goes on, until the session has decided what it was
+        self._ends: list[int] = []  # samples at which each word but the first begins
         self._changed = asyncio.Event()
         self._begun = time.monotonic()
 
     @property
     def notes(self) -> list[str]:
-        """What went wrong."""
+        """Messages of what went wrong."""
         return [event.message for event in self.events if isinstance(event, events.Notice | events.SessionFailed)]
 
     @property
     def clock(self) -> float:
-        """Seconds of the microphone's time."""
+        """Seconds of microphone time since the start."""
         return time.monotonic() - self._begun if self.real_time else self._frames * FRAME / RATE
 
     def forget(self) -> None:
-        """Between two turns: what was told so far is let go of."""
+        """Drops everything kept so far; to be called between two turns."""
         for kept in (self.exchanges, self.events, self.times, self.asked, self.late, self.answers):
             kept.clear()
-        self._captions.clear()
-        self._asked.clear()
+        self._transcripts.clear()
+        self._turn_of_answer.clear()
 
-    async def run(self, session: Talks) -> None:
+    async def run(self, session: SessionLike) -> None:
+        """Plays all turns, and returns when the session has ended."""
         await session.run(self._inputs(), self._emit)
-        for answer, turn in self._asked.items():
-            self.answers[answer].caption = self._captions.get(turn, "")
+        for answer, turn in self._turn_of_answer.items():
+            self.answers[answer].caption = self._transcripts.get(turn, "")
 
     async def _emit(self, event: Event) -> None:
         self.events.append(event)
@@ -186,22 +190,22 @@ class Performance:
             case events.TurnStarted() | events.PictureAttached():
                 self._turn = event.turn
             case events.InputTranscribed():
-                self._captions[event.turn] = event.text
+                self._transcripts[event.turn] = event.text
             case events.AnswerStarted():
-                self._hushed = False
+                self._paused = False
                 self._answer, self._played, self._ends, self._playing = event.answer, 0, [], []
                 self.answers[event.answer] = ScriptedExchange()
                 self.exchanges.append(self.answers[event.answer])
                 if self._turn is not None:
-                    self._asked[event.answer], self._turn = self._turn, None
+                    self._turn_of_answer[event.answer], self._turn = self._turn, None
             case events.MarkAdded():
                 self.answers[event.answer].marks.append(event.mark)
             case events.AudioDelta():
-                self._hushed = False
+                self._paused = False
                 self._playing.append(event)
                 self._ends += [word.sample for word in event.words if word.sample and word.sample not in self._ends]
             case events.OutputCleared():
-                self._hushed, self._playing = True, []
+                self._paused, self._playing = True, []
             case events.AnswerDone():
                 exchange, self._answer = self.answers[event.answer], None
                 exchange.text, exchange.heard, exchange.finish = event.text, event.heard, event.finish
@@ -241,7 +245,7 @@ class Performance:
                 yield item
 
     async def _frame(self, frame: np.ndarray) -> AsyncIterator[Input]:
-        """40 ms pass."""
+        """One frame of the microphone, and the playback meanwhile."""
         if self.real_time:
             due = (self._frames + 1) * FRAME / RATE
             await asyncio.sleep(max(0.0, due - self.clock))
@@ -250,7 +254,7 @@ class Performance:
             await asyncio.sleep(0)
             if self._settled and self._frames % SETTLED == 0:
                 await self._settled()
-            while self._answer is not None and not self._playing and not self._hushed:
+            while self._answer is not None and not self._playing and not self._paused:
                 self._changed.clear()
                 await self._changed.wait()
         yield Audio((frame + self._quiet * self._rng.standard_normal(FRAME)).clip(-1, 1).astype(np.float32), self._frames * FRAME)
@@ -266,13 +270,13 @@ class Performance:
         if not wanted:
             return None
         while wanted and self._playing:
-            said = self._playing[0]
-            at = self._played - said.sample if said.sample <= self._played < said.sample + len(said.pcm) else 0
-            piece = said.pcm[at : at + wanted]
+            delta = self._playing[0]
+            at = self._played - delta.sample if delta.sample <= self._played < delta.sample + len(delta.pcm) else 0
+            piece = delta.pcm[at : at + wanted]
             if self._recording:
-                self._recording.play(said.rate, piece)
-            self._played = said.sample + at + len(piece)
+                self._recording.play(delta.rate, piece)
+            self._played = delta.sample + at + len(piece)
             wanted -= len(piece)
-            if at + len(piece) == len(said.pcm):
+            if at + len(piece) == len(delta.pcm):
                 self._playing.pop(0)
-        return events.PlaybackPosition(said.answer, self._played)
+        return events.PlaybackPosition(delta.answer, self._played)

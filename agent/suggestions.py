@@ -1,5 +1,5 @@
-"""What a checkpoint's folder says to people who try it, in `suggestions.json`: what the model knows, and questions about a
-picture that it can answer. A large model needs none; a small one that is asked about anything else disappoints."""
+"""A checkpoint's `suggestions.json`: what the model knows, and questions about a picture that it can answer. A large model needs
+none; a small one disappoints whoever asks about anything else."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Suggestions:
-    """`about`: one line. `questions`: up to three, about the file `picture`."""
+    """What to try. `about`: one line. `questions`: up to three, about the file `picture`."""
 
     about: str
     picture: Path
     questions: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """As lines for a terminal."""
         return [self.about, trying(self.questions, _short(self.picture))]
 
 
@@ -37,7 +37,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_suggestions(folder: Path) -> Suggestions | None:
-    """None where the folder makes none. Raises CheckpointError where they cannot be used."""
+    """The suggestions in a folder, None if it has none. Raises CheckpointError if they cannot be used."""
     path = folder / FILE
     if not path.exists():
         return None
@@ -46,14 +46,14 @@ def read_suggestions(folder: Path) -> Suggestions | None:
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as wrong:
         raise CheckpointError(f"{path} cannot be used: {wrong}") from wrong
     picture = (folder / given.picture).resolve()
-    inside = picture.is_relative_to(folder.resolve())  # the server shows it to everybody: no other file of this machine
+    inside = picture.is_relative_to(folder.resolve())  # the server shows it to everybody
     if not inside or picture.suffix.lower() not in PICTURES or not picture.is_file():
         raise CheckpointError(f"{path} names {given.picture!r}, which is no picture in its folder ({', '.join(PICTURES)})")
     return Suggestions(given.about, picture, given.questions)
 
 
 def trying(questions: tuple[str, ...], picture: str) -> str:
-    """One line. `picture`: what --camera takes."""
+    """The suggestion as one line. `picture`: the argument of --camera."""
     quoted = [f'"{question}"' for question in questions]
     listed = ", ".join(quoted[:-1]) + " or " + quoted[-1] if len(quoted) > 1 else quoted[0]
     return f"try {listed}, about the picture that --camera {picture} shows it"

@@ -61,7 +61,7 @@ class Client:
 
     def hear(self, *told: Event) -> list[dict[str, Any]]:
         for event in told:
-            self.protocol.tell(event, self.now)
+            self.protocol.handle_event(event, self.now)
         return self._drain()
 
     def wait(self, seconds: float) -> None:

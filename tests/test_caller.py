@@ -57,7 +57,7 @@ async def test_a_line_that_breaks_is_said_and_ends_its_conversation_alone(engine
 async def test_a_small_crowd_at_a_server_is_answered(engine, mind):
     said: list[str] = []
     async with serving(engine, clock=time.monotonic) as port:
-        result = await load_test.calls([2], lambda: RealtimeClient(url(port)), lambda seed: people.person(seed)[:1], said.append)
+        result = await load_test.remote([2], lambda: RealtimeClient(url(port)), lambda seed: people.person(seed)[:1], said.append)
     figures = result["speakers"]["2"]
     assert figures["lost"]["attend"] == figures["unanswered"]["attend"] == 0
     assert figures["first_token"]["count"] <= 2 and "2 speakers, 2 questions" in said[0]

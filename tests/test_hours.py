@@ -28,9 +28,9 @@ async def test_both_policies_are_told_stretch_by_stretch_and_nothing_grows() -> 
     result = await hours.conversation(checkpoint.load("nano"), None, greeting, 0.0005, told.append, get_args(Policy))
     assert list(result) == ["transcripts", "verbatim"]
     for figures in result.values():
-        assert figures["dropped"] == 0 and len(figures["stretches"]) == hours.STRETCHES
+        assert figures["dropped"] == 0 and len(figures["stretches"]) == hours.INTERVALS
         assert [stretch["minutes"] for stretch in figures["stretches"]] == sorted(s["minutes"] for s in figures["stretches"])
         assert all(s["asked"] == s["right"] > 0 and s["unanswered"] == 0 < s["first_token"] for s in figures["stretches"])
         entries = [stretch["entries"] for stretch in figures["stretches"]]
         assert entries == sorted(entries), "the tape is append-only"
-    assert len([line for line in told if line.strip()]) == 2 * (1 + hours.STRETCHES + 1)
+    assert len([line for line in told if line.strip()]) == 2 * (1 + hours.INTERVALS + 1)

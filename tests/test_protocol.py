@@ -54,8 +54,8 @@ def manual() -> Client:
     return c
 
 
-def how(setting: SystemPrompt | None = None, **more: Any) -> events.UpdateSettings:
-    return events.UpdateSettings(setting, **{"answers": True, "most": 4096, "spoken": True, "calls": (), **more})
+def update_settings(setting: SystemPrompt | None = None, **more: Any) -> events.UpdateSettings:
+    return events.UpdateSettings(setting, **{"answers": True, "max_tokens": 4096, "spoken": True, "calls": (), **more})
 
 
 def pcm(seconds: float, rate: int = 24_000) -> str:
@@ -179,7 +179,7 @@ def test_a_session_begins_with_what_holds():
     assert session["id"] == "x" and session["model"] == "nano"
     assert session["audio"]["input"]["turn_detection"]["type"] == "server_vad"
     assert session["audio"]["output"]["format"] == {"type": "audio/pcm", "rate": 24000}
-    assert c.inputs == [how(SystemPrompt())]
+    assert c.inputs == [update_settings(SystemPrompt())]
 
 
 def test_without_a_voice_answers_are_text():
@@ -216,7 +216,7 @@ def test_an_update_says_what_holds_and_tells_the_session():
     assert session["instructions"] == "Be brief." and session["tools"] == [tool] and session["max_output_tokens"] == 99
     assert session["audio"]["input"]["noise_reduction"] is None and session["audio"]["output"]["speed"] == 1
     assert session["audio"]["output"]["voice"] == "espeak" and session["audio"]["output"]["format"] == {"type": "audio/pcmu"}
-    assert c.inputs[-1] == how(SystemPrompt("Be brief.", (tool,)), max_tokens=99, spoken=False)
+    assert c.inputs[-1] == update_settings(SystemPrompt("Be brief.", (tool,)), max_tokens=99, spoken=False)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_part_of_turn_detection_leaves_the_rest():
         sent = c.say("session.update", session={"audio": {"input": {"turn_detection": detection}}})
     echo = sent[0]["session"]["audio"]["input"]["turn_detection"]
     assert echo["silence_duration_ms"] == 900 and echo["create_response"] is False
-    assert c.inputs[-1] == how(answers=False)
+    assert c.inputs[-1] == update_settings(answers=False)
 
 
 @pytest.mark.parametrize(
@@ -413,12 +413,12 @@ def test_a_response_may_have_settings_of_its_own():
     c.inputs.clear()
     given = {"instructions": "B", "output_modalities": ["text"], "max_output_tokens": 7, "metadata": {"k": "v"}}
     response = c.say("response.create", response=given)[0]["response"]
-    assert c.inputs == [how(SystemPrompt("B"), max_tokens=7, spoken=False), events.CreateAnswer()]
+    assert c.inputs == [update_settings(SystemPrompt("B"), max_tokens=7, spoken=False), events.CreateAnswer()]
     assert response["output_modalities"] == ["text"] and response["max_output_tokens"] == 7
     c.inputs.clear()
     done = c.hear(AnswerStarted(2), TextDelta(2, "x"), answered(2, "x"))[-1]["response"]
     assert done["id"] == response["id"] and done["metadata"] == {"k": "v"}
-    assert c.inputs == [how(SystemPrompt("A"))]
+    assert c.inputs == [update_settings(SystemPrompt("A"))]
 
 
 @pytest.mark.parametrize(
@@ -656,7 +656,7 @@ def test_history_that_a_client_brings_along():
     c.say("session.update", session={"instructions": "A"})
     part = {"type": "input_text", "text": "It is night."}
     c.say("conversation.item.create", item={"type": "message", "role": "system", "content": [part]})
-    assert c.inputs[-1] == how(SystemPrompt("A\n\nIt is night."))
+    assert c.inputs[-1] == update_settings(SystemPrompt("A\n\nIt is night."))
 
 
 @pytest.mark.parametrize(
@@ -1006,7 +1006,7 @@ def test_tools_are_chosen(chosen, calls, known):
     tools = [TOOL, {**TOOL, "name": "point"}]
     session = c.say("session.update", session={"tools": tools, "tool_choice": chosen})[0]["session"]
     assert session["tool_choice"] == chosen
-    assert c.inputs[-1] == how(SystemPrompt(tools=tuple(tools)) if known else None, calls=calls)
+    assert c.inputs[-1] == update_settings(SystemPrompt(tools=tuple(tools)) if known else None, calls=calls)
     c.say("response.create", response={"tool_choice": {"type": "function", "name": "look"}})
     assert c.inputs[-2].calls == ("look",) and c.inputs[-1] == events.CreateAnswer()
     c.hear(AnswerStarted(3), answered(3, "x"))

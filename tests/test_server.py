@@ -740,7 +740,7 @@ async def test_the_log_tells_once_what_the_model_does_not_remember_any_more(engi
             await say(connection, "response.create", response={"output_modalities": ["text"]})
             await until(connection, "response.done")
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "attend.serve"]
-    assert [line["of"] for line in lines if line["event"] == "let go"] == [["turn 2"], ["turn 6"]]
+    assert [line["of"] for line in lines if line["event"] == "evicted"] == [["turn 2"], ["turn 6"]]
 
 
 # ---- a model that is being loaded

@@ -1,4 +1,4 @@
-"""Who may come in: a loopback address or a token, the Host that was meant, an Origin that is ours. Pure."""
+"""Access control: a loopback address or a token, the expected Host, an allowed Origin. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COOKIE = "attend"
 
 
 class NotServed(RuntimeError):
-    """The server cannot begin, or would be open to everybody: one sentence for a person."""
+    """The server cannot start, or would be open to everybody; the message is one sentence for the user."""
 
 
 def loopback(host: str) -> bool:
@@ -40,7 +40,7 @@ class Access:
             raise NotServed(f"whoever can reach {self.host} could talk to the model: give a --token-file, or listen on 127.0.0.1")
 
     def host_known(self, host: str | None) -> bool:
-        """A page whose name was made to point here (DNS rebinding) has a Host of its own. An address cannot be made to."""
+        """Whether `Host` is ours. Refuses DNS rebinding (a foreign name that resolves here); IP addresses cannot be rebound."""
         name = _split(f"//{host or ''}")[0]
         if loopback(name) or name == self.host:
             return True
@@ -49,7 +49,7 @@ class Access:
         return not loopback(self.host) and (_address(name) or name.endswith(".local"))
 
     def origin_known(self, origins: Sequence[str], host: str | None) -> bool:
-        """Programs send none; a browser cannot help it."""
+        """Whether `Origin` is allowed. Only browsers send one, and they always do."""
         if not origins:
             return True
         if len(origins) > 1:
@@ -58,7 +58,8 @@ class Access:
             origins[0].startswith(("http://", "https://")) and urlsplit(origins[0]).netloc == host
         )
 
-    def let_in(self, headers: Headers) -> bool:
+    def authorized(self, headers: Headers) -> bool:
+        """Whether the headers carry the token (Authorization, subprotocol) or our cookie; always true without a token."""
         if not self.token:
             return True
         given = [
@@ -75,12 +76,12 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """What our own page is remembered by: made of the token, and not the token."""
+        """The value of our page's cookie: derived from the token, which it does not reveal."""
         return hmac.new((self.token or "").encode(), b"attend's page", sha256).hexdigest()
 
 
 def _same(one: str, other: str) -> bool:
-    """In constant time, whatever the lengths."""
+    """Compares in constant time, whatever the lengths."""
     return hmac.compare_digest(*(sha256(text.encode(errors="surrogateescape")).digest() for text in (one, other)))
 
 

@@ -1,5 +1,5 @@
-"""Sound on the wire: PCM16 and G.711 to and from samples, rates to and from ours, the input audio buffer, and the one ledger of
-what a client has played. Pure."""
+"""Audio on the wire: PCM16 and G.711 to and from samples, resampling, the input audio buffer, and the one record of how much a
+client has played. Pure."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KEPT = 32  # items whose sound can be truncated
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`rate` in samples a second."""
+    """An audio format of the protocol; `rate` in samples per second."""
 
     type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
     rate: int = 24_000
 
     @staticmethod
     def rates(type: str) -> tuple[int, ...]:
-        """Samples a second that it may have, the usual one first."""
+        """The sample rates that are allowed for a type, the default first."""
         return (24_000, RATE) if type == "audio/pcm" else (8_000,)
 
     def as_json(self) -> Mapping[str, Any]:
@@ -39,11 +39,11 @@ class Format:
 
     @property
     def width(self) -> int:
-        """Bytes of a sample."""
+        """Bytes per sample."""
         return 2 if self.type == "audio/pcm" else 1
 
     def decode(self, data: bytes) -> Samples:
-        """Samples in [-1, 1] at `rate`, of whole samples."""
+        """Bytes of whole samples → float32 in [-1, 1] at `rate`."""
         if self.type == "audio/pcm":
             pcm = np.frombuffer(data, "<i2")
         else:
@@ -53,6 +53,7 @@ class Format:
         return samples
 
     def encode(self, samples: Samples) -> bytes:
+        """float32 in [-1, 1] at `rate` → bytes."""
         pcm = np.rint(samples * 32768).clip(-32768, 32767).astype("<i2")
         if self.type == "audio/pcm":
             return pcm.tobytes()
@@ -65,7 +66,7 @@ PCM = Format()
 
 @cache
 def _ulaw() -> NDArray[np.int16]:
-    """Of each byte its value. Eight segments of sixteen steps, each twice as wide as the one before; bits inverted."""
+    """The value of each µ-law byte. Eight segments of sixteen steps, each twice as wide as the one before; bits inverted."""
     code = ~np.arange(256, dtype=np.uint8)
     step, segment = (code & 15).astype(np.int32), (code >> 4 & 7).astype(np.int32)
     size = (((step << 3) + 132) << segment) - 132
@@ -74,7 +75,7 @@ def _ulaw() -> NDArray[np.int16]:
 
 @cache
 def _alaw() -> NDArray[np.int16]:
-    """The same with the two lowest segments alike, and every other bit inverted."""
+    """The value of each A-law byte: as µ-law, but the two lowest segments have equal steps, and every other bit is inverted."""
     code = np.arange(256, dtype=np.uint8) ^ 0x55
     step, segment = (code & 15).astype(np.int32), (code >> 4 & 7).astype(np.int32)
     size = np.where(segment, ((step << 4) + 264) << np.maximum(segment - 1, 0), (step << 4) + 8)
@@ -83,7 +84,7 @@ def _alaw() -> NDArray[np.int16]:
 
 @cache
 def _to_ulaw() -> NDArray[np.uint8]:
-    """Of each 16-bit value, from the lowest on, its byte."""
+    """The µ-law byte of each 16-bit value, from the lowest on."""
     value = np.arange(-32768, 32768)
     size = np.minimum(np.abs(value), 32635) + 132
     segment = np.log2(size).astype(np.int32) - 7
@@ -102,7 +103,7 @@ def _to_alaw() -> NDArray[np.uint8]:
 
 
 class Resampler:
-    """A stream from one rate to another; some milliseconds stay inside until `flush`."""
+    """Resamples a stream; it holds some milliseconds back until `flush`."""
 
     def __init__(self, source: int, target: int) -> None:
         self._stream = None if source == target else soxr.ResampleStream(source, target, 1, dtype="float32")
@@ -121,23 +122,23 @@ class Resampler:
 
 # ---- the input audio buffer
 
-LONGEST = 110  # seconds of sound that may wait for a commit, or be an item: a turn has 120
+LONGEST = 110  # seconds of audio that may wait for a commit, or that an item may have; a turn has 120
 
 
 class BufferFull(ValueError):
-    """One sentence: what more sound would have to wait for."""
+    """No more audio can be taken now; the message says what it has to wait for."""
 
 
 class InputAudioBuffer:
-    """What a client appends → what a session hears. With turn detection the session judges it; without (`manual`) the session
-    keeps it until it is committed. Where talk is not to interrupt an answer, sound is held here until the answer is over."""
+    """Appended audio → 16 kHz frames for the session. With turn detection the session decides about turns; without it (`manual`)
+    the session buffers audio until a commit. Where speech must not interrupt an answer, audio is held here until its end."""
 
     def __init__(self, format: Format) -> None:
         self._format, self._resampler = format, Resampler(format.rate, RATE)
         self.manual = False
         self._odd = b""  # the first byte of a sample whose second one comes with the next append
-        self._at = 0  # samples that were heard
-        self._uncommitted = 0  # samples
+        self._at = 0  # samples given to the session
+        self._uncommitted = 0  # samples at 16 kHz
         self._holds = False
         self._held: list[Audio] = []
 
@@ -148,11 +149,11 @@ class InputAudioBuffer:
 
     @property
     def milliseconds(self) -> int:
-        """That wait for a commit."""
+        """Audio that waits for a commit."""
         return self._uncommitted * 1000 // RATE
 
     def append(self, data: bytes) -> list[Audio]:
-        """Of any length: a stream may be cut in the middle of a sample. Raises BufferFull."""
+        """Takes bytes of any number: a stream may be split in the middle of a sample. Raises BufferFull."""
         data = self._odd + data
         whole = len(data) // self._format.width * self._format.width
         samples = self._format.decode(data[:whole])
@@ -166,7 +167,7 @@ class InputAudioBuffer:
         return self._heard(self._resampler.push(samples))
 
     def commit(self) -> list[Audio]:
-        """The last of what was appended."""
+        """Returns the rest of what was appended, which the resampler held back."""
         self._odd, self._uncommitted = b"", 0
         return self._heard(self._resampler.flush())
 
@@ -175,7 +176,7 @@ class InputAudioBuffer:
         self._held.clear()
 
     def hold(self, holds: bool) -> list[Audio]:
-        """Whether what comes is to wait; what waited, where it is not."""
+        """Starts or stops holding audio back; returns what was held when it stops."""
         self._holds = holds
         held, self._held = ([], self._held) if holds else (self._held, [])
         return held
@@ -196,7 +197,7 @@ class InputAudioBuffer:
 
 @dataclass(slots=True)
 class _Piece:
-    """Sound of an item without a gap in its answer: it begins `offset` seconds into the item, at `sample` of the answer."""
+    """A contiguous run of an answer's audio in an item: it begins `offset` seconds into the item, at `sample` of the answer."""
 
     offset: float
     sample: int
@@ -205,18 +206,18 @@ class _Piece:
 
 
 class PlaybackClock:
-    """Clients do not say what they have played: it is counted from the moment at which sound was sent, one second a second.
+    """Estimates what a client has played, since clients do not say: audio plays in real time from the moment it is sent.
 
-    Seconds are of a clock that whoever calls has; samples are of the answer, which may be taken up again at an earlier word.
+    Times are seconds of the caller's clock; samples are of the answer, which may be resumed at an earlier word.
     """
 
     def __init__(self) -> None:
-        self._items: OrderedDict[str, tuple[int, list[_Piece]]] = OrderedDict()  # item: answer and its sound
-        self._queue: deque[tuple[float, int, _Piece]] = deque()  # when it begins to be played, of which answer
-        self.end = 0.0  # when all is played
+        self._items: OrderedDict[str, tuple[int, list[_Piece]]] = OrderedDict()  # by item: its answer and its audio
+        self._queue: deque[tuple[float, int, _Piece]] = deque()  # when playback of it begins, its answer
+        self.end = 0.0  # when playback ends
 
     def send(self, now: float, item: str, answer: int, sample: int, count: int, rate: int) -> float:
-        """How many seconds of the item's sound are before it."""
+        """Registers `count` samples sent at `now`. Returns how many seconds of the item's audio come before them."""
         begin, self.end = max(now, self.end), max(now, self.end) + count / rate
         _, pieces = self._items.setdefault(item, (answer, []))
         offset = pieces[-1].offset + pieces[-1].count / pieces[-1].rate if pieces else 0.0
@@ -230,7 +231,7 @@ class PlaybackClock:
         return offset
 
     def heard(self, now: float) -> tuple[int, int] | None:
-        """Answer and sample that were reached; None when nothing new was played."""
+        """The answer and the sample that playback has reached; None when nothing new was played."""
         reached = None
         while self._queue and self._queue[0][0] <= now:
             begin, answer, piece = self._queue[0]
@@ -242,12 +243,12 @@ class PlaybackClock:
         return reached
 
     def stop(self) -> None:
-        """The client plays nothing more of what was sent."""
+        """The client plays no more of what was sent."""
         self._queue.clear()
         self.end = 0.0
 
     def place(self, item: str, ms: int) -> tuple[int, int, int] | None:
-        """Answer and sample at `ms` of an item's sound, and `ms` or the sound's end where that is earlier. None: it has none."""
+        """Answer and sample at `ms` of an item's audio, and `ms` limited to the audio's length. None if the item has no audio."""
         if item not in self._items:
             return None
         answer, pieces = self._items[item]

@@ -1,6 +1,6 @@
-"""What holds of a session: what `session.update` and `response.create` change of it, and how it is echoed.
+"""A session's configuration: how `session.update` and `response.create` change it, and how it is echoed.
 
-What a client may choose nothing of (voice, speed, noise reduction, …) is echoed as it is: `session.updated` tells what holds.
+Parameters without effect (voice, speed, noise reduction, …) are echoed with the values that apply.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from web.schema import (
     checked,
 )
 
-TOOL = 16_384  # characters of one tool's declaration
-MAX_TOKENS = 4096  # of a response, as the protocol has it
+TOOL = 16_384  # characters that a tool's declaration may have
+MAX_TOKENS = 4096  # of a response: the protocol's limit
 
-# A model that tells from the words whether a sentence is complete is not there yet; eagerness says how long a pause may be.
+# There is no model yet that tells from the words whether a sentence is complete; eagerness sets how long a pause may be.
 EAGERNESS = {"low": 1000, "medium": 500, "auto": 500, "high": 300}  # ms
 SERVER_VAD: Mapping[str, Any] = {
     "type": "server_vad",
@@ -51,7 +51,7 @@ SEMANTIC_VAD: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """`turn_detection` is None for push-to-talk; `max_tokens` of an answer None for as many as we allow."""
+    """The configuration. `turn_detection`: None for push-to-talk. `max_tokens`: of an answer, None for the limit."""
 
     instructions: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -65,12 +65,12 @@ class SessionConfig:
 
     @property
     def setting(self) -> SystemPrompt:
-        """The system prompt and tools that the model is given."""
+        """The system prompt and the tools that the model gets."""
         return SystemPrompt(self.instructions or None, () if self.tool_choice == "none" else self.tools)
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """The tools of which an answer must call one."""
+        """The names of the tools of which an answer must call one; empty if it need not."""
         if isinstance(self.tool_choice, str):
             return tuple(tool["name"] for tool in self.tools) if self.tool_choice == "required" else ()
         return (self.tool_choice["name"],)
@@ -81,13 +81,13 @@ class SessionConfig:
 
     @property
     def idle(self) -> float | None:
-        """Seconds of silence after an answer that ask for another one."""
+        """Seconds of silence after an answer that start another one; None: never."""
         ms = (self.turn_detection or {}).get("idle_timeout_ms")
         return None if ms is None else ms / 1000
 
     @property
     def uninterrupted(self) -> bool:
-        """Nobody interrupts an answer by talking."""
+        """Speech does not interrupt an answer."""
         return self.turn_detection is None or not self.turn_detection["interrupt_response"]
 
     @property
@@ -96,7 +96,7 @@ class SessionConfig:
         return self.turn_detection is None or bool(self.turn_detection["create_response"])
 
     def detection(self, usual: TurnDetectionConfig) -> TurnDetectionConfig:
-        """How the session detects turns; `usual` holds for what the protocol does not say."""
+        """The session's turn detection; `usual` has the values that the protocol does not set."""
         given = self.turn_detection
         if given is None:
             return replace(usual, hands_free=False, buffered=True, idle=None)
@@ -112,7 +112,7 @@ class SessionConfig:
         )
 
     def updated(self, options: SessionOptions) -> SessionConfig:
-        """With what `session.update` says. Raises InvalidRequest before anything holds."""
+        """The configuration after a `session.update`. Raises InvalidRequest."""
         now = self.of_response(options, "session")
         given = options.audio.input if options.audio else None
         if given is None:
@@ -126,7 +126,7 @@ class SessionConfig:
         return now
 
     def of_response(self, options: SessionOptions | ResponseParams, where: str) -> SessionConfig:
-        """With what may be said of the session and of one response."""
+        """The configuration with the options that sessions and responses share. Raises InvalidRequest."""
         now = self._with_tools(options, where)
         if options.prompt is not None:
             message = f"{where}.prompt is stored where nobody looks; say it in {where}.instructions"
@@ -135,8 +135,8 @@ class SessionConfig:
             now = replace(now, instructions=options.instructions)
         if options.output_modalities is not None:
             now = replace(now, spoken="audio" in options.output_modalities)
-        if (most := options.max_output_tokens) is not None:
-            now = replace(now, max_tokens=None if most == "inf" else most)
+        if (limit := options.max_output_tokens) is not None:
+            now = replace(now, max_tokens=None if limit == "inf" else limit)
         output = options.audio.output if options.audio else None
         if output and output.format:
             now = replace(now, output=_format(output.format, f"{where}.audio.output.format"))
@@ -155,6 +155,7 @@ class SessionConfig:
         return now
 
     def as_json(self, id: str, model: str, voice: str) -> dict[str, Any]:
+        """The session object of the protocol."""
         return {
             "type": "realtime",
             "object": "realtime.session",
@@ -192,8 +193,8 @@ def _format(given: AudioFormat, where: str) -> Format:
 def _transcription(given: Transcription | None) -> Mapping[str, Any] | None:
     if given is None:
         return None
-    said = {"model": given.model, "language": given.language}
-    return {"model": "attend", **{name: value for name, value in said.items() if value is not None}}
+    values = {"model": given.model, "language": given.language}
+    return {"model": "attend", **{name: value for name, value in values.items() if value is not None}}
 
 
 def _turn_detection(given: TurnDetection | None, now: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -202,11 +203,11 @@ def _turn_detection(given: TurnDetection | None, now: Mapping[str, Any] | None) 
     kind = given.type or (now["type"] if now else "server_vad")
     usual = SEMANTIC_VAD if kind == "semantic_vad" else SERVER_VAD
     kept = now if now and now["type"] == kind else {}
-    said = {name: value for name in usual if name != "type" and _is_said(name, value := getattr(given, name))}
-    return {**usual, **kept, **said}
+    changes = {name: value for name in usual if name != "type" and _is_set(name, value := getattr(given, name))}
+    return {**usual, **kept, **changes}
 
 
-def _is_said(name: str, value: Any) -> bool:
+def _is_set(name: str, value: Any) -> bool:
     return value is not UNSET and (value is not None or name == "idle_timeout_ms")
 
 
@@ -214,8 +215,8 @@ def _tool(given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if given.get("type") == "mcp":
         raise InvalidRequest(f"{where} is no function; servers of tools are not connected to from here", param=f"{where}.type")
     tool = checked(given, FunctionTool, where)
-    said = {"description": tool.description, "parameters": tool.parameters}
-    kept = {"type": "function", "name": tool.name, **{name: value for name, value in said.items() if value is not None}}
+    values = {"description": tool.description, "parameters": tool.parameters}
+    kept = {"type": "function", "name": tool.name, **{name: value for name, value in values.items() if value is not None}}
     try:
         length = len(json.dumps(kept, ensure_ascii=False))
         list(declaration(kept))

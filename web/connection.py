@@ -1,7 +1,7 @@
-"""One client and its session, over whatever carries its messages: a websocket here, another server elsewhere.
+"""One client and its session, over any transport of messages: a websocket in our server, or another server's.
 
-Five tasks: the session, what comes in, what goes out, the clock of what was played, and the server's end. The first that ends is
-the end of all. Every queue is bounded; who does not read or sends too much waits alone.
+Five tasks: the session, the reader, the writer, the playback clock, and the wait for the server's end. When the first of them
+ends, all are ended. Every queue is bounded; a client that does not read or sends too much delays only itself.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from agent.session import ConsumerStalled, Session
 from streams.frames import RATE, Audio
 from web.protocol import RealtimeProtocol
 
-EVENTS = 500  # of a client in a second; who sends more waits, and
-SHARE = 16 << 10  # bytes count as one more
-UNSENT = 256  # events
-BEHIND = 400  # positions that may wait for the model before more sound is taken
-TICK = 0.02  # seconds
-CLOSING = 2.0  # seconds
+EVENTS = 500  # of a client per second: its rate limit
+SHARE = 16 << 10  # bytes of a message that count as one more event
+UNSENT = 256  # events that may wait to be sent
+BEHIND = 400  # positions that may wait for the model before more audio is taken
+TICK = 0.02  # seconds between two looks at the playback clock
+CLOSING = 2.0  # seconds that closing may take
 
-SOUND = 60 * RATE  # samples that may wait for the session; whoever sends more than is heard waits too
-COUNT = 1024  # inputs
-BYTES = 16 << 20  # of words, pictures and recordings
-PIECE = RATE // 10  # samples that are taken at once
+SOUND = 60 * RATE  # samples that may wait for the session; reading pauses beyond that
+COUNT = 1024  # inputs that may wait
+BYTES = 16 << 20  # of text, pictures and recorded audio that may wait
+PIECE = RATE // 10  # samples that the session gets at once
 
 
 class ClientGone(ConnectionError):
-    """Nothing can be sent any more."""
+    """The client is gone: nothing can be sent any more."""
 
 
 @dataclass(frozen=True)
 class End:
-    """Of a conversation: the close code of RFC 6455, one sentence, and what raised, where that is a fault of ours."""
+    """How a conversation ended: the close code (RFC 6455), one sentence, and the exception if the fault is ours."""
 
     code: int
     why: str
@@ -47,8 +47,8 @@ class End:
 
 
 class Connection:
-    """`messages` end as the client goes; `send` waits for a slow one, or raises ClientGone. `stopping`: the server goes.
-    `observe` is told what the session tells; `clock` is the one by which the client plays."""
+    """Runs a client and its session. `messages` ends when the client goes. `send` waits for a slow client, or raises ClientGone.
+    `stopping`: set when the server stops. `observe` is called with each event. `clock`: seconds, for playback."""
 
     def __init__(
         self,
@@ -64,10 +64,11 @@ class Connection:
         self._messages, self._send, self._stopping = messages, send, stopping
         self._inputs = Inputs(lambda: session.record.row.behind > BEHIND, lambda: session.full)
         self._unsent: asyncio.Queue[str] = asyncio.Queue(UNSENT)
-        self._order = asyncio.Lock()
+        self._flushing = asyncio.Lock()
         self._failed: str | None = None
 
     async def run(self) -> End:
+        """Until the client goes, the session ends or the server stops. Returns how it ended."""
         work = (
             self._session.run(self._inputs.read(), self._emit),
             self._write(),
@@ -92,8 +93,8 @@ class Connection:
 
     def _end(self, raised: list[Exception], stopped: bool) -> End:
         match raised:
-            case [ConsumerStalled() as stuck, *_]:
-                return End(1013, str(stuck))
+            case [ConsumerStalled() as stalled, *_]:
+                return End(1013, str(stalled))
             case [fault, *_]:
                 return End(1011, "something is wrong with the server; this conversation is over", fault)
         if self._failed is not None:
@@ -103,27 +104,29 @@ class Connection:
     async def _read(self) -> None:
         allowance = Allowance(EVENTS)
         async for message in self._messages:
-            await asyncio.sleep(allowance.take(1 + len(message) / SHARE))  # be it 0: hundreds of messages may have come at once
+            await asyncio.sleep(
+                allowance.take(1 + len(message) / SHARE)
+            )  # also if it is 0: hundreds of messages may have come at once
             self._protocol.receive(message, self._clock())
-            await self._hand_on()
+            await self._flush()
             await self._inputs.room()
 
     async def _emit(self, event: Event) -> None:
         self._observe(event)
         if isinstance(event, events.SessionFailed):
             self._failed = event.message
-        self._protocol.tell(event, self._clock())
-        await self._hand_on()
+        self._protocol.handle_event(event, self._clock())
+        await self._flush()
 
     async def _play(self) -> None:
         while True:
             await asyncio.sleep(TICK)
             self._protocol.played(self._clock())
-            await self._hand_on()
+            await self._flush()
 
-    async def _hand_on(self) -> None:
-        """To the session and to the client, in order: those that wait for a slow reader do so in a line."""
-        async with self._order:
+    async def _flush(self) -> None:
+        """Passes on the protocol's output in order: tasks that wait for a slow reader wait one after the other."""
+        async with self._flushing:
             out, inputs = self._protocol.out.take()
             self._inputs.put(inputs)
             for event in out:
@@ -136,7 +139,7 @@ class Connection:
 
 
 class Allowance:
-    """A token bucket of one second: `take` says how many seconds there are to wait before more is taken."""
+    """A rate limit: a token bucket of one second. `take` returns the seconds to wait before going on."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._clock = rate, clock
@@ -150,8 +153,8 @@ class Allowance:
 
 
 class Inputs:
-    """What a client has sent and its session has not taken yet: bounded, and in small pieces, so that nobody waits for it.
-    `behind` says whether the model has enough to do, `full` whether the session has."""
+    """The queue of inputs for the session: bounded, and audio is split into small pieces, so that nobody waits long for it.
+    `behind`: whether the model has enough to do. `full`: whether the session has."""
 
     def __init__(self, behind: Callable[[], bool], full: Callable[[], bool]) -> None:
         self._behind, self._full = behind, full
@@ -162,7 +165,7 @@ class Inputs:
         self._room.set()
 
     async def room(self) -> None:
-        """Until more may come: whoever sends waits at his own socket, and nothing of it is lost."""
+        """Waits until there is room. The sender waits at its own socket meanwhile, and nothing is lost."""
         await self._room.wait()
         while self._full():
             await asyncio.sleep(TICK)
@@ -173,9 +176,9 @@ class Inputs:
             self._samples += len(input.samples) if isinstance(input, Audio) else 0
             self._bytes += weight(input)
         self._changed.set()
-        self._look()
+        self._update_room()
 
-    def _look(self) -> None:
+    def _update_room(self) -> None:
         if self._samples > SOUND or len(self._queue) > COUNT or self._bytes > BYTES:
             self._room.clear()
         else:
@@ -191,9 +194,9 @@ class Inputs:
                         yield piece
                 else:
                     yield input
-                    await asyncio.sleep(0)  # others' turn: a thousand items may have come at once
+                    await asyncio.sleep(0)  # lets other tasks run: a thousand items may have come at once
                 self._bytes -= weight(input)
-                self._look()
+                self._update_room()
             await self._changed.wait()
 
     async def _pieces(self, sound: Audio) -> AsyncIterator[Audio]:
@@ -203,4 +206,4 @@ class Inputs:
             piece = sound.samples[start : start + PIECE]
             yield Audio(piece, sound.at + start)
             self._samples -= len(piece)
-            await asyncio.sleep(0)  # others' turn: a minute of sound may have come at once
+            await asyncio.sleep(0)  # lets other tasks run: a minute of audio may have come at once

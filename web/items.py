@@ -1,4 +1,4 @@
-"""The items of a conversation: as the protocol writes them, and as a session takes those that a client creates or refers to."""
+"""The items of a conversation: as JSON of the protocol, and as session inputs where a client creates or references them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from web.schema import (
     decoded,
 )
 
-KEPT = 1000  # items that can be retrieved; what the model keeps is the session's own policy
-PICTURE = 20 << 20  # bytes of a picture file: more than a telephone's photo of 50 megapixels
+KEPT = 1000  # items that can be retrieved; what the model keeps is the session's policy
+PICTURE = 20 << 20  # bytes of a picture file: more than a phone's photo of 50 megapixels
 URI = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,")
 ROLES = {
     "user": ("input_text", "input_audio", "input_image"), "assistant": ("output_text", "output_audio"), "system": ("input_text",)
@@ -42,8 +42,8 @@ Json = dict[str, Any]
 
 @dataclass
 class ConversationItem:
-    """`of`: the session's number of the turn or answer, where it is one. `deleted`: while it was written; it goes when its
-    response is over."""
+    """An item. `of`: the session's number of its turn or answer, if it has one. `deleted`: by the client while its response was
+    in progress; it is removed when the response is done."""
 
     json: Json
     of: int | None = None
@@ -62,12 +62,12 @@ def item(id: str, type: str, status: str = "completed", **more: Any) -> Json:
 
 
 def user_audio(id: str) -> Json:
-    """What the user said; its transcript comes later."""
+    """A message of the user's speech; its transcript comes later."""
     return item(id, "message", role="user", content=[{"type": "input_audio", "transcript": None}])
 
 
 def assistant_message(id: str, status: str, words: str | None, spoken: bool) -> Json:
-    """What the assistant said; None: nothing yet."""
+    """A message of the assistant; `words` is None before its content starts."""
     part = {"type": "output_audio", "transcript": words} if spoken else {"type": "output_text", "text": words}
     return item(id, "message", status, role="assistant", content=[] if words is None else [part])
 
@@ -76,11 +76,12 @@ def function_call(id: str, call_id: str, name: str, arguments: str, status: str)
     return item(id, "function_call", status, call_id=call_id, name=name, arguments=arguments)
 
 
-# ---- of a client
+# ---- from a client
 
 
 def picture(uri: str | None, param: str) -> bytes:
-    """The file in a `data:` URI; nothing is ever fetched. Its header is looked at here, and the session decodes it."""
+    """The file in a `data:` URI; nothing is ever fetched. Only its header is checked here; the session decodes it. Raises
+    InvalidRequest."""
     if uri is None or not (head := URI.match(uri)):
         message = f"{param} must be a data: URI of a PNG, JPEG or WebP picture in base64; addresses are not fetched"
         raise InvalidRequest(message, param=param)
@@ -93,7 +94,7 @@ def picture(uri: str | None, param: str) -> bytes:
 
 
 def recording(audio: str | None, param: str, format: Format) -> Samples:
-    """A whole turn of sound, float32 at 16 kHz."""
+    """The audio of an input_audio part, float32 at 16 kHz. Raises InvalidRequest."""
     if audio is None:
         raise InvalidRequest(f"Missing required parameter: {param!r}", "missing_required_parameter", param)
     data = decoded(audio, param, AUDIO)
@@ -105,7 +106,8 @@ def recording(audio: str | None, param: str, format: Format) -> Samples:
 
 
 def parts(message: MessageItem, format: Format, within: str, id: str = "") -> tuple[Json, list[AnswerInput]]:
-    """A message as JSON, without its pictures and sound, and what a session takes: of a system's message nothing."""
+    """A message as JSON, without its pictures and audio, and its session inputs (none for a system message). Raises
+    InvalidRequest."""
     content: list[Json] = []
     found: list[AnswerInput] = []
     for n, part in enumerate(message.content):
@@ -137,7 +139,7 @@ def _words(part: Content, name: str, where: str) -> str:
 
 
 def text(content: Sequence[Mapping[str, Any]]) -> str:
-    """All words of a message."""
+    """The text of a message: its text parts and transcripts joined."""
     return "".join(part.get("transcript") or part.get("text") or "" for part in content)
 
 
@@ -145,11 +147,11 @@ def tool_call(given: FunctionCallItem, within: str) -> ToolCall:
     return ToolCall(given.name, arguments(given.arguments, f"{within}.arguments"))
 
 
-# ---- all of a conversation
+# ---- the items of a conversation
 
 
 class ConversationItems:
-    """In order; the oldest are forgotten."""
+    """The items in order; the oldest are dropped beyond KEPT. Sends their events."""
 
     def __init__(self, out: Outgoing) -> None:
         self._out = out
@@ -166,13 +168,13 @@ class ConversationItems:
         return self._items.get(id) if id else None
 
     def known(self, id: str, code: str, param: str = "item_id") -> ConversationItem:
-        """Raises InvalidRequest with this code where there is none."""
+        """The item of this id. Raises InvalidRequest with this code if there is none."""
         if id not in self._items:
             raise InvalidRequest(f"there is no item {id!r}", code, param)
         return self._items[id]
 
     def add(self, json: Json, of: int | None = None, after: str | None = None) -> ConversationItem:
-        """At the end, or behind `after`, which is an id or "root"."""
+        """Adds an item at the end, or after `after`, which is an id or "root"."""
         previous = self.last if after is None else None if after == "root" else after
         self._items[json["id"]] = item = ConversationItem(json, of)
         if after is not None:
@@ -186,12 +188,13 @@ class ConversationItems:
         return item
 
     def done(self, item: ConversationItem) -> None:
+        """Sends conversation.item.done."""
         keys = list(self._items)
         at = keys.index(item.id) if item.id in self._items else 0
         self._out.send("conversation.item.done", item=item.json, previous_item_id=keys[at - 1] if at else None)
 
     def delete(self, item: ConversationItem) -> None:
-        """Also what the model has of it."""
+        """Deletes an item, and its entry in the session's context."""
         if self._items.pop(item.id, None):
             self._out.send("conversation.item.deleted", item_id=item.id)
         if item.of is not None:
@@ -202,17 +205,18 @@ class ConversationItems:
 
 
 class ResponseInput:
-    """`input` of a response: items that are its whole past, as a session takes them. `known` are the items of the conversation,
-    `pictures` and `calls` what the session knows of them by their ids."""
+    """Reads the `input` of a response: items that replace the conversation as its context. `known`: the conversation's items.
+    `pictures`: item ids by the session's numbers of pictures. `calls`: tool calls by call_id."""
 
     def __init__(
         self, known: ConversationItems, pictures: Mapping[int, str], calls: Mapping[str, ToolCall], format: Format
     ) -> None:
         self._known, self._pictures, self._format = known, pictures, format
         self._calls = dict(calls)
-        self.system: list[str] = []  # messages of the system among them
+        self.system: list[str] = []  # the system messages among them
 
     def read(self, given: Sequence[InputItem]) -> tuple[AnswerInput, ...]:
+        """The session inputs of all items. Raises InvalidRequest."""
         return tuple(part for n, item in enumerate(given) for part in self._item(item, f"response.input[{n}]"))
 
     def _item(self, given: InputItem, where: str) -> Iterator[AnswerInput]:
@@ -247,9 +251,9 @@ class ResponseInput:
             case _, "system":
                 self.system.append(text(json["content"]))
             case _:
-                yield from self._said(item)
+                yield from self._user_message(item)
 
-    def _said(self, item: ConversationItem) -> Iterator[AnswerInput]:
+    def _user_message(self, item: ConversationItem) -> Iterator[AnswerInput]:
         pictures = [index for index, id in self._pictures.items() if id == item.id]
         for part in item.json["content"]:
             match part["type"]:

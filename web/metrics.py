@@ -1,4 +1,4 @@
-"""What /metrics says, in the words of Prometheus. Times are in seconds."""
+"""The Prometheus metrics of /metrics. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ BUCKETS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 
 
 
 class Metrics:
+    """Counters and gauges of a server. `sessions`: those that run now."""
+
     def __init__(self, sessions: Collection[Session]) -> None:
-        self._registry = known = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         self._sessions = sessions
 
         def times(name: str, what: str) -> Histogram:
-            return Histogram(f"attend_{name}_seconds", what, buckets=BUCKETS, registry=known)
+            return Histogram(f"attend_{name}_seconds", what, buckets=BUCKETS, registry=registry)
 
         self._stages = {
             "first_token": times("first_token", "From the frame that ended the turn to the first token"),
             "first_sound": times("first_sound", "From the frame that ended the turn to the first sound"),
         }
         self._silence = times("turn_end_to_first_sound", "From the end of speech to the first sound")
-        self.conversations = Counter("attend_conversations", "Conversations that began", registry=known)
-        self.errors = Counter("attend_errors", "What went wrong", ["kind"], registry=known)
-        self.refused = Counter("attend_refused", "Requests that were not let in", ["why"], registry=known)
-        self._interruptions = Counter("attend_interruptions", "Answers that were cut short", registry=known)
-        self.dropped = Counter("attend_frames_dropped", "Frames lost to a model that is too slow", registry=known)
+        self.conversations = Counter("attend_conversations", "Conversations that began", registry=registry)
+        self.errors = Counter("attend_errors", "What went wrong", ["kind"], registry=registry)
+        self.refused = Counter("attend_refused", "Requests that were not let in", ["why"], registry=registry)
+        self._interruptions = Counter("attend_interruptions", "Answers that were cut short", registry=registry)
+        self.dropped = Counter("attend_frames_dropped", "Frames lost to a model that is too slow", registry=registry)
 
     def watch(self, engine: Engine) -> None:
-        """As soon as there is one: a server without a model has no rows to speak of."""
+        """Adds the engine's gauges, once the model is loaded."""
         sessions = self._sessions
 
         def gauge(name: str, what: str, value: Callable[[], float]) -> None:
@@ -48,6 +50,7 @@ class Metrics:
         gauge("step_seconds", "The median time of the last steps, of one position for each row", lambda: _median(engine.steps))
 
     def count(self, event: Event) -> None:
+        """Counts one event of a session."""
         match event:
             case events.AnswerTimings():
                 for name, times in self._stages.items():

@@ -1,4 +1,4 @@
-"""What a step of a conversation comes to: server events for the client, inputs for the session, each in order. Pure."""
+"""What a call of the protocol produces: server events for the client and inputs for the session, each in order. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from agent.events import Input
 K = TypeVar("K")
 V = TypeVar("V")
 
-KEPT = 1000  # turns, pictures and calls that are known by their ids
+KEPT = 1000  # turns, pictures and calls whose ids are remembered
 
 
 class Outgoing:
-    """`id` of the session is part of every other id."""
+    """Collects server events and session inputs. The session's `id` is part of every other id."""
 
     def __init__(self, id: str) -> None:
         self.id = id
@@ -24,7 +24,7 @@ class Outgoing:
         self._count = 0
 
     def new(self, kind: str) -> str:
-        """An id."""
+        """A new id of this kind."""
         self._count += 1
         return f"{kind}_{self.id}_{self._count}"
 
@@ -35,24 +35,24 @@ class Outgoing:
         self._inputs += inputs
 
     def take(self) -> tuple[list[dict[str, Any]], list[Input]]:
-        """All that came since, for the client and for the session."""
+        """Everything since the last call: events for the client, inputs for the session."""
         events, inputs, self._events, self._inputs = self._events, self._inputs, [], []
         return events, inputs
 
 
 def lone_event(type: str, **fields: Any) -> str:
-    """An event outside of a conversation, as text."""
+    """A server event outside of a conversation, as JSON text."""
     return json.dumps({"type": type, "event_id": f"event_{secrets.token_hex(4)}", **fields})
 
 
 def server_error(message: str, code: str) -> str:
-    """An error outside of a conversation, as text."""
+    """An `error` event outside of a conversation, as JSON text."""
     wrong = {"type": "server_error", "code": code, "message": message, "param": None, "event_id": None}
     return lone_event("error", error=wrong)
 
 
 def remember(known: dict[K, V], key: K, value: V) -> None:
-    """At most KEPT; the oldest is forgotten."""
+    """Stores a value, and drops the oldest beyond KEPT."""
     known[key] = value
     if len(known) > KEPT:
         del known[next(iter(known))]

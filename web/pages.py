@@ -1,4 +1,4 @@
-"""What is answered over HTTP: the page and its files, health, readiness and metrics; and who may open a conversation."""
+"""HTTP responses: the page and its files, health, readiness and metrics; and whether a conversation may be opened."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAFE = {
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether the server goes, how much of the model is loaded (from 0 to 1), and the rows of its cache once it is."""
+    """Whether the server is stopping, how much of the model is loaded (0 to 1), and the rows of its cache once it is loaded."""
 
     stopping: bool
     loaded: float
@@ -45,18 +45,18 @@ class Readiness:
 
 
 class Pages:
-    """`static`: the page's folder, which is read once. `secure`: over TLS."""
+    """Answers HTTP requests. `static`: the page's folder, which is read once. `secure`: the server uses TLS."""
 
     def __init__(self, access: Access, static: Path, metrics: Metrics, secure: bool) -> None:
         self._access, self._metrics, self._secure = access, metrics, secure
         self._files = {**_files(static), SUGGESTIONS: (b'{"loading": true}', "application/json")}
 
     def suggest(self, given: Suggestions | None) -> None:
-        """The model is there, and what its checkpoint suggests to try."""
+        """Serves what the loaded checkpoint suggests to try."""
         self._files |= _suggested(given)
 
     def response(self, request: Request, state: Readiness) -> Response | None:
-        """None for a conversation that may be opened."""
+        """The response to a request; None for a websocket handshake that may go on."""
         access, headers = self._access, request.headers
         hosts, path = headers.get_all("Host"), urlsplit(request.path).path
         host = hosts[0] if len(hosts) == 1 else None
@@ -68,7 +68,7 @@ class Pages:
             return _answer(HTTPStatus.OK, b"ok\n")
         if not access.origin_known(headers.get_all("Origin"), host):
             return self._refused(HTTPStatus.FORBIDDEN, "origin", "pages of this origin may not come in")
-        if path in (PATH, "/metrics", "/readyz") and not access.let_in(headers):
+        if path in (PATH, "/metrics", "/readyz") and not access.authorized(headers):
             return self._refused(HTTPStatus.UNAUTHORIZED, "token", "a token is needed, and this is not it")
         match path:
             case str() if path == PATH:
@@ -107,7 +107,7 @@ def _answer(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=ut
 
 
 def _files(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """All there is, by address: nothing that a client says becomes a path."""
+    """All files by their URL path, read in advance: nothing that a client sends becomes a file path."""
     found = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         if path.is_file() and path.suffix != ".md":
@@ -117,12 +117,12 @@ def _files(folder: Path) -> dict[str, tuple[bytes, str]]:
 
 
 def _suggested(given: Suggestions | None) -> dict[str, tuple[bytes, str]]:
-    """What the model's checkpoint suggests to try, for the page: null where it suggests nothing."""
+    """The checkpoint's suggestions as the page reads them: null where there are none."""
     if given is None:
         return {SUGGESTIONS: (b"null", "application/json")}
-    told = {"about": given.about, "picture": "suggestions/picture", "questions": given.questions}
+    body = {"about": given.about, "picture": "suggestions/picture", "questions": given.questions}
     kind = mimetypes.guess_type(given.picture.name)[0] or "application/octet-stream"
     return {
-        SUGGESTIONS: (json.dumps(told).encode(), "application/json"),
+        SUGGESTIONS: (json.dumps(body).encode(), "application/json"),
         "/suggestions/picture": (given.picture.read_bytes(), kind),
     }

@@ -1,7 +1,7 @@
-"""OpenAI Realtime (GA): a client's events → inputs of a session, events of a session → server events. No socket, no clock.
+"""OpenAI Realtime (GA) as a state machine: client events → session inputs, session events → server events. No socket, no clock.
 
-Whoever drives it hands on what `out` has taken after each call, to the client and to the session, in order, and says what time
-it is in seconds. Each event of the reference is a method here, in the order of the reference.
+After each call the caller passes on what `out` has collected, to the client and to the session, in order. Times are seconds of
+the caller's clock. Each client event of the reference is a method here, in the order of the reference.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from web.outgoing import Outgoing, remember
 from web.responses import Responses
 from web.schema import AUDIO, InvalidRequest, ResponseParams, decoded
 
-EXTENSIONS = ("camera", "marks", "timeline", "playback", "notes", "queue")  # the last is the server's affair
-SHORTEST = 100  # milliseconds of a commit
-SHOWN = 64 << 20  # bytes of pictures that the session has not looked at, and whose ids are known
+EXTENSIONS = ("camera", "marks", "timeline", "playback", "notes", "queue")  # the server handles the last one
+SHORTEST = 100  # milliseconds that a commit needs
+PENDING = 64 << 20  # bytes of pictures whose ids are kept until the session has looked at them
 
 
 class RealtimeProtocol:
-    """One conversation. `id` is part of every id. `voice` is what the answers' voice is called, None where there is none."""
+    """One conversation. `id` is part of every other id. `voice` is the name of the TTS voice, None without one."""
 
     def __init__(
         self,
@@ -41,28 +41,29 @@ class RealtimeProtocol:
         self.out = Outgoing(id)
         self._model, self._extensions, self._detection = model, extensions, detection or TurnDetectionConfig()
         self._paced = "playback" in extensions
-        self._event_id: str | None = None  # of the client's event that is being done
+        self._event_id: str | None = None  # of the client's event that is being handled
         config = SessionConfig(instructions, spoken=voice is not None, turn_detection=SERVER_VAD)
         self._items = ConversationItems(self.out)
         self._buffer = InputAudioBuffer(config.input)
-        self._pictures: dict[int, str] = {}  # items and frames, by the session's number of the picture
+        self._pictures: dict[int, str] = {}  # ids of items and camera frames, by the session's number of the picture
         self._responses = Responses(self.out, self._items, config, voice, self._paced, self._pictures)
-        self._turns: dict[int, str] = {}  # item of each turn
-        self._speaking: str | None = None  # item of the open turn
-        self._whole = False  # the turn that began last came from the client as a whole
-        self._talk: str | None = None  # item of the turn that talk over an answer may become
-        self._idle: tuple[float, events.UserIdle] | None = None  # since when nobody says anything, were all played
-        self._shown: deque[tuple[bytes, str]] = deque(maxlen=64)  # pictures that the session has not looked at, and their ids
+        self._turns: dict[int, str] = {}  # item id of each turn
+        self._speaking: str | None = None  # item id of the open turn
+        self._recorded_turn = False  # the last turn that started is audio that the client sent as an item
+        self._interruption_item: str | None = None  # item id of speech over an answer, which may become a turn
+        self._idle: tuple[float, events.UserIdle] | None = None  # deadline after playback, and the session's event
+        self._pending_pictures: deque[tuple[bytes, str]] = deque(maxlen=64)  # with their ids, until the session looks at them
         self.out.send("session.created", session=self._responses.session(model))
 
     @property
     def config(self) -> SessionConfig:
-        """What holds of the session."""
+        """The session's current configuration."""
         return self._responses.config
 
     # -- client events
 
     def receive(self, message: str | bytes, now: float) -> None:
+        """Handles one message of the client. What is wrong with it becomes an `error` event."""
         self._event_id = None
         try:
             event = schema.parsed(message)
@@ -106,7 +107,9 @@ class RealtimeProtocol:
 
     def _session_update(self, event: schema.SessionUpdate) -> None:
         was, now = self.config, self.config.updated(event.session)
-        if (was.turn_detection is None) != (now.turn_detection is None):  # neither way may go on with the other's half
+        if (was.turn_detection is None) != (
+            now.turn_detection is None
+        ):  # no turn is buffered in one mode and completed in the other
             self._buffer.clear()
             self.out.put(events.DiscardTurn())
         self._buffer.set(now.input, manual=now.turn_detection is None)
@@ -149,9 +152,9 @@ class RealtimeProtocol:
             raise InvalidRequest(f"there is no item {after!r}", "item_not_found", "previous_item_id")
         match given:
             case schema.FunctionCallItem():
-                json = self._responses.bring_call(given, id)
+                json = self._responses.add_client_call(given, id)
             case schema.FunctionCallOutputItem():
-                json = self._responses.bring_output(given, id)
+                json = self._responses.add_call_output(given, id)
             case schema.MessageItem():
                 json = self._message(given, id)
         self._items.done(self._items.add(json, after=after))
@@ -172,13 +175,13 @@ class RealtimeProtocol:
 
     def _truncate(self, event: schema.ConversationItemTruncate) -> None:
         item = self._items.known(event.item_id, "item_truncate_invalid_item_id")
-        ms = self._responses.truncate(item, event.audio_end_ms, talking=self._talk is not None)
+        ms = self._responses.truncate(item, event.audio_end_ms, talking=self._interruption_item is not None)
         self.out.send("conversation.item.truncated", item_id=item.id, content_index=event.content_index, audio_end_ms=ms)
 
     def _delete(self, event: schema.ConversationItemDelete) -> None:
         item = self._items.known(event.item_id, "item_delete_invalid_item_id")
         if self._responses.holds(item):
-            item.deleted = True  # when its response is over
+            item.deleted = True  # once its response is done
         else:
             self._items.delete(item)
 
@@ -187,41 +190,42 @@ class RealtimeProtocol:
         self._show(show, self.out.new("frame") if event.frame_id is None else event.frame_id)
 
     def _show(self, show: events.PictureInput, id: str) -> None:
-        self._shown.append((show.data, id))
-        while sum(len(data) for data, _ in self._shown) > SHOWN and len(self._shown) > 1:
-            self._shown.popleft()
+        self._pending_pictures.append((show.data, id))
+        while sum(len(data) for data, _ in self._pending_pictures) > PENDING and len(self._pending_pictures) > 1:
+            self._pending_pictures.popleft()
         self.out.put(show)
 
     # -- the session's events
 
-    def tell(self, event: Event, now: float) -> None:
-        self._responses.tell(event, now)
+    def handle_event(self, event: Event, now: float) -> None:
+        """Handles one event of the session."""
+        self._responses.handle_event(event, now)
         self._hold_sound()
         match event:
             case events.TurnStarted():
-                self._started(event)
+                self._turn_started(event)
             case events.TurnStopped():
-                self._stopped(event)
+                self._turn_stopped(event)
             case events.TurnDiscarded() if self._speaking:
-                self._no_turn(self._speaking, event.at)
+                self._discard_speech(self._speaking, event.at)
                 self._speaking = None
             case events.OutputCleared(start=int(start)) if not self._paced:
-                self._talk = self._speech_started(start)
-            case events.FalseInterruption() if self._talk:
-                self._no_turn(self._talk, event.at)
-                self._talk = None
+                self._interruption_item = self._speech_started(start)
+            case events.FalseInterruption() if self._interruption_item:
+                self._discard_speech(self._interruption_item, event.at)
+                self._interruption_item = None
             case events.InputTranscribed():
-                self._captioned(event)
+                self._transcribed(event)
             case events.InputTranscriptionFailed():
-                self._uncaptioned(event)
+                self._transcription_failed(event)
             case events.PictureAttached():
-                self._looked(event)
+                self._picture_attached(event)
             case events.MarkAdded() if "marks" in self._extensions:
-                self._marked(event)
+                self._mark_added(event)
             case events.AnswerTimings() if "timeline" in self._extensions:
                 self.out.send("attend.timeline", answer=event.answer, stages_ms=dict(event.stages), waiting=event.waiting)
             case events.UserIdle():
-                self._idle = self._since(now), event
+                self._idle = self._idle_deadline(now), event
                 self.played(now)
             case events.Notice(refused=True):
                 self.error(event.message, "invalid_request_error", "invalid_value")
@@ -231,40 +235,40 @@ class RealtimeProtocol:
                 self.error(event.message, "server_error", "session_failed")
 
     def played(self, now: float) -> None:
-        """Time has gone on."""
+        """To be called regularly: reports playback progress to the session, and checks the idle deadline."""
         self._responses.played(now)
         if self._idle and self._idle[0] <= now:
             self._timeout(self._idle[1])
 
     def _hold_sound(self) -> None:
-        """What is said during an answer that is not to be interrupted is heard after it."""
+        """Holds input audio back during an answer that must not be interrupted, and releases it afterwards."""
         detection = self.config.turn_detection
         holds = detection is not None and not detection["interrupt_response"] and self._responses.busy
         self.out.put(*self._buffer.hold(holds))
 
     def _speech_started(self, start: int) -> str:
-        """The item that what is said may become."""
+        """Sends speech_started. Returns the id of the item that the speech may become."""
         id = self.out.new("item")
         self.out.send("input_audio_buffer.speech_started", audio_start_ms=_ms(start), item_id=id)
         return id
 
-    def _no_turn(self, item: str, at: int) -> None:
+    def _discard_speech(self, item: str, at: int) -> None:
         self.out.send("input_audio_buffer.speech_stopped", audio_end_ms=_ms(at), item_id=item)
         self.out.send("input_audio_buffer.cleared")
 
-    def _started(self, event: events.TurnStarted) -> None:
-        self._idle, self._whole = None, event.name is not None
+    def _turn_started(self, event: events.TurnStarted) -> None:
+        self._idle, self._recorded_turn = None, event.name is not None
         if event.name is not None:
             remember(self._turns, event.turn, event.name)
         else:
-            self._speaking, self._talk = self._talk or self._speech_started(event.start), None
+            self._speaking, self._interruption_item = self._interruption_item or self._speech_started(event.start), None
 
-    def _stopped(self, event: events.TurnStopped) -> None:
-        if self._whole:
-            self._whole = False
+    def _turn_stopped(self, event: events.TurnStopped) -> None:
+        if self._recorded_turn:
+            self._recorded_turn = False
             if item := self._items.get(self._turns.get(event.turn)):
                 item.of = event.turn
-            else:  # it was deleted before the session came to it
+            else:  # the client deleted it before the session took it
                 self.out.put(events.DeleteEntry(event.turn))
         elif id := self._speaking:
             self._speaking = None
@@ -272,16 +276,16 @@ class RealtimeProtocol:
             self.out.send("input_audio_buffer.speech_stopped", audio_end_ms=_ms(event.end), item_id=id)
             self._committed(id, event.turn)
 
-    def _untold(self, turn: int) -> tuple[ConversationItem, int] | None:
-        """Where a turn's words belong: its item, and the part without a transcript."""
+    def _awaiting_transcript(self, turn: int) -> tuple[ConversationItem, int] | None:
+        """The item of a turn, and the index of its audio part that has no transcript yet."""
         if (item := self._items.get(self._turns.get(turn))) is None:
             return None
         content = enumerate(item.json["content"])
         parts = [n for n, part in content if part["type"] == "input_audio" and part["transcript"] is None]
         return (item, parts[0]) if parts else None
 
-    def _captioned(self, event: events.InputTranscribed) -> None:
-        if (place := self._untold(event.turn)) is None:
+    def _transcribed(self, event: events.InputTranscribed) -> None:
+        if (place := self._awaiting_transcript(event.turn)) is None:
             return
         item, part = place
         content = list(item.json["content"])
@@ -293,29 +297,29 @@ class RealtimeProtocol:
             done = {"transcript": event.text, "usage": NO_TOKENS}
             self.out.send("conversation.item.input_audio_transcription.completed", **where, **done)
 
-    def _uncaptioned(self, event: events.InputTranscriptionFailed) -> None:
-        if (place := self._untold(event.turn)) and self.config.transcription:
+    def _transcription_failed(self, event: events.InputTranscriptionFailed) -> None:
+        if (place := self._awaiting_transcript(event.turn)) and self.config.transcription:
             error = {"type": "server_error", "code": "transcription_failed", "message": event.message, "param": None}
             where = {"item_id": place[0].id, "content_index": place[1]}
             self.out.send("conversation.item.input_audio_transcription.failed", **where, error=error)
 
-    def _looked(self, event: events.PictureAttached) -> None:
-        while self._shown:
-            data, id = self._shown.popleft()
+    def _picture_attached(self, event: events.PictureAttached) -> None:
+        while self._pending_pictures:
+            data, id = self._pending_pictures.popleft()
             if data is event.data:
                 remember(self._pictures, event.picture, id)
                 if "camera" in self._extensions:
                     self.out.send("attend.camera.looked", frame_id=id)
                 return
 
-    def _marked(self, event: events.MarkAdded) -> None:
+    def _mark_added(self, event: events.MarkAdded) -> None:
         frame = None if event.picture is None else self._pictures.get(event.picture)
         mark = {"box_2d": list(event.mark.box), "label": event.mark.label}
         response = self._responses.active
         self.out.send("attend.mark", response_id=response.id if response else None, frame_id=frame, mark=mark)
 
-    def _since(self, now: float) -> float:
-        """When the silence that the session tells of ends, by what the client has played."""
+    def _idle_deadline(self, now: float) -> float:
+        """The idle deadline: counted from the end of playback where speech does not interrupt, else now."""
         return self._responses.playback.end + (self.config.idle or 0) if self.config.uninterrupted else now
 
     def _timeout(self, event: events.UserIdle) -> None:
@@ -327,12 +331,12 @@ class RealtimeProtocol:
             self._responses.create(ResponseParams(), 0.0)
 
     def error(self, message: str, type: str, code: str, param: str | None = None) -> None:
-        """Of the client's event that is being done, or of the server."""
+        """Sends an `error` for the client's event that is being handled, or for the server itself."""
         wrong = {"type": type, "code": code, "message": message, "param": param, "event_id": self._event_id}
         self.out.send("error", error=wrong)
 
 
-NO_TOKENS: dict[str, Any] = {  # of a transcript, which is not written by a model of its own
+NO_TOKENS: dict[str, Any] = {  # of a transcript: no separate model writes it
     "type": "tokens",
     "input_tokens": 0,
     "input_token_details": {"text_tokens": 0, "audio_tokens": 0},

@@ -1,7 +1,7 @@
-"""A client's events, as OpenAI's reference has them, and what is wrong with a message that is none.
+"""Client events as OpenAI's reference defines them, and validation of messages.
 
-Every field of the reference is known here; those without effect are typed `NoEffect`. What is not known is refused, as OpenAI
-refuses it. What depends on the state of a conversation is checked where it is used, with the same `InvalidRequest`.
+Every field of the reference is declared; those without effect are typed `NoEffect`. Unknown fields are refused, as OpenAI does.
+What depends on the state of a conversation is checked where it is used, with the same `InvalidRequest`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, inspect
 
-TEXT = 32_768  # characters of one text: a row holds fewer
+TEXT = 32_768  # characters of one text: more than a row holds
 ARGUMENTS = 65_536  # characters of a function's arguments, and of its output
-VALUES = 50_000  # of one message, about: 8 MB of empty lists took two seconds to read, and nobody else was heard meanwhile
-AUDIO = 15 << 20  # bytes of sound in one event, as OpenAI has it
+VALUES = 50_000  # of one message, roughly: 8 MB of empty lists took two seconds to parse, and blocked all other clients
+AUDIO = 15 << 20  # bytes of audio in one event: OpenAI's limit
 
 T = TypeVar("T")
 NoEffect = Any
@@ -32,7 +32,7 @@ Milliseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
 class InvalidRequest(ValueError):
-    """A client's event that cannot be done: one sentence, OpenAI's code, the path of what is wrong. The conversation goes on."""
+    """A client event that is refused: one sentence, OpenAI's error code, and the path of the wrong value."""
 
     def __init__(self, message: str, code: str = "invalid_value", param: str | None = None) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class InvalidRequest(ValueError):
 
 
 class Known(Struct, forbid_unknown_fields=True):
-    """An object without other fields than these."""
+    """An object that may have no other fields than the declared ones."""
 
 
 # ---- the session
@@ -61,7 +61,7 @@ class Transcription(Known):
 
 
 class TurnDetection(Known):
-    """Of either type. What is not given stays as it is, `type` included."""
+    """Turn detection of either type. Fields that are not given keep their value, `type` included."""
 
     type: Literal["server_vad", "semantic_vad"] | None = None
     threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -108,14 +108,14 @@ class ToolChoice(Known):
 
 
 class ResponseOptions(Known):
-    """What may be said of the session and of one response."""
+    """The options that sessions and responses share."""
 
     instructions: Text | None = None
     output_modalities: Annotated[list[Literal["text", "audio"]], Meta(min_length=1, max_length=2)] | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=4096)] | Literal["inf"] | None = None
-    prompt: Any = None  # is refused: nothing is stored here
+    prompt: Any = None  # refused: no prompts are stored here
     parallel_tool_calls: NoEffect = None
     reasoning: NoEffect = None
 
@@ -133,7 +133,7 @@ class SessionOptions(ResponseOptions):
 
 
 class Content(Known):
-    """A part of a message; which kinds a role may have is checked with the item."""
+    """A part of a message; which types a role may have is checked in web/items.py."""
 
     type: Literal["input_text", "input_audio", "input_image", "output_text", "output_audio"]
     text: Text | None = None
@@ -232,7 +232,7 @@ class ResponseCancel(_ClientEvent, kw_only=True, tag="response.cancel"):
 
 
 class AttendCameraFrame(_ClientEvent, kw_only=True, tag="attend.camera.frame"):
-    """Of the extension `camera`."""
+    """A camera frame, of the extension `camera`."""
 
     image_url: str
     frame_id: ID | None = None
@@ -256,7 +256,7 @@ ClientEvent = (
 
 
 def parsed(message: str | bytes) -> dict[str, Any]:
-    """A JSON object without NaN and infinity."""
+    """The JSON object of a message, without NaN and infinity. Raises InvalidRequest."""
     if isinstance(message, bytes):
         raise InvalidRequest("a message is JSON text; binary frames are not read", "invalid_json")
     if message.count(",") > VALUES:
@@ -273,9 +273,10 @@ def parsed(message: str | bytes) -> dict[str, Any]:
 
 
 def client_event(event: dict[str, Any]) -> ClientEvent:
+    """The typed event of a JSON object. Raises InvalidRequest."""
     if not isinstance(kind := event.get("type"), str):
         raise InvalidRequest("type must be a string", param="type")
-    if (path := next(_halves(event), None)) is not None:
+    if (path := next(_lone_surrogates(event), None)) is not None:
         raise InvalidRequest(f"{path or 'the event'} holds half a character (a lone surrogate)", param=path or None)
     if kind not in KINDS:
         raise InvalidRequest(f"there is no such event as {kind[:64]!r}", param="type")
@@ -283,7 +284,7 @@ def client_event(event: dict[str, Any]) -> ClientEvent:
 
 
 def arguments(text: str, param: str) -> dict[str, Any]:
-    """Of a function call. Numbers stay as they are written."""
+    """The arguments of a function call, with numbers as they are written. Raises InvalidRequest."""
     try:
         found = json.loads(text, parse_constant=_no_number) if text else {}
     except (ValueError, RecursionError):
@@ -298,14 +299,14 @@ def _no_number(name: str) -> None:
 
 
 def _number(digits: str) -> float | int:
-    """1.0 is an integer, as JavaScript knows no others; 1e999 nobody could read in what we send."""
+    """1.0 becomes an integer, since JavaScript has no others; 1e999 is refused, since it cannot be sent as JSON."""
     if math.isinf(value := float(digits)):
         raise ValueError(digits)
     return int(value) if value.is_integer() else value
 
 
-def _halves(value: Any, path: str = "") -> Iterator[str]:
-    """Where lone surrogates are, which JSON can write and nobody can encode."""
+def _lone_surrogates(value: Any, path: str = "") -> Iterator[str]:
+    """The paths of strings with lone surrogates, which JSON can express and UTF-8 cannot encode."""
     match value:
         case str() if not value.isascii():
             try:
@@ -314,18 +315,18 @@ def _halves(value: Any, path: str = "") -> Iterator[str]:
                 yield path
         case list():
             for n, part in enumerate(value):
-                yield from _halves(part, f"{path}[{n}]")
+                yield from _lone_surrogates(part, f"{path}[{n}]")
         case dict():
             for name, part in value.items():
-                yield from _halves(name, path)
-                yield from _halves(part, f"{path}.{name}" if path else name)
+                yield from _lone_surrogates(name, path)
+                yield from _lone_surrogates(part, f"{path}.{name}" if path else name)
 
 
-def decoded(text: str, param: str, most: int) -> bytes:
-    """Base64, also with line breaks, URL-safe or unpadded. Its length is looked at before it is decoded."""
+def decoded(text: str, param: str, limit: int) -> bytes:
+    """Decodes base64, also URL-safe, unpadded or with line breaks. The length is checked first. Raises InvalidRequest."""
     text = text.translate(_BASE64)
-    if len(text) > (most + 2) // 3 * 4:
-        raise InvalidRequest(f"{param} holds more than {most:,} bytes", "string_above_max_length", param)
+    if len(text) > (limit + 2) // 3 * 4:
+        raise InvalidRequest(f"{param} holds more than {limit:,} bytes", "string_above_max_length", param)
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -335,19 +336,19 @@ def decoded(text: str, param: str, most: int) -> bytes:
 _BASE64 = str.maketrans("-_", "+/", "\t\n\r =")
 
 
-# ---- what is wrong
+# ---- validation
 
 
 def checked(value: Any, kind: type[T], within: str = "") -> T:
-    """As an object of this kind. `within`: the path of `value` in its event."""
+    """Converts `value` to this type. `within`: its path in the event. Raises InvalidRequest."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _explained(str(error), value, kind, within) from None
+        raise _invalid_request(str(error), value, kind, within) from None
 
 
-def _explained(text: str, value: Any, kind: Any, within: str) -> InvalidRequest:
-    """msgspec's sentence in OpenAI's words."""
+def _invalid_request(text: str, value: Any, kind: Any, within: str) -> InvalidRequest:
+    """The InvalidRequest for an error message of msgspec, in OpenAI's words."""
     what, _, where = text.partition(" - at ")
     path = where.rpartition("`$")[2].rstrip("`").removeprefix(".").replace("[...]", "")
     param = f"{within}.{path}".strip(".") if within and not path.startswith("[") else within + path
@@ -394,7 +395,7 @@ def _described(kind: Any) -> inspect.Type:
 
 
 def _choices(kind: Any, path: str) -> list[str]:
-    """The values that may stand there."""
+    """The values that are allowed at `path` of this type."""
     found: list[Any] = [_described(kind)]
     for step in re.findall(r"[^.\[\]]+", path):
         found = [inner for node in _single(found) for inner in _inside(node, step)]

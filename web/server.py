@@ -1,5 +1,5 @@
-"""One port: OpenAI Realtime over a websocket, the page, health and metrics. Each client has a session of its own; who finds no
-free row waits in line or is refused."""
+"""One port for OpenAI Realtime over a websocket, the page, health and metrics. Each client has a session of its own; a client
+that finds no free row waits in a queue or is refused."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ from web.pages import STATIC, Pages, Readiness
 from web.protocol import EXTENSIONS, RealtimeProtocol
 from web.socket import PacedSocket
 
-MESSAGE = 52 << 20  # bytes of one: whatever OpenAI takes, 15 MiB of sound or 50 MB in all, is read, and refused in words
-FRAMES = 2  # messages that are read ahead
-AHEAD = 10.0  # seconds of sound that a client has before it has played them: as OpenAI, which sends it as it is made
-WAITING = 32  # sockets beyond the conversations: pages, and those that are not through the handshake
-MOVING = 0.2  # seconds after which those who wait look whether something has moved
+MESSAGE = (
+    52 << 20
+)  # bytes of one: whatever OpenAI takes (15 MiB of audio, 50 MB in all) is read, and at most refused in an `error`
+FRAMES = 2  # messages that are read in advance
+AHEAD = 10.0  # seconds of audio that are sent before they are played: OpenAI sends audio as it is generated
+WAITING = 32  # sockets beyond one per row: HTTP requests, and handshakes that are not finished
+POLL = 0.2  # seconds after which waiting clients look again for a row
 
 log = logging.getLogger("attend.serve")
-quiet = logging.getLogger("attend.websockets")  # what goes wrong in a handshake is the client's affair
+quiet = logging.getLogger("attend.websockets")  # a handshake that fails is the client's problem
 quiet.setLevel(logging.CRITICAL + 1)
 
 
@@ -56,20 +58,20 @@ class Options:
     access: Access = field(default_factory=Access)
     port: int = 8765
     model: str = "nano"
-    voice: str = "default"  # what it is called
+    voice: str = "default"  # its name
     settings: ConversationConfig = field(default_factory=ConversationConfig)
     tls: ssl.SSLContext | None = None
     log_content: bool = False
     log_json: bool = False
-    handshake: float = 10.0  # seconds that it may take
-    ping: float = 20.0  # seconds between two
-    stall: float = 45.0  # seconds without an answer to one: half a minute is no reason to hang up
+    handshake: float = 10.0  # seconds that a handshake may take
+    ping: float = 20.0  # seconds between two pings
+    stall: float = 45.0  # seconds without a pong after which the connection is closed
     static: Path = STATIC
-    clock: Callable[[], float] = time.monotonic  # by which clients play; a test's runs faster
+    clock: Callable[[], float] = time.monotonic  # for playback; a test's clock runs faster
 
 
 class Server:
-    """It may be open before there is an engine; then `loaded`, from 0 to 1, is what those who wait are told until `enter`."""
+    """The server. It may be open before the model is loaded: until `enter`, waiting clients are sent `loaded`, from 0 to 1."""
 
     def __init__(self, engine: Engine | None, vad: Vad, voice: Voice | None, options: Options) -> None:
         self.engine: Engine | None = None
@@ -79,45 +81,45 @@ class Server:
         self.metrics = Metrics(self.sessions)
         self.stopping = asyncio.Event()
         self._sockets = 0
-        self._handshakes: dict[ServerConnection, None] = {}  # those that are not over, the oldest first
-        self._line: list[ServerConnection] = []  # those that wait for a row; bounded by the sockets
+        self._handshakes: dict[ServerConnection, None] = {}  # those in progress, the oldest first
+        self._queue: list[ServerConnection] = []  # clients that wait for a row; bounded by the number of sockets
         self._pages = Pages(options.access, options.static, self.metrics, options.tls is not None)
         if engine:
             self.enter(engine)
 
     def enter(self, engine: Engine) -> None:
-        """Conversations can begin."""
+        """The model is loaded: conversations can start."""
         self.engine = engine
         self.metrics.watch(engine)
         self._pages.suggest(engine.loaded.suggestions)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
-        """The port. At the end conversations are told that the server goes (1012)."""
-        o, ours = self.options, self
+        """Listens; gives the port. At the end all conversations are closed with 1012. Raises NotServed if it cannot listen."""
+        o, outer = self.options, self
 
         class CountedSocket(PacedSocket):
-            """From the first byte on, so that nobody can open sockets without end. Where there are too many, the oldest goes that
-            has not finished its handshake: those that send a header byte a second keep nobody out."""
+            """Counts sockets from the first byte on, so that nobody can open an unlimited number. If there are too many, the
+            oldest unfinished handshake is closed: clients that send one header byte per second keep nobody out."""
 
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 super().connection_made(transport)
-                ours._sockets += 1
-                ours._handshakes[self] = None
-                if ours._sockets > (ours.engine.rows if ours.engine else 0) + WAITING:
-                    ours.metrics.refused.labels("sockets").inc()
-                    oldest = next(iter(ours._handshakes))
-                    del ours._handshakes[oldest]
+                outer._sockets += 1
+                outer._handshakes[self] = None
+                if outer._sockets > (outer.engine.rows if outer.engine else 0) + WAITING:
+                    outer.metrics.refused.labels("sockets").inc()
+                    oldest = next(iter(outer._handshakes))
+                    del outer._handshakes[oldest]
                     oldest.transport.abort()
 
             def connection_lost(self, exc: Exception | None) -> None:
-                ours._sockets -= 1
-                ours._handshakes.pop(self, None)
+                outer._sockets -= 1
+                outer._handshakes.pop(self, None)
                 super().connection_lost(exc)
 
         try:
             server = await serve(
-                self._talk,
+                self._converse,
                 o.access.host,
                 o.port,
                 create_connection=CountedSocket,
@@ -156,13 +158,13 @@ class Server:
 
     # -- conversations
 
-    async def _talk(self, connection: ServerConnection) -> None:
-        name, asked, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
-        settings = settings if "playback" in asked else replace(settings, ahead=AHEAD)
+    async def _converse(self, connection: ServerConnection) -> None:
+        name, extensions, settings = secrets.token_hex(8), _extensions(connection), self.options.settings
+        settings = settings if "playback" in extensions else replace(settings, ahead=AHEAD)
         raw = connection.transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the system takes a minute of sound at once
         try:
-            session = await self._seat(connection, settings)
+            session = await self._claim_row(connection, settings)
         except ConnectionClosed:
             return
         except (NoRow, EngineStopped) as error:
@@ -175,7 +177,7 @@ class Server:
         self.say("start", name)
         try:
             with session:
-                end = await self._connected(connection, session, name, asked).run()
+                end = await self._connected(connection, session, name, extensions).run()
         finally:
             self.sessions.discard(session)
             self.metrics.dropped.inc(session.dropped)
@@ -188,10 +190,10 @@ class Server:
             self.metrics.errors.labels("unread").inc()
         await close(connection, end, "fault" if end.fault else None)
 
-    def _connected(self, connection: ServerConnection, session: Session, name: str, asked: frozenset[str]) -> Connection:
+    def _connected(self, connection: ServerConnection, session: Session, name: str, extensions: frozenset[str]) -> Connection:
         o = self.options
         voice = o.voice if self.voice else None
-        protocol = RealtimeProtocol(name, o.model, voice, asked, o.settings.detection, o.settings.setting.system or "")
+        protocol = RealtimeProtocol(name, o.model, voice, extensions, o.settings.detection, o.settings.setting.system or "")
 
         async def messages() -> AsyncIterator[str | bytes]:
             with suppress(ConnectionClosed):
@@ -206,16 +208,16 @@ class Server:
 
         return Connection(session, protocol, messages(), send, self.stopping, partial(self._observe, name), o.clock)
 
-    async def _seat(self, connection: ServerConnection, settings: ConversationConfig) -> Session:
-        """Everybody waits for the model. Who asked for the extension `queue` is told how much of it is there, waits in line for a
-        row too, and is told how many are before it."""
-        queue, told, self._line = "queue" in _extensions(connection), None, [*self._line, connection]
+    async def _claim_row(self, connection: ServerConnection, settings: ConversationConfig) -> Session:
+        """Waits for the model to be loaded, and claims a row. With the extension `queue` a client also waits for a free row, and
+        is sent the progress of loading and its place in the queue. Raises NoRow, EngineStopped or ConnectionClosed."""
+        queue, sent, self._queue = "queue" in _extensions(connection), None, [*self._queue, connection]
         try:
             while True:
                 if self.engine is None:
                     news: dict[str, Any] = {"type": "attend.loading", "loaded": round(self.loaded, 2)}
                 else:
-                    before = self._line.index(connection)
+                    before = self._queue.index(connection)
                     try:
                         if before == 0 or before < self.engine.free:
                             return Session(self.engine, self.vad, self.voice, settings)
@@ -224,15 +226,15 @@ class Server:
                         if not queue:
                             raise
                     news = {"type": "attend.queue", "before": before}
-                if queue and news != told:
-                    told = news
+                if queue and news != sent:
+                    sent = news
                     await connection.send(lone_event(**news))
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(MOVING):
+                    async with asyncio.timeout(POLL):
                         await connection.wait_closed()
                     raise ConnectionClosedOK(None, None)
         finally:
-            self._line.remove(connection)
+            self._queue.remove(connection)
 
     def _observe(self, name: str, event: Event) -> None:
         self.metrics.count(event)
@@ -246,7 +248,7 @@ class Server:
             case events.AnswerTimings():
                 self.say("times", name, answer=event.answer, ms={key: round(ms) for key, ms in event.stages.items()})
             case events.EntriesEvicted():
-                self.say("let go", name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
+                self.say("evicted", name, of=[f"{gone.what} {gone.of}" for gone in event.gone])
             case events.OutOfBandEvent(_, inner) if isinstance(
                 inner, events.AnswerDone | events.AnswerTimings | events.SessionFailed
             ):
@@ -255,7 +257,7 @@ class Server:
                 self.say("trouble", name, message=event.message)
 
     def say(self, what: str, name: str, content: str | None = None, **fields: Any) -> None:
-        """One line of the log. `content` is what people said."""
+        """Writes one line of the log. `content`: text of the conversation, left out unless `log_content` is set."""
         if content is not None and self.options.log_content:
             fields["text"] = content
         if self.options.log_json:
@@ -265,7 +267,7 @@ class Server:
 
 
 async def close(connection: ServerConnection, end: End, error: str | None = None) -> None:
-    """`error`: it is told in an event of this code first."""
+    """Closes a connection; with `error`, after an `error` event of this code."""
     if error:
         with suppress(ConnectionClosed, TimeoutError):
             async with asyncio.timeout(CLOSING):

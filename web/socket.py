@@ -1,4 +1,4 @@
-"""A client's socket, read in small pieces, so that nobody who sends without end keeps the event loop to himself."""
+"""A client's socket, parsed in small pieces, so that a client who sends without end cannot occupy the event loop."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from websockets.frames import Frame, Opcode
 
 from web.connection import Allowance
 
-PIECE = 4096  # bytes that are parsed at once: 256 KB of pings, which asyncio reads at once, held everybody up for a second
-FRAMES = 500  # pings, pongs and fragments of a client in a second; who sends more is read later
+PIECE = 4096  # bytes parsed at once: 256 KB of pings, which asyncio reads at once, blocked everybody for a second
+FRAMES = 500  # pings, pongs and fragments of a client per second; what is beyond that is read later
 MESSAGE = (Opcode.TEXT, Opcode.BINARY)
 
 
 class PacedSocket(ServerConnection):
-    """Between two pieces it is the turn of all others. What was read and not parsed yet is at most what asyncio reads at once:
-    until then no more is read."""
+    """Lets other tasks run between two pieces. The unparsed rest is at most what asyncio reads at once: reading pauses until it
+    is parsed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._rest = bytearray()  # read, and not parsed yet
         self._frames, self._allowance = 0, Allowance(FRAMES)
         self._next: asyncio.TimerHandle | None = None
         super().connection_made(transport)
-        # The library stops reading while messages wait; it must not begin again while there is a rest.
-        self.recv_messages.pause = self.recv_messages.resume = self._look
+        # The library pauses reading while messages wait; it must not resume while there is an unparsed rest.
+        self.recv_messages.pause = self.recv_messages.resume = self._schedule
 
     def data_received(self, data: bytes) -> None:
         self._rest += data
         if self._next is None:
             self._parse()
-        self._look()
+        self._schedule()
 
     def _parse(self) -> None:
         self._next = None
@@ -38,10 +38,10 @@ class PacedSocket(ServerConnection):
             piece = bytes(self._rest[:PIECE])
             del self._rest[:PIECE]
             super().data_received(piece)
-        self._look()
+        self._schedule()
 
-    def _look(self) -> None:
-        """Parsing and reading go on as soon as they may."""
+    def _schedule(self) -> None:
+        """Schedules the next parse, and pauses or resumes reading."""
         waiting = self.recv_messages.paused
         if self._rest and not waiting and self._next is None:
             frames, self._frames = self._frames, 0
@@ -56,7 +56,7 @@ class PacedSocket(ServerConnection):
         super().process_event(event)  # type: ignore[arg-type]
 
     def eof_received(self) -> None:
-        if self._rest:  # only a TLS line ends while it is not read
+        if self._rest:  # only a TLS connection can end while reading is paused
             rest, self._rest = bytes(self._rest), bytearray()
             super().data_received(rest)
         super().eof_received()

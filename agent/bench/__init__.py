@@ -1,1 +1,1 @@
-"""What it does in which time, measured."""
+"""The benchmarks."""

@@ -1,4 +1,4 @@
-"""A chart of lines as SVG, written as text."""
+"""Line charts as SVG."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLOURS = ("#0b6bcb", "#c2410c", "#3f7d20", "#6d28d9")
 INK, PALE, PAPER = "#1f2933", "#d9dee4", "#ffffff"
 
 Points = Sequence[tuple[float, float]]
-Axis = tuple[str, str]  # what it shows, and the unit
+Axis = tuple[str, str]  # label and unit
 
 
 def lines(title: str, across: Axis, up: Axis, series: Mapping[str, Points]) -> str:
-    """Both axes begin at 0. Every point carries its value; a tick stands under each place across where there is a point."""
+    """A chart as SVG text. Both axes begin at 0; every point is labelled with its value; ticks are at the points' x."""
     xs = sorted({x for points in series.values() for x, _ in points})
     marks = _ticks(max(y for points in series.values() for _, y in points))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -57,12 +57,12 @@ def lines(title: str, across: Axis, up: Axis, series: Mapping[str, Points]) -> s
     return "\n".join([*out, "</svg>", ""])
 
 
-def _ticks(most: float) -> list[float]:
-    """Round numbers from 0 to past `most`, four to eight of them."""
-    rough = max(most, 1e-9) * 1.05 / 5
+def _ticks(largest: float) -> list[float]:
+    """Four to eight round numbers from 0 to beyond `largest`."""
+    rough = max(largest, 1e-9) * 1.05 / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
-    return [round(n * step, 12) for n in range(math.ceil(most * 1.05 / step) + 1)]
+    return [round(n * step, 12) for n in range(math.ceil(largest * 1.05 / step) + 1)]
 
 
 def _short(value: float) -> str:

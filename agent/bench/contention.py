@@ -1,5 +1,5 @@
-"""Passes of the model beside processes that keep the machine busy, with the threads that each pass is given and with those of
-every core. Medians and p99 in milliseconds."""
+"""Passes of the model beside busy processes, with the number of threads that attend chooses and with one thread per core. Medians
+and p99 in milliseconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPANY: Mapping[str, tuple[int, ...]] = {
 
 
 def table(model: Gemma, say: Callable[[str], None], seconds: float = 1.0, company: Sequence[str] = (*COMPANY,)) -> dict[str, Any]:
-    """Each pass is repeated for `seconds`; tells `say` the table, line by line, and returns milliseconds by company, threads
+    """Repeats each pass for `seconds`, passes the lines of a table to `say`, and returns milliseconds by busy processes, threads
     and pass."""
     runs = _passes(model)
     say(f"{'beside':<16}{'threads':>10}{''.join(f'{name:>20}' for name in runs)}")
@@ -36,12 +36,12 @@ def table(model: Gemma, say: Callable[[str], None], seconds: float = 1.0, compan
         with machine.busy(*COMPANY[name]):
             meter = machine.Meter()
             result[name] = {}
-            for told, threads in (("chosen", Threads()), (f"{cores()}", Threads(cores()))):
+            for label, threads in (("chosen", Threads()), (f"{cores()}", Threads(cores()))):
                 model.threads = threads
                 found = {key: _spread(run, seconds) for key, run in runs.items()}
-                result[name][told] = {key: {"median": middle, "p99": far} for key, (middle, far) in found.items()}
+                result[name][label] = {key: {"median": middle, "p99": far} for key, (middle, far) in found.items()}
                 cells = "".join(f"{f'{middle:.1f} / {far:.1f}':>20}" for middle, far in found.values())
-                say(f"{name:<16}{told:>10}{cells}")
+                say(f"{name:<16}{label:>10}{cells}")
             if load := meter.read():
                 say(f"{'':<16}{load}")
     model.threads = Threads()
@@ -53,7 +53,7 @@ def _passes(model: Gemma) -> dict[str, Callable[[], object]]:
     cache = Cache(config, ROWS, 2 * DEPTH, slack=CHUNK, device=model.device, dtype=model.dtype)
     rows = [cache.claim() for _ in range(ROWS)]
     for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(0.01)  # not untouched memory
+        tensor.fill_(0.01)  # untouched memory would be read faster
     steps, chunk = torch.randn(ROWS, 1, config.hidden_size).to(cache.keys[0]), torch.randn(1, CHUNK, config.hidden_size)
     patches = torch.rand(math.prod(PICTURE), 3 * config.patch**2, device=model.device)
     places = torch.cartesian_prod(*map(torch.arange, PICTURE)).flip(-1).to(model.device)
@@ -63,7 +63,7 @@ def _passes(model: Gemma) -> dict[str, Callable[[], object]]:
             row.length = row.high = DEPTH
         hidden = model.extend(cache, rows[:count], x.to(cache.keys[0]), wanted=1)
         assert hidden is not None
-        hidden[0, 0, 0].item()  # on a GPU: until it is there
+        hidden[0, 0, 0].item()  # waits for a GPU
 
     return {
         "step of one row": lambda: extend(1, steps[:1]),

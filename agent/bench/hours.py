@@ -1,7 +1,7 @@
-"""Hours of one conversation, simulated as fast as the model goes: memory and waiting must not grow with them.
+"""Hours of one conversation, simulated as fast as the model computes: memory and latency must not grow.
 
-People come one after the other; each shows a picture, asks about it aloud, listens, and interrupts one answer. Time is the
-microphone's and stands still while the model computes (agent/script.py), so that a wait is the model's own.
+Speakers come one after the other; each shows a picture, asks about it aloud, listens, and interrupts one answer. Time is counted
+in frames of the microphone and stops while the model computes (agent/script.py), so latencies are those of the model alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from agent.view import Policy
 from model.vad import Vad
 from streams.voice import Voice
 
-STRETCHES = 8  # lines of the table
+INTERVALS = 8  # lines of the table
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A part of the conversation; `first_token` in milliseconds after the turn's end, `memory` in MiB as it ended."""
+    """An interval of the conversation. `first_token`: milliseconds after the turn's end. `memory`: MiB at its end."""
 
     minutes: float
     asked: int
@@ -59,7 +59,7 @@ HEAD = "{:>8}{:>10}{:>12}{:>8}{:>13}{:>10}{:>11}{:>10}{:>10}".format(
 async def conversation(
     loaded: LoadedModel, voice: Voice | None, person: Person, hours: float, say: waits.Say, policies: Sequence[Policy]
 ) -> dict[str, Any]:
-    """Measures `hours` of simulated time under each policy and tells `say` the table, line by line; returns all figures."""
+    """Simulates `hours` under each policy, passes the lines of a table to `say`, and returns all figures."""
     result: dict[str, Any] = {}
     for policy in policies:
         begun = perf_counter()
@@ -71,15 +71,15 @@ async def conversation(
         say(f"{hours:g} hours in {(perf_counter() - begun) / 60:.1f} minutes, {visits.session.dropped} frames dropped")
         for message in sorted(visits.notes):
             say(f"  said by the session: {message}")
-        result[policy] = {"dropped": visits.session.dropped, "stretches": [asdict(stretch) for stretch in visits.stretches]}
+        result[policy] = {"dropped": visits.session.dropped, "stretches": [asdict(interval) for interval in visits.intervals]}
     return result
 
 
 class _Visits:
-    """One person after the other; nothing of them is kept but what is counted."""
+    """Plays one speaker after the other, and keeps only the figures."""
 
     def __init__(self, session: Session, person: Person, seconds: float, say: waits.Say) -> None:
-        self.session, self.stretches, self.notes = session, list[Interval](), set[str]()
+        self.session, self.intervals, self.notes = session, list[Interval](), set[str]()
         self._person, self._seconds, self._say = person, seconds, say
         self.played = Performance(self._turns(), settled=session.record.row.drained)
 
@@ -96,19 +96,19 @@ class _Visits:
             waited += [x.stages["first_token"] for x in self.played.exchanges if "first_token" in x.stages]
             self.notes.update(self.played.notes)
             self.played.forget()
-            if self.played.clock * STRETCHES >= self._seconds * (len(self.stretches) + 1):
+            if self.played.clock * INTERVALS >= self._seconds * (len(self.intervals) + 1):
                 record = self.session.record
                 figures = asked, unanswered, right, median(waited), max(waited), record.positions, len(record.tape.entries)
-                self.stretches.append(Interval(self.played.clock / 60, *figures, _memory()))
-                self._say(str(self.stretches[-1]))
+                self.intervals.append(Interval(self.played.clock / 60, *figures, _memory()))
+                self._say(str(self.intervals[-1]))
                 asked = unanswered = right = 0
                 waited = []
-            if len(self.stretches) >= STRETCHES:
+            if len(self.intervals) >= INTERVALS:
                 return
 
 
 def _memory() -> float:
-    """MiB that this process holds now; where the system does not say, the most it ever held."""
+    """MiB that this process holds now; the peak where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
     except OSError:

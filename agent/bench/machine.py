@@ -1,4 +1,4 @@
-"""How busy the machine is while something is measured, and processes that make it so."""
+"""How busy the machine is during a measurement, and processes that keep it busy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from time import perf_counter, process_time
 from agent.bench.figures import Figure
 
 STAT = Path("/proc/stat")
-# Ends with whoever started it, even where that was killed.
+# Ends when its parent does, even if that was killed.
 BUSY = """
 import os, sys
 parent = os.getppid()
@@ -29,7 +29,7 @@ while os.getppid() == parent:
 
 @contextmanager
 def busy(*niceness: int) -> Iterator[None]:
-    """Beside one process for each, which computes without end; 0 is an ordinary one, 19 the most yielding."""
+    """Runs one busy process for each niceness: 0 is an ordinary process, 19 has the lowest priority."""
     with ExitStack() as stack:
         for nice in niceness:
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY, str(nice)], stdout=subprocess.PIPE))
@@ -41,10 +41,10 @@ def busy(*niceness: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Load:
-    """What a figure has to be judged by."""
+    """How busy the machine was during a measurement."""
 
     others: float  # cores that other processes kept busy
-    steal: float  # of the time of all cores, what the host of a virtual machine gave to others
+    steal: float  # share of the time of all cores that the host of a virtual machine took
     cores: int
 
     def __str__(self) -> str:
@@ -58,13 +58,13 @@ class Load:
 
 
 class Meter:
-    """Of the time since it was made."""
+    """Measures the load since it was created."""
 
     def __init__(self) -> None:
         self._begun, self._own, self._ticks = perf_counter(), process_time(), _ticks()
 
     def read(self) -> Load | None:
-        """None where the system does not say."""
+        """The load so far; None where the system does not tell."""
         if self._ticks is None or (now := _ticks()) is None:
             return None
         seconds, cores = max(perf_counter() - self._begun, 1e-3), os.cpu_count() or 1
@@ -74,7 +74,7 @@ class Meter:
 
 
 def _ticks() -> tuple[int, int] | None:
-    """Of all cores since the machine started: at work, and taken by the host."""
+    """Clock ticks of all cores since boot: busy, and taken by the host. None where the system does not tell."""
     try:
         user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text(encoding="ascii").split("\n")[0].split()[1:])
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Answers to one client while another one is a burden: each kind of burden for itself, over real sockets.
+"""A noisy neighbour: answers to one client while another puts load on the server, one kind of load at a time, over real sockets.
 
-The other adds thousands of history items, imports a long history, shows the largest pictures one after the other, and floods
-the server with pings. Timed is each answer of the first, from its question to its last token. The server is a process of its
-own, whose memory is read before and after.
+The other client adds thousands of history items, imports a long history, shows the largest pictures one after the other, or
+floods the server with pings. Each answer to the first client is timed from its question to its last token. The server is a
+process of its own, whose memory is read before and after.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from agent.bench.waits import Say
 from streams.opencv import cv2
 
 ITEMS, WORDS, PICTURES, PINGS = 5000, 30_000, 12, 200_000
-SIZES = ((4000, 6000), (3500, 4700))  # pixels, of the pictures: the first that the server takes
+SIZES = ((4000, 6000), (3500, 4700))  # pixels of the pictures: the first size that the server accepts is used
 QUESTION = "how many squares are there"
 PAUSE = 0.1  # seconds between an answer and the next question
-LEAST = 40  # answers of each kind
+LEAST = 40  # answers per kind of load
 Burden = Callable[[ClientConnection], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
 async def served(model: str) -> AsyncIterator[tuple[str, int]]:
-    """A server of its own: address and process id."""
+    """Runs a server as a process; gives its address and process id."""
     command = sys.executable, "-m", "agent", "serve", "--model", model, "--port", "0", "--voice", "none"
     server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     try:
@@ -50,37 +50,37 @@ async def served(model: str) -> AsyncIterator[tuple[str, int]]:
 
 
 async def measure(model: str, say: Say) -> dict[str, Any]:
-    """Of a server with this model that runs here."""
+    """Measures a server with this model, started for it."""
     async with served(model) as (url, process):
         return await burdens(url, process, say, KINDS)
 
 
 async def burdens(url: str, process: int, say: Say, kinds: Mapping[str, Burden]) -> dict[str, Any]:
-    """Tells `say` a table, line by line, and returns all figures. `process` is the server's."""
+    """Passes the lines of a table to `say`, and returns all figures. `process`: the server's id."""
     figures: list[Spread | Figure] = []
     say(f"{'an answer, from its question to its end':44}{'median':>14}{'p95':>12}{'p99':>12}")
-    async with _connected(url) as mine:
+    async with _connected(url) as client:
         for _ in range(LEAST):
-            await _answer(mine)
+            await _answer(client)
         before = _resident(process)
         for name, burden in {"nobody else is there": _none, **kinds}.items():
-            figures.append(Spread.of(name, name, await _beside(url, mine, burden)))
+            figures.append(Spread.of(name, name, await _answers_during(url, client, burden)))
             say(f"{figures[-1]}  memory {(_resident(process) - before) / 2**20:+,.0f} MiB")
         await asyncio.sleep(1)
         for _ in range(LEAST):
-            await _answer(mine)
+            await _answer(client)
     figures.append(kept := Figure("kept", "memory that the server has kept", "MiB", (_resident(process) - before) / 2**20))
     say(line(kept))
     return {figure.key: asdict(figure) for figure in figures}
 
 
-async def _beside(url: str, mine: ClientConnection, burden: Burden) -> list[float]:
-    """Milliseconds of each answer, until the burden is over and there were enough of them."""
+async def _answers_during(url: str, client: ClientConnection, burden: Burden) -> list[float]:
+    """Milliseconds of each answer, until the load is over and there were enough answers."""
     found: list[float] = []
     async with _connected(url) as other:
         work = asyncio.create_task(burden(other))
         while not work.done() or (burden is _none and len(found) < LEAST):
-            found.append(1000 * await _answer(mine))
+            found.append(1000 * await _answer(client))
             await asyncio.sleep(PAUSE)
         await work
     return found
@@ -102,14 +102,14 @@ async def _connected(url: str) -> AsyncIterator[ClientConnection]:
         first = json.loads(await connection.recv())
         if first["type"] == "session.created":
             break
-        await asyncio.sleep(0.1)  # the model is being loaded, or a row is not free yet
+        await asyncio.sleep(0.1)  # the model is still being loaded, or no row is free yet
     try:
         yield connection
     finally:
         await connection.close()
 
 
-# ---- what the other does
+# ---- the kinds of load
 
 
 async def _none(connection: ClientConnection) -> None:
@@ -198,5 +198,5 @@ async def _until(connection: ClientConnection, *types: str) -> dict[str, Any]:
 
 
 def _resident(process: int) -> int:
-    """Bytes."""
+    """Resident memory in bytes."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""transformers, beside which the model is measured and tested."""
+"""Imports transformers, the reference of benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-_operators: list[torch.library.Library] = []  # they go when it goes
+_operators: list[torch.library.Library] = []  # the operators exist as long as these objects
 
 
 def transformers(say: Callable[[str], None]) -> Any:
-    """The library, where a version is installed that knows Gemma 4 Unified; else None."""
+    """The library, or None unless a version with Gemma 4 Unified is installed."""
     try:
         mend_torchvision()
         found: Any = import_module("transformers")
@@ -22,15 +22,15 @@ def transformers(say: Callable[[str], None]) -> Any:
         return found if found.Gemma4UnifiedForConditionalGeneration else None
     except AttributeError:
         return None
-    except (ImportError, RuntimeError) as broken:  # RuntimeError: what transformers makes of an import of its own that failed
+    except (ImportError, RuntimeError) as broken:  # RuntimeError: an import inside transformers failed
         if not isinstance(broken, ModuleNotFoundError) or broken.name != "transformers":
             say(f"transformers cannot be imported: {str(broken).strip().splitlines()[-1]}")
         return None
 
 
 def mend_torchvision() -> None:
-    """A torchvision built for CUDA finds its operators missing beside a CPU torch; nobody here calls them, but transformers
-    imports torchvision wherever it is installed, and then nothing of its models can be had."""
+    """Makes torchvision importable. Built for CUDA, it fails beside a CPU torch because its operators are missing; they are not
+    called here, but transformers imports torchvision if it is installed, and its models cannot be used without that."""
     try:
         import_module("torchvision")
     except ModuleNotFoundError:

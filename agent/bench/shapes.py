@@ -1,4 +1,4 @@
-"""The shapes that are measured, each as a config.json: the embedded model's, one of 428 million, and the 12B's."""
+"""The shapes that are measured, each as a config.json: the embedded model, one of 428 million parameters, and the 12B."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NANO, _REAL = tuple(range(10, 17)), (255_999, 258_882, 258_880, 256_000, 258_88
 
 
 def _config(hidden: int, layers: str, vocabulary: int, heads: int, kv: int, size: int, media: tuple[int, ...]) -> dict[str, Any]:
-    """A config.json in the proportions of the 12B; `layers` is s for sliding and f for full, `size` a sliding head's."""
+    """A config.json in the proportions of the 12B. `layers`: s for sliding, f for full attention. `size`: of a sliding head."""
     far = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}
     near = {"rope_type": "default", "rope_theta": 10_000.0}
     text = {

@@ -1,4 +1,4 @@
-"""What a conversation waits for, measured on this machine: others' pictures, and nothing that was said long ago."""
+"""Latencies on this machine: decode steps while another conversation shows pictures, and the first token by length of speech."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from model.weights import free_memory
 from streams.frames import FRAME, RATE, MediaError
 from streams.pictures import decode_picture
 
-LENGTH = 4096  # positions of a row
-PICTURES, LARGE, STEPS = 8, 280, 40  # shown to one while another talks; positions of each at most; steps before the first
-SPEECH, ROUNDS = (2, 5, 10, 20, 30), 5  # seconds of sound after one picture
+LENGTH = 4096  # positions in a row
+PICTURES, LARGE, STEPS = 8, 280, 40  # number shown while another is answered; most positions of each; steps before the first
+SPEECH, ROUNDS = (2, 5, 10, 20, 30), 5  # seconds of audio after a picture; measurements of each
 EMPTY = View((), 0, 0)
 
 Say = Callable[[str], None]
 
 
 def room(loaded: LoadedModel, rows: int, who: str) -> None:
-    """Raises CheckpointError where rows of LENGTH do not fit into what is free."""
+    """Raises CheckpointError if rows of LENGTH do not fit into free memory."""
     model = loaded.model
     needed = rows * Room(rows, LENGTH, loaded.budget).bytes_per_row(model.config, model.dtype)
     free = free_memory(model.device)
@@ -44,15 +44,15 @@ def room(loaded: LoadedModel, rows: int, who: str) -> None:
         raise CheckpointError(f"{who} need {needed / 2**30:.1f} GiB for their rows, {free / 2**30:.1f} free on {model.device}")
 
 
-# ---- a picture for one, while another talks
+# ---- pictures in one conversation during an answer in another
 
 
 async def pictures(loaded: LoadedModel, picture: bytes, say: Say, count: int = PICTURES) -> dict[str, Any]:
-    """How long the steps of an answer wait while somebody else shows pictures, and beside what they should wait at most: one
-    picture, alone, and one step."""
+    """The gaps between the steps of an answer while another conversation shows pictures, compared with the bound that they should
+    keep: the time of one picture alone, and of one step. Passes lines to `say`, returns all figures."""
     room(loaded, 3, "two speakers")
     prompt, segment = loaded.prompt, _picture(loaded, picture, LARGE)
-    sampling = replace(_endless(loaded), suppressed=(*loaded.generation.suppressed, *loaded.generation.stop))
+    sampling = replace(_without_stop(loaded), suppressed=(*loaded.generation.suppressed, *loaded.generation.stop))
     stamps: list[float] = []
 
     with Engine(loaded, 2, LENGTH) as engine:
@@ -67,14 +67,14 @@ async def pictures(loaded: LoadedModel, picture: bytes, say: Say, count: int = P
         async def show() -> tuple[float, float]:
             viewer.rewrite(0, EMPTY)
             begin = perf_counter()
-            await _first(viewer, sampling, segment, (prompt.eoi,))
+            await _await_first_token(viewer, sampling, segment, (prompt.eoi,))
             return begin, perf_counter()
 
         await show()
         task = asyncio.create_task(talk())
         while len(stamps) < STEPS and not task.done():
             await asyncio.sleep(0.001)
-        if task.done():  # it should not be
+        if task.done():  # it failed: raises why
             await task
         while_talking = [await show() for _ in range(count)]
         task.cancel()
@@ -104,10 +104,10 @@ async def pictures(loaded: LoadedModel, picture: bytes, say: Say, count: int = P
 async def first_token(
     loaded: LoadedModel, picture: bytes, say: Say, lengths: Sequence[int] = SPEECH, rounds: int = ROUNDS
 ) -> list[dict[str, float]]:
-    """Milliseconds to the first token by seconds of speech after one picture. Streamed, frames went into the row one by one as
-    they came: timed are the last one, the closing and the draw. Sent again, everything goes into an emptied row in one pass."""
+    """Milliseconds to the first token by seconds of speech after a picture. Streamed: frames are already in the row; timed are
+    the last one, the closing and sampling. Sent again: the whole prompt goes into an emptied row in one pass."""
     room(loaded, len(lengths) + 1, "conversations of several lengths")
-    prompt, rng, sampling = loaded.prompt, np.random.default_rng(0), _endless(loaded)
+    prompt, rng, sampling = loaded.prompt, np.random.default_rng(0), _without_stop(loaded)
     closing = (prompt.eoa, *prompt.close_turn())
     opening, after = (*prompt.begin(), *prompt.open_turn(), prompt.boi), (prompt.eoi, prompt.boa)
     head: tuple[Segment, ...] = (opening, _picture(loaded, picture, loaded.budget), after)
@@ -146,7 +146,7 @@ async def first_token(
             for seconds, (row, said, last, sound) in kept.items():
                 row.rewrite(said.positions, said)
                 begin = perf_counter()
-                await _first(row, sampling, last, closing)
+                await _await_first_token(row, sampling, last, closing)
                 middle = perf_counter()
                 again(sound)
                 if number >= 0:
@@ -163,7 +163,7 @@ async def first_token(
 
 
 def write(path: Path, found: Sequence[Mapping[str, float]], where: str) -> None:
-    """The chart of what `first_token` found. Raises MediaError where it cannot be written."""
+    """Writes the chart of the figures of `first_token`. Raises MediaError if it cannot be written."""
     series = {
         "streamed while it was spoken": [(x["seconds"], x["streamed"]) for x in found],
         "the whole prompt sent again": [(x["seconds"], x["sent_again"]) for x in found],
@@ -180,15 +180,15 @@ def _picture(loaded: LoadedModel, data: bytes, budget: int) -> Picture:
     return Picture.of(data, height, width, budget, loaded.model.config.patch)
 
 
-def _endless(loaded: LoadedModel) -> SamplingParams:
+def _without_stop(loaded: LoadedModel) -> SamplingParams:
     return replace(loaded.generation, greedy=True, stop=frozenset())
 
 
-async def _first(row: SequenceHandle, sampling: SamplingParams, *segments: Segment) -> None:
-    """Appends, until there is the first token after it."""
+async def _await_first_token(row: SequenceHandle, sampling: SamplingParams, *segments: Segment) -> None:
+    """Appends the segments, and waits for the first token after them."""
     async for _ in row.generate(*segments, sampling=sampling, max_tokens=1):
         pass
 
 
 def _ignore(error: Exception) -> None:
-    """A row that is lost tells whoever waits for its tokens."""
+    """A lost row is also raised where its tokens are awaited."""

@@ -1,1 +1,1 @@
-"""What is typed: each command's options, and what is wired for it. Nothing else imports these."""
+"""The command line: a module per command, with its options and the parts it puts together. Nothing else imports these."""

@@ -1,4 +1,4 @@
-"""attend ask: one question, or a conversation from a script."""
+"""`attend ask`: one question, or a scripted conversation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attend bench."""
+"""`attend bench`: the benchmarks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def add(commands: Commands) -> None:
     model.add_argument("--device", default="auto", metavar="NAME", help=options.DEVICE)
     model.add_argument("--threads", type=options.positive, metavar="N", help=options.THREADS)
     model.add_argument(
-        "--busy", action="store_true", help="instead: passes beside busy processes, with the chosen threads and with every core's"
+        "--busy",
+        action="store_true",
+        help="instead: passes beside busy processes, with the chosen threads and with every core's",
     )
     model.add_argument("--json", action="store_true", help="print one JSON object")
     model.set_defaults(run=_bench_model)
@@ -40,7 +42,7 @@ def add(commands: Commands) -> None:
     talking.add_argument(
         "--speakers", type=options.positive, action="append", metavar="N", help="talk at once; repeatable (default: 1, 4, 16)"
     )
-    talking.add_argument("--busy", action="store_true", help="all of it beside one busy process, not the fewest speakers alone")
+    talking.add_argument("--busy", action="store_true", help="everything beside one busy process, not the fewest speakers alone")
     talking.add_argument("--url", metavar="WS", help="at a server that is running, ws://127.0.0.1:8765/v1/realtime, not in here")
     talking.add_argument("--token-file", type=Path, metavar="F", help="with --url: a file with the server's token")
     talking.add_argument("--chart", type=Path, metavar="OUT.svg", help="measure and draw the first token by length of speech")
@@ -64,23 +66,23 @@ def _bench_model(given: argparse.Namespace) -> int:
 
 
 def _bench_session(given: argparse.Namespace) -> int:
-    from model.nano import people  # the recipe's: only here somebody must ask
+    from model.nano import people  # belongs to nano's training recipe, and is imported for this command only
 
     if given.chart and not given.chart.parent.is_dir():
         raise MediaError(f"{given.chart} cannot be written: its folder must exist")
     say: Callable[[str], None] = (lambda line: None) if given.json else partial(print, flush=True)
     if given.noisy:
-        beside = asyncio.run(neighbour.measure(given.model, say))
+        figures = asyncio.run(neighbour.measure(given.model, say))
         if given.json:
-            print(json.dumps(beside))
+            print(json.dumps(figures))
         return 0
     if given.url:
         token = options.token(given.token_file) if given.token_file else None
-        called = asyncio.run(
-            load_test.calls(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
+        figures = asyncio.run(
+            load_test.remote(given.speakers or [1, 4, 16], lambda: RealtimeClient(given.url, token), people.person, say)
         )
         if given.json:
-            print(json.dumps(called))
+            print(json.dumps(figures))
         return 0
     voice, loaded = open_voice("espeak"), options.load(given, rows=0)  # each measurement says how many it takes
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what comes of them."""
+"""Options that several commands share, and functions that use them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:
+    """A number that is at least 1, as an argparse type."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -29,13 +30,14 @@ def positive(text: str) -> int:
 
 
 def rows(text: str) -> int:
-    """0: "auto"."""
+    """A number of rows; 0 for "auto"."""
     return 0 if text == "auto" else positive(text)
 
 
 def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
-    told = "nano, which is embedded" if usual else "the recording's"
-    parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {told})")
+    """Adds the options of a checkpoint. `usual`: the default checkpoint; None: that of a recording."""
+    default = "nano, which is embedded" if usual else "the recording's"
+    parser.add_argument("--model", default=usual, metavar="DIR|HUB_ID", help=f"checkpoint (default: {default})")
     parser.add_argument("--device", default="auto", metavar="NAME", help=DEVICE)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=positive, metavar="N", help=THREADS)
@@ -50,17 +52,17 @@ def model(parser: argparse.ArgumentParser, usual: str | None = "nano") -> None:
 
 def load(
     given: argparse.Namespace,
-    told: Callable[[float], None] = lambda part: None,
+    on_progress: Callable[[float], None] = lambda part: None,
     *,
     rows: int = total_rows(1),
     length: int = checkpoint.LENGTH,
     budget: int | None = None,
 ) -> checkpoint.LoadedModel:
-    """`told`: how much of it is there, from 0 to 1. `rows` and the largest `budget` of a picture are what there must be memory
-    for."""
+    """Loads the checkpoint. `on_progress` is called with the part that is loaded, from 0 to 1. There must be memory for `rows`
+    and for pictures of `budget`. Raises CheckpointError."""
 
     def progress(done: int, total: int) -> None:
-        told(done / total)
+        on_progress(done / total)
         _progress(done, total)
 
     small = {"quantized": given.weights, "head": given.head_weights, "config_from": given.config_from}
@@ -68,26 +70,27 @@ def load(
 
 
 def planned(given: argparse.Namespace) -> tuple[int, int]:
-    """Conversations that this machine has memory for and can keep up with, and the positions of each; says what was planned.
-    Raises CheckpointError where there is not room for one."""
+    """Rows that this machine has memory for and can keep up with, and the positions of each; prints the plan. Raises
+    CheckpointError if there is no room for one row."""
     folder = weights.locate(given.config_from or given.model, weights.CONFIG_FILES if given.config_from else weights.FILES)
     config = weights.read_config(folder)
     device = weights.find_device(given.device, weights.size(config))
-    made = plan.make(config, plan.measure(device, Threads(given.threads).most), given.weights, length=given.length)
-    print(f"{plan.HEADER}\n{plan.line(made)}", flush=True)
-    if not made.rows:
+    machine_plan = plan.make(config, plan.measure(device, Threads(given.threads).most), given.weights, length=given.length)
+    print(f"{plan.HEADER}\n{plan.line(machine_plan)}", flush=True)
+    if not machine_plan.rows:
         raise CheckpointError("there is no room for one conversation; attend plan says what would fit")
-    return made.rows, made.length
+    return machine_plan.rows, machine_plan.length
 
 
 def _progress(done: int, total: int) -> None:
-    """Only where somebody watches and waits: nano is there in a blink."""
+    """Shows progress on a terminal, for a checkpoint that takes long to load."""
     if total > 1 << 28 and sys.stderr.isatty():
         end = "\n" if done == total else "\r"
         print(f"loading {done / 2**30:.1f} of {total / 2**30:.1f} GiB", end=end, file=sys.stderr, flush=True)
 
 
 def token(file: Path) -> str:
+    """The token in a file. Raises NotServed."""
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""attend serve."""
+"""`attend serve`: the Realtime server and the page."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def add(commands: Commands) -> None:
 
 
 def _return_large_buffers() -> None:
-    """Buffers of 4 MB and more go back to the system when they are freed. glibc raises that limit to 32 MB by itself, and kept
-    200 MB of messages and pixels after a client that sent a dozen photos of 24 megapixels had gone."""
+    """Makes malloc return buffers of 4 MB and more to the system when they are freed. glibc raises that limit to 32 MB by itself,
+    and kept 200 MB after a client that had sent a dozen photos of 24 megapixels was gone."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
@@ -65,7 +65,7 @@ def _serve(given: argparse.Namespace) -> int:
     access = Access(given.host, token, tuple(given.allow_origin or ()))
     voice, vad = open_voice(given.voice), Vad()
     logging.basicConfig(format="%(message)s" if given.log_json else "%(asctime)s %(message)s", level=logging.INFO)
-    how = server.Options(
+    server_options = server.Options(
         access,
         given.port,
         given.model,
@@ -77,21 +77,21 @@ def _serve(given: argparse.Namespace) -> int:
     )
 
     async def listen() -> bool:
-        """Whether the model was loaded when it ended."""
+        """Serves until a signal. Returns whether the model was loaded by then."""
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        door = server.Server(None, vad, voice, how)
+        running = server.Server(None, vad, voice, server_options)
 
-        def told(part: float) -> None:
-            door.loaded = part
+        def on_progress(part: float) -> None:
+            running.loaded = part
 
         def load() -> Engine:
             rows, length = (given.rows, given.length or LENGTH) if given.rows else options.planned(given)
-            return Engine(options.load(given, told, rows=total_rows(rows), length=length), rows, length)
+            return Engine(options.load(given, on_progress, rows=total_rows(rows), length=length), rows, length)
 
-        with ExitStack() as held:
-            async with door.open() as port:
+        with ExitStack() as stack:
+            async with running.open() as port:
                 print(f"ws{'s' if tls else ''}://{given.host}:{port}{PATH}", flush=True)
                 print(f"the page: http{'s' if tls else ''}://{given.host}:{port}/", flush=True)
                 work = ThreadPoolExecutor(1, "loading")
@@ -99,9 +99,9 @@ def _serve(given: argparse.Namespace) -> int:
                 stopped = asyncio.create_task(stop.wait())
                 await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
                 if loading.done():
-                    engine = held.enter_context(await loading)
-                    gc.freeze()  # what is there now stays: to look through it took 100 ms, of which everybody heard
-                    door.enter(engine)
+                    engine = stack.enter_context(await loading)
+                    gc.freeze()  # these stay: looking through them took 100 ms, which was audible
+                    running.enter(engine)
                     failed = asyncio.create_task(engine.stopped())
                     await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
                     if failed.done():
@@ -110,5 +110,5 @@ def _serve(given: argparse.Namespace) -> int:
         return loading.done()
 
     if not asyncio.run(listen()):
-        os._exit(0)  # nobody waits for 22 GiB, and a thread that is in torch as Python ends aborts the process
+        os._exit(0)  # does not wait until 22 GiB are loaded; a thread that is in torch when Python ends would abort the process
     return 0

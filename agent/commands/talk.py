@@ -1,4 +1,4 @@
-"""attend talk, attend devices and attend replay."""
+"""`attend talk`, `attend devices` and `attend replay`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from streams.frames import MediaError
 from streams.voice import open_voice
 from web.client import RealtimeClient, address
 
-ASKING = 3.0  # seconds that a server may take to say what can be tried
+SUGGESTIONS_TIMEOUT = 3.0  # seconds in which a server must answer
 LOOKS: Mapping[str, Literal["off", "end", "live"]] = {"off": "off", "turn": "end", "live": "live"}
 
 
@@ -58,7 +58,7 @@ def add(commands: Commands) -> None:
     listing.add_argument("--check", action="store_true", help="try those that talk would take: hear, say and see something")
     listing.set_defaults(run=_devices)
 
-    replaying = commands.add_parser("replay", help="a recorded conversation held again", description=replay.__doc__)
+    replaying = commands.add_parser("replay", help="replay a recorded conversation and compare", description=replay.__doc__)
     replaying.add_argument("recording", type=Path, metavar="FILE", help="what talk --record wrote")
     options.model(replaying, None)
     replaying.set_defaults(run=_replay)
@@ -98,7 +98,7 @@ def _talk(given: argparse.Namespace) -> int:
 
 
 class _RemoteBackend:
-    """A conversation at a server. Raises MediaError for what only the server can decide."""
+    """A conversation with a server. Raises MediaError for options that only the server can decide."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         decided = {"--say": given.say, "--system": given.system, "--greedy": given.greedy, "--look live": given.look == "live"}
@@ -118,10 +118,10 @@ class _RemoteBackend:
 
 
 def _suggested(url: str) -> list[str]:
-    """What the server's model suggests to try; nothing where that cannot be learned, since the conversation tells why."""
+    """What the server's model suggests to try; nothing if it cannot be read: the conversation then reports the error."""
     page = urljoin(address(url).replace("ws", "http", 1), "../")
     try:
-        with urllib.request.urlopen(urljoin(page, "suggestions.json"), timeout=ASKING) as answer:
+        with urllib.request.urlopen(urljoin(page, "suggestions.json"), timeout=SUGGESTIONS_TIMEOUT) as answer:
             told = json.loads(answer.read(1 << 16))
         return [told["about"], trying(tuple(told["questions"]), urljoin(page, told["picture"]))]
     except (OSError, ValueError, KeyError, TypeError):
@@ -129,7 +129,7 @@ def _suggested(url: str) -> list[str]:
 
 
 class _LocalBackend:
-    """A conversation with a model of this process."""
+    """A conversation with a model in this process."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model, self.voice = given.model, open_voice(given.voice)

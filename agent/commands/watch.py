@@ -1,4 +1,4 @@
-"""attend watch."""
+"""`attend watch`: questions about cameras, over MQTT."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def add(commands: Commands) -> None:
 
 
 def _watch(given: argparse.Namespace) -> int:
-    told = config.read(given.config, *_given(given))
-    spares, budget = told.at_once + 1, BUDGETS[-1]  # one for monitors; any message may ask for large pictures
+    settings = config.read(given.config, *_given(given))
+    spares, budget = settings.at_once + 1, BUDGETS[-1]  # one for monitors; any message may ask for large pictures
     loaded = options.load(given, rows=total_rows(1, spares), budget=budget)
 
     async def ask_once() -> dict[str, Any]:
         with Engine(loaded, spares=1, budget=budget) as engine:
-            return await service.ask_once(told, VisualQA(engine, told.system), given.model, *given.once)
+            return await service.ask_once(settings, VisualQA(engine, settings.system), given.model, *given.once)
 
     async def stay() -> None:
         stop = asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         with Engine(loaded, spares=spares, budget=budget) as engine:
-            await service.WatchService(told, VisualQA(engine, told.system), given.model).run(stop)
+            await service.WatchService(settings, VisualQA(engine, settings.system), given.model).run(stop)
 
     if given.once:
         answer = asyncio.run(ask_once())
