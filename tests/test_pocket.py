@@ -35,12 +35,12 @@ class Dummy:
 
     def __init__(self, frames=40, frame=FRAME, before=lambda index: None):
         self.frames, self.frame, self.before = frames, frame, before
-        self.texts, self.made, self.speaking, self.max_tokens = [], 0, 0, 0
+        self.texts, self.made, self.speaking, self.most = [], 0, 0, 0
 
     def generate_audio_stream(self, state, text, /, *, stop):
         self.texts.append(text)
         self.speaking += 1
-        self.max_tokens = max(self.max_tokens, self.speaking)
+        self.most = max(self.most, self.speaking)
         try:
             for index in range(self.frames):
                 if stop.is_set():

@@ -119,12 +119,12 @@ class Gate:
         self.asked: list[tuple[list[Shot], str, dict[str, Any]]] = []
         self.open = asyncio.Event()
         self.trouble: Exception | None = None
-        self.at_once = self.max_tokens = 0
+        self.at_once = self.most = 0
 
     async def ask(self, shots: list[Shot], question: str, **how: Any) -> VisualAnswer:
         self.asked.append((list(shots), question, how))
         self.at_once += 1
-        self.max_tokens = max(self.max_tokens, self.at_once)
+        self.most = max(self.most, self.at_once)
         try:
             await self.open.wait()
         finally:
