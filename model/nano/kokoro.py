@@ -185,7 +185,7 @@ def build(kokoro: Kokoro, file: Path, count: int, seed: int) -> None:
 def build_exam(kokoro: Kokoro, folder: Path, each: int, seed: int) -> None:
     """So many sentences in each of the held-out voices, a family each."""
     for name in HELD_OUT:
-        writer = Writer(folder / name)
+        writer = Writer(folder / f"kokoro-{name}")
         while writer.count < each:
             rng = np.random.default_rng((seed, HELD_OUT.index(name), writer.count))
             text = sentence(rng)

@@ -36,6 +36,7 @@ SIZES = {
 BUDGETS = {70: 0.8, 140: 0.14, 280: 0.06}
 SHAPES = ((12, 352), (8, 528))  # conversations and positions of a batch: most are short, some go on
 LONG = 0.3  # share of the long ones
+PAST = 0.35  # share of the conversations that begin with turns that are over
 TURN_DETECTION = json.loads((Path(__file__).parent / "turn_detection.json").read_text(encoding="utf-8"))
 SYSTEMS = ("You are attend, a helpful assistant that listens and watches.", "You are a helpful assistant.", "Answer briefly.")
 ANSWER, SIGHT, HEARING = range(3)
@@ -130,6 +131,7 @@ class Teacher:
         lesson.write(prompt.begin(system))
         blind, gallery = rng.random() < 0.08, rng.random() < self.galleries
         scene, drawer = None, drawers.pick(self.drawers, rng)
+        over = int(rng.integers(1, 5)) if rng.random() < PAST else 0
         while (room := length - len(lesson.ids)) > 56:
             another = rng.random() < (0.5 if gallery else 0.25) and room > (100 if gallery else 150)
             budget = None
@@ -140,6 +142,10 @@ class Teacher:
                 most, least = 4 - round(3 * ease), 1 / 6 + ease / 8
                 drawer = drawers.pick(self.drawers, rng)
                 scene = drawers.scene(drawer, rng, *self._camera(rng, width, height), count=(1, most), size=(least, 1 / 2))
+            if over > 0 and room > 170:
+                over -= 1
+                self._past(lesson, rng, scene, drawer, budget)
+                continue
             self._turn(lesson, rng, scene, drawer, budget, aloud=not gallery and rng.random() < 0.8, room=room)
         return lesson
 
@@ -159,6 +165,31 @@ class Teacher:
         ask, parts = self._spoken(rng, scene, room) if aloud else self._typed(rng, scene)
         if budget is not None:
             parts.insert(int(rng.integers(len(parts) + 1)), budget)
+        self._say(lesson, rng, scene, drawer, parts)
+        lesson.write(prompt.close_turn())
+        self._answer(lesson, ask, scene)
+
+    def _past(
+        self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, drawer: drawers.Drawer, budget: int | None
+    ) -> None:
+        """A turn that is over, as a conversation keeps it: what was shown, the words, and the answer without its thought."""
+        ask = world.sample_ask(rng, scene, self._kind(rng, scene))
+        parts: list[Utterance | str | int] = [world.spoken(ask.text)]
+        if budget is not None:
+            parts.insert(int(rng.integers(2)), budget)
+        self._say(lesson, rng, scene, drawer, parts)
+        lesson.write(self.prompt.end_turn())
+        lesson.write(self.prompt.answer(ask.answer))
+
+    def _say(
+        self,
+        lesson: Lesson,
+        rng: np.random.Generator,
+        scene: world.Scene | None,
+        drawer: drawers.Drawer,
+        parts: list[Utterance | str | int],
+    ) -> None:
+        prompt = self.prompt
         lesson.write(prompt.open_turn())
         for part in parts:
             match part:
@@ -169,8 +200,6 @@ class Teacher:
                     self._see(lesson, rng, scene, drawer, part)
                 case str():
                     lesson.write(prompt.text(part))
-        lesson.write(prompt.close_turn())
-        self._answer(lesson, ask, scene)
 
     def _typed(self, rng: np.random.Generator, scene: world.Scene | None) -> tuple[world.Ask, list[Utterance | str | int]]:
         """As somebody types it, or as a transcript of speech that is over has it."""

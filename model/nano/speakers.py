@@ -158,11 +158,17 @@ class Speakers:
         if len(heard.words) < 3 or rng.random() > 0.08:
             return heard
         at = int(rng.integers(1, len(heard.words)))
-        um = np.zeros(1, np.float32)
-        if rng.random() < 0.6:
-            said = self.say(str(rng.choice(HESITATIONS)), rng, "flite" if rng.random() < 0.5 else "espeak")
-            um = said.pcm[said.words[0][1] : said.words[-1][2]] * np.float32(rng.uniform(0.4, 1))
+        um = self._um(rng) if rng.random() < 0.6 else np.zeros(1, np.float32)
         return hesitant(heard, at, um, (rng.uniform(0.05, 0.4), rng.uniform(0.05, 0.4)))
+
+    def _um(self, rng: np.random.Generator) -> np.ndarray:
+        said = self.say(str(rng.choice(HESITATIONS)), rng, "flite" if rng.random() < 0.5 else "espeak")
+        return said.pcm[said.words[0][1] : said.words[-1][2]] * np.float32(rng.uniform(0.4, 1))
+
+    def _trailing(self, kept: Utterance, rng: np.random.Generator, silence: tuple[float, float]) -> Utterance:
+        """With an "um" after the pause, and another pause."""
+        after = Utterance("", np.zeros(int(rng.uniform(*silence) * RATE), np.float32), ())
+        return join([kept, Utterance("", self._um(rng), ()), after], [0.0, 0.0])
 
     def fragments(self, rng: np.random.Generator) -> Utterance:
         """Pieces of several utterances one after the other: only who hears each word can write them down."""
@@ -187,7 +193,8 @@ class Speakers:
                 return broken_off(heard, len(heard.words), rng.uniform(*silence)), whole
             ends = unfinished(tuple(word for word, _, _ in heard.words))
             if ends:
-                return broken_off(heard, ends[rng.integers(len(ends))], rng.uniform(*silence)), whole
+                kept = broken_off(heard, ends[rng.integers(len(ends))], rng.uniform(*silence))
+                return (self._trailing(kept, rng, silence) if rng.random() < 0.2 else kept), whole
         raise AssertionError("twenty sentences that cannot be broken off")
 
     def beside(self, rng: np.random.Generator) -> np.ndarray:
