@@ -43,7 +43,7 @@ def augment(utterance: Utterance, rng: np.random.Generator, beside: Talk | None 
         pcm += _crowd(length, rng, beside) * np.float32(level * 10 ** (-rng.uniform(8, 25) / 20))
     pcm *= np.float32(min(10 ** (rng.uniform(-35, -12) / 20) / level, 0.99 / float(max(pcm.max(), -pcm.min()))))
     if rng.random() < 0.25:
-        pcm = CODECS[rng.integers(len(CODECS))](pcm, rng)
+        pcm = np.clip(CODECS[rng.integers(len(CODECS))](pcm, rng), -0.99, 0.99)
     return replace(utterance, pcm=pcm, words=tuple((word, start + shift, end + shift) for word, start, end in words))
 
 
@@ -162,20 +162,30 @@ def _crowd(length: int, rng: np.random.Generator, beside: Talk) -> np.ndarray:
 
 
 def _music(length: int, rng: np.random.Generator) -> np.ndarray:
-    """Chords of a few decaying tones with overtones, and a beat."""
-    beat = int(rng.uniform(0.25, 0.7) * RATE)
-    mixed = np.zeros(length + 4 * beat, np.float32)
-    seconds = np.arange(3 * beat, dtype=np.float32) / RATE
-    root, brightness = rng.uniform(80, 300), rng.uniform(0.2, 0.7)
-    for at in range(0, length, beat):
-        for step in rng.choice((0, 3, 4, 5, 7, 9, 12, 16), int(rng.integers(1, 4))):
-            tone = root * 2 ** (step / 12)
-            wave = sum(brightness**n * np.sin(2 * np.pi * tone * (n + 1) * seconds) for n in range(5))
-            mixed[at : at + len(seconds)] += wave * np.exp(-seconds * np.float32(rng.uniform(1, 6)))
-        if rng.random() < 0.5:
-            drum = rng.standard_normal(1600).astype(np.float32) * np.exp(-np.arange(1600, dtype=np.float32) / 300)
-            mixed[at : at + 1600][: len(drum)] += drum[: len(mixed[at : at + 1600])]
-    return _evened(mixed[:length])
+    """A piece of one of a few tunes."""
+    tune = _tunes()[rng.integers(len(_tunes()))]
+    return _evened(np.resize(np.roll(tune, -int(rng.integers(len(tune)))), length))
+
+
+@cache
+def _tunes() -> tuple[np.ndarray, ...]:
+    """Loops of 12 s: chords of a few decaying tones with overtones, and a beat."""
+    rng, size, made = np.random.default_rng(8), 12 * RATE, []
+    for _ in range(12):
+        beat = int(rng.uniform(0.25, 0.7) * RATE)
+        tune = np.zeros(size + 4 * beat, np.float32)
+        seconds = np.arange(3 * beat, dtype=np.float32) / RATE
+        root, brightness = rng.uniform(80, 300), rng.uniform(0.2, 0.7)
+        for at in range(0, size, beat):
+            for step in rng.choice((0, 3, 4, 5, 7, 9, 12, 16), int(rng.integers(1, 4))):
+                tone = root * 2 ** (step / 12)
+                wave = sum(brightness**n * np.sin(2 * np.pi * tone * (n + 1) * seconds) for n in range(5))
+                tune[at : at + len(seconds)] += wave * np.exp(-seconds * np.float32(rng.uniform(1, 6)))
+            if rng.random() < 0.5:
+                drum = rng.standard_normal(1600).astype(np.float32) * np.exp(-np.arange(1600, dtype=np.float32) / 300)
+                tune[at : at + 1600] += drum
+        made.append(tune[:size])
+    return tuple(made)
 
 
 def _evened(pcm: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from model.nano.world import COLOURS, SHAPES, Scene, tens, third
@@ -18,8 +20,11 @@ def grid_of(scene: Scene, patch: int = 48) -> Grid:
     return max(1, scene.height // patch), max(1, scene.width // patch)
 
 
+@lru_cache(maxsize=4)
 def patch_cover(scene: Scene, grid: Grid | None = None) -> np.ndarray:
-    """bool [things, patches, FINE * FINE]: which sample points of each patch, row by row, lie inside which thing."""
+    """bool [things, patches, FINE * FINE]: which sample points of each patch, row by row, lie inside which thing.
+
+    Kept for the few who ask after it at once: not to be written to."""
     rows, columns = grid or grid_of(scene)
     ys = (np.arange(rows * FINE) + 0.5) * scene.height / (rows * FINE)
     xs = (np.arange(columns * FINE) + 0.5) * scene.width / (columns * FINE)

