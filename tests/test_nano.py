@@ -138,7 +138,7 @@ def test_a_lesson_teaches_every_token_of_its_answers_and_every_place_of_sight_an
 
 def test_a_lesson_says_what_each_answer_is_asked_for() -> None:
     teacher, found = Teacher(NANO), set()
-    for seed in range(8):
+    for seed in range(24):
         lesson = teacher.lesson(np.random.default_rng(seed))
         for at, kind, _, shape, n in lesson.asked:
             end = lesson.ids.index(teacher.close, at + 1)

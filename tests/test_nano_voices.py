@@ -179,6 +179,13 @@ def test_flite_says_where_each_word_lies() -> None:
         assert not said.pcm[: said.words[0][1]].any() and not said.pcm[said.words[-1][2] :].any()
 
 
+def test_flite_says_the_same_from_the_same_generator() -> None:
+    for seed in range(6):
+        one = flite().clean("Where is the star?", rng(seed))
+        flite().clean("Something else.", rng(9))
+        assert np.array_equal(one.pcm, flite().clean("Where is the star?", rng(seed)).pcm)
+
+
 def test_held_out_voices_are_no_part_of_a_blend() -> None:
     some = kokoro.Kokoro.__new__(kokoro.Kokoro)
     some.voices = {name: np.full((510, 1, 256), n, np.float32) for n, name in enumerate((*kokoro.HELD_OUT, "af_sky", "bm_lewis"))}

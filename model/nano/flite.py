@@ -68,6 +68,7 @@ class Flite:
         """A voice in silence, at a peak of 0.5. Raises ValueError if flite makes other words of the text than it has."""
         library, voice = self._library, self._voices[rng.integers(len(self._voices))]
         library.flite_feat_set_float(_features(voice), b"duration_stretch", rng.uniform(0.8, 1.25))
+        ctypes.CDLL(None).srand(int(rng.integers(1 << 30)))  # the noise of its voices comes from there
         utterance = library.flite_synth_text(text.encode(), voice)
         try:
             wave = library.utt_wave(utterance).contents

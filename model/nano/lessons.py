@@ -50,11 +50,11 @@ ASKS = {
     "colour": 4,
     "exists": 3,
     "other": 2,
-    "hello": 0.2,
-    "name": 0.2,
-    "ability": 0.2,
-    "thanks": 0.2,
-    "goodbye": 0.2,
+    "hello": 0.5,
+    "name": 0.5,
+    "ability": 0.5,
+    "thanks": 0.5,
+    "goodbye": 0.5,
 }
 ASKS_BLIND = {"no_picture": 4, "other": 4, "hello": 1, "name": 1, "ability": 1, "thanks": 1, "goodbye": 1}
 # Of the turns that are spoken.
