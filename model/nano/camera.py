@@ -58,4 +58,5 @@ def _movement(rng: np.random.Generator) -> np.ndarray:
     angle = rng.uniform(0, np.pi)
     for step in np.linspace(-middle, middle, 3 * size):
         kernel[round(middle + step * np.sin(angle)), round(middle + step * np.cos(angle))] = 1
-    return kernel / kernel.sum()
+    smear: np.ndarray = kernel / kernel.sum()
+    return smear

@@ -109,7 +109,8 @@ def _lost_packets(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _clipped(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A microphone that is turned up too far."""
     top = np.float32(np.abs(pcm).max() * rng.uniform(0.25, 0.7))
-    return np.clip(pcm, -top, top)
+    clipped: np.ndarray = np.clip(pcm, -top, top)
+    return clipped
 
 
 def _opus(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -26,6 +26,7 @@ from model.nano import drawers, speech, world
 from model.nano.bank import Bank, Entry
 from model.nano.channel import augment
 from model.nano.lessons import SIZES, TURN_DETECTION
+from model.nano.phrases import NOT_UNDERSTOOD
 from model.nano.speakers import Recording, recordings, unfinished
 from model.nano.typed import typed
 from model.nano.understand import Question, reply
@@ -240,7 +241,7 @@ class Exam:
         """One of the voices of a family; its sentences as often of each kind as people ask."""
 
         def say(rng: np.random.Generator, scene: world.Scene) -> tuple[world.Ask, Utterance]:
-            bank = banks[rng.integers(len(banks))]
+            bank = banks[int(rng.integers(len(banks)))]
             wanted = world.sample_ask(rng, scene)
             entry: Entry | None = bank.about(Question(wanted.kind, wanted.colour, wanted.shape), rng)
             entry = entry or bank.any(rng)
@@ -284,7 +285,7 @@ class Exam:
         for number in self._some(count):
             _, picture = self._scene(rng, self._any_drawer(rng))
             answer, _ = Candidate(self.loaded).turn("", talk[number % len(talk)].pcm()[: 8 * 16000], picture)
-            row.count("other", answer == world.NOT_UNDERSTOOD)
+            row.count("other", answer == NOT_UNDERSTOOD)
         return row
 
     def pauses(self, title: str, say: Say, count: int) -> Row:

@@ -105,7 +105,7 @@ class Kokoro:
         a group of phonemes is laid on one to three words, whichever fit it best."""
         words, groups = world.spoken(text).split(), [(m.start(), m.end()) for m in re.finditer(r"[^ .,?!]+", phonemes)]
         alone = [self._known(word, british).replace(" ", "") for word in words]
-        costs = {(0, 0): (0.0, ())}
+        costs: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
         for g, (start, end) in enumerate(groups):
             for w in range(len(words) + 1):
                 if (g, w) not in costs:

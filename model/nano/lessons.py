@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from agent.prompt import Prompt
 from model.nano import cover, drawers, world
+from model.nano.phrases import NOT_UNDERSTOOD
 from model.nano.speakers import Speakers
 from model.nano.typed import typed
 from model.nano.utterance import Utterance
@@ -217,7 +218,7 @@ class Teacher:
             if whole and rng.random() < 0.25:
                 transcript = world.spoken(heard.text)
                 return world.Ask("transcribe", written, transcript), [heard, written]
-            return world.Ask("other", heard.text, world.NOT_UNDERSTOOD), [heard]
+            return world.Ask("other", heard.text, NOT_UNDERSTOOD), [heard]
         if what < PEOPLE + PAUSES:
             told = TURN_DETECTION
             heard, whole = speakers.pause(rng, tuple(ms / 1000 for ms in told["silence_ms"]))

@@ -132,8 +132,8 @@ def _hand(picture: np.ndarray, rng: np.random.Generator) -> None:
     inwards = 1 if middle[1] == 0 else -1
     for finger in range(4):
         tip = middle + (rng.normal(0, 3) + 0.05 * width * (finger - 1.5), inwards * rng.uniform(0.08, 0.16) * height)
-        ends = [tuple(int(v) for v in point) for point in (middle, tip)]
-        cv2.line(picture, *ends, tuple(float(v) for v in skin), max(3, width // 28), cv2.LINE_AA)
+        near, far = ((int(x), int(y)) for x, y in (middle, tip))
+        cv2.line(picture, near, far, tuple(float(v) for v in skin), max(3, width // 28), cv2.LINE_AA)
 
 
 def _window(photo: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -144,7 +144,8 @@ def _window(photo: np.ndarray, height: int, width: int, rng: np.random.Generator
     y, x = rng.integers(tall - h + 1), rng.integers(wide - w + 1)
     piece = cv2.resize(photo[y : y + h, x : x + w], (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
     grey = piece.mean(2, keepdims=True)
-    return grey + (piece - grey) * np.float32(rng.uniform(0, 0.6))
+    faded: np.ndarray = grey + (piece - grey) * np.float32(rng.uniform(0, 0.6))
+    return faded
 
 
 @cache

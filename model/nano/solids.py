@@ -47,7 +47,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         cover = np.clip(0.5 + np.where(inside, edge, -edge), 0, 1)[:, :, None]
         picture = picture * (1 - cover) + tile * cover
     picture = picture + rng.normal(0, rng.uniform(0.8, 5), picture.shape)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    seen: np.ndarray = np.clip(picture, 0, 255).astype(np.uint8)
+    return seen
 
 
 def _tone(colour: str, rng: np.random.Generator) -> np.ndarray:

@@ -17,6 +17,7 @@ from model.nano import speech, world
 from model.nano.bank import Bank
 from model.nano.channel import augment
 from model.nano.flite import Flite, FliteMissing
+from model.nano.phrases import QUESTIONS
 from model.nano.understand import OTHER, Question, reply, subject, understand
 from model.nano.utterance import RATE, Utterance, broken_off, hesitant, join, paced, part
 
@@ -118,10 +119,10 @@ class Speakers:
     def _stored(self, rng: np.random.Generator, scene: world.Scene | None, kind: str) -> Utterance:
         assert self.bank is not None
         about = Question(kind)
-        if scene is not None and kind in world.QUESTIONS:
+        if scene is not None and kind in QUESTIONS:
             about = Question(kind, *world.sample_subject(rng, kind, scene))
         elif kind == "no_picture":
-            about = Question(tuple(world.QUESTIONS)[rng.integers(len(world.QUESTIONS))])
+            about = Question(tuple(QUESTIONS)[rng.integers(len(QUESTIONS))])
         entry = self.bank.about(about, rng)
         if entry is None:
             return self.say(world.sample_ask(rng, scene, kind).text, rng)
@@ -185,7 +186,7 @@ class Speakers:
 
     def pause(self, rng: np.random.Generator, silence: tuple[float, float]) -> tuple[Utterance, bool]:
         """A question that is whole or broken off, followed by so many seconds of silence, and whether it is whole."""
-        kind = tuple(world.QUESTIONS)[rng.integers(len(world.QUESTIONS))] if rng.random() < 0.8 else "other"
+        kind = tuple(QUESTIONS)[rng.integers(len(QUESTIONS))] if rng.random() < 0.8 else "other"
         scene = world.sample_scene(rng, 384, 384) if kind != "other" else None
         for _ in range(20):
             _, heard = self.ask(rng, scene, kind)
@@ -241,4 +242,4 @@ def recordings(folder: Path | None, held_out: bool) -> list[Recording]:
 def _recording(file: Path) -> np.ndarray:
     pcm, rate = soundfile.read(file, dtype="float32")
     assert rate == RATE, file
-    return pcm
+    return np.asarray(pcm)

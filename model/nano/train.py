@@ -126,10 +126,12 @@ class Learner:
 
     def _results(self, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
         if not self.course.half:
-            return self.taught(batch)
+            results: dict[int, tuple[Tensor, Tensor]] = self.taught(batch)
+            return results
         batch = replace(batch, frames=batch.frames.bfloat16(), patches=batch.patches.bfloat16())
         weights = {name: p.bfloat16() for name, p in self.taught.named_parameters()}
-        return functional_call(self.taught, weights, (batch,))
+        results: dict[int, tuple[Tensor, Tensor]] = functional_call(self.taught, weights, (batch,))
+        return results
 
     def save(self, file: Path) -> None:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}

@@ -6,6 +6,7 @@ Some forms are kept out of the lessons, for the exam.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def american(text: str) -> str:
 
 def contracted(text: str) -> str:
     for long, short in CONTRACTIONS.items():
-        text = re.sub(rf"\b{long}", lambda match, short=short: _as_cased(match[0], short), text, count=1, flags=re.IGNORECASE)
+        text = re.sub(rf"\b{long}", partial(_shortened, short=short), text, count=1, flags=re.IGNORECASE)
     return text
 
 
@@ -96,6 +97,10 @@ def _held_out(text: str, rng: np.random.Generator) -> str:
             return slip(text, rng, ("doubled",))
         case _:
             return text.lower().rstrip(".?!") + HELD_OUT_ENDINGS[rng.integers(len(HELD_OUT_ENDINGS))]
+
+
+def _shortened(match: re.Match[str], short: str) -> str:
+    return _as_cased(match[0], short)
 
 
 def _as_cased(old: str, new: str) -> str:

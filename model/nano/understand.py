@@ -7,7 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from model.nano import world
-from model.nano.phrases import CLOSINGS, OPENINGS, ORDER_CLOSINGS, ORDER_OPENINGS, QUESTIONS, TALK
+from model.nano.phrases import CLOSINGS, NO_PICTURE, NOT_UNDERSTOOD, OPENINGS, ORDER_CLOSINGS, ORDER_OPENINGS, QUESTIONS, TALK
 
 
 class Question(NamedTuple):
@@ -40,11 +40,11 @@ def reply(text: str, scene: world.Scene | None) -> world.Ask:
     """The text as something asked about the scene, and its answer."""
     kind, colour, shape = understand(text)
     if kind == "other":
-        return world.Ask(kind, text, world.NOT_UNDERSTOOD)
+        return world.Ask(kind, text, NOT_UNDERSTOOD)
     if kind in TALK:
         return world.Ask(kind, text, TALK[kind][1])
     if scene is None:
-        return world.Ask("no_picture", text, world.NO_PICTURE)
+        return world.Ask("no_picture", text, NO_PICTURE)
     return world.question(kind, colour, shape, scene, text)
 
 
@@ -75,11 +75,11 @@ def _bare(words: str) -> Question:
         frame = before + frame
     else:
         frame = before + ("Xs" if match["many"] else "X")
-    kind = _templates().get(frame + words[match.end() :])
-    if kind is None:
+    asked = _templates().get(frame + words[match.end() :])
+    if asked is None:
         return OTHER
     noun = match["noun"]
-    return Question(kind, match["colour"], noun if noun in world.SHAPES else None)
+    return Question(asked, match["colour"], noun if noun in world.SHAPES else None)
 
 
 @cache
