@@ -1,6 +1,7 @@
 """What lessons are made of beside espeak-ng: stored voices, flite, people, how sentences are cut and joined, and typed forms."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,38 @@ def test_pauses_are_taught_in_both_ways_and_after_the_silence_that_is_named(bank
         assert whole or understand(" ".join(word for word, _, _ in said.words)) is OTHER
         assert len(said.pcm) - said.words[-1][2] >= int(0.12 * RATE)
     assert seen == {True, False}
+
+
+# Kokoro, without its weights
+
+
+@pytest.mark.parametrize(
+    "text", ["Is there an orange star in the picture?", "Okay, what's the colour of the square, please?", "Hi."]
+)
+def test_each_word_has_its_own_phonemes_also_where_espeak_joins_some(text: str) -> None:
+    some = kokoro.Kokoro.__new__(kokoro.Kokoro)
+    some.ids = {x: n for n, x in enumerate("ˈˌːəɚɛɜɪʊʌɑɐɔæɡðŋɹʃʒθʔᵻabdefhijklmnopstuvwz .,?!", 1)}
+    phonemes = some._phonemes(text, british=False)
+    spans = list(some._spans(text, phonemes, british=False))
+    assert [word for word, _, _ in spans] == world.spoken(text).split()
+    assert all(first < last for _, first, last in spans) and spans[0][1] == 0
+    assert all(last <= first for (_, _, last), (_, first, _) in pairwise(spans))
+    assert all(" " not in phonemes[first:last] for _, first, last in spans)
+
+
+def test_the_durations_are_added_to_a_graph_as_one_more_output() -> None:
+    added = kokoro._with_durations(b"graph")[5:]
+    assert added[0] == 7 << 3 | 2 and added[1] == len(added) - 2
+    assert added[2] == 12 << 3 | 2 and added.endswith(kokoro.DURATIONS.encode())
+
+
+def test_what_kokoro_needs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(kokoro.KokoroMissing, match=r"onnxruntime|kokoro-v1\.0\.int8\.onnx"):
+        kokoro.Kokoro(tmp_path)
+    with pytest.raises(kokoro.KokoroMissing, match="voices-v1.0.bin"):
+        kokoro._voices(tmp_path)
+
+
+def test_a_third_of_the_sentences_of_a_bank_are_short() -> None:
+    lengths = [len(kokoro.sentence(rng(seed)).split()) for seed in range(200)]
+    assert 0.25 < np.mean([n <= 3 for n in lengths]) < 0.6
