@@ -109,7 +109,7 @@ class Espeak:
 
     def phonemes(self, text: str, voice: str = "en-us") -> list[str]:
         """The sounds of each clause of the text, in IPA with stress."""
-        return self._engine.phonemes(text, self._engine.resolve(voice))
+        return self._library.phonemes(text, self._library.resolve(voice))
 
     def voices(self, language: str = "en") -> tuple[str, ...]:
         """The accents of a language, as names that `say` takes."""

@@ -126,8 +126,8 @@ class Learner:
 
     def _results(self, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
         if not self.course.half:
-            results: dict[int, tuple[Tensor, Tensor]] = self.taught(batch)
-            return results
+            whole: dict[int, tuple[Tensor, Tensor]] = self.taught(batch)
+            return whole
         batch = replace(batch, frames=batch.frames.bfloat16(), patches=batch.patches.bfloat16())
         weights = {name: p.bfloat16() for name, p in self.taught.named_parameters()}
         results: dict[int, tuple[Tensor, Tensor]] = functional_call(self.taught, weights, (batch,))
