@@ -37,6 +37,7 @@ check: .venv/test
 
 test: .venv/test compiler broker soundcard browsers build/node/stamp build/homeassistant/stamp
 	@$(call need,openssl version,openssl)
+	@$(call need,ldconfig -p | grep libflite_cmu_us_slt,flite)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -171,6 +171,7 @@ def test_every_fifth_recording_is_kept_for_the_exam(tmp_path: Path) -> None:
     assert len(held[0].pcm()) == RATE
 
 
+@pytest.mark.slow
 def test_flite_says_where_each_word_lies() -> None:
     for seed in range(4):
         said = flite().clean("Okay, what's the colour of the circle, please?", rng(seed))
@@ -180,6 +181,7 @@ def test_flite_says_where_each_word_lies() -> None:
         assert not said.pcm[: said.words[0][1]].any() and not said.pcm[said.words[-1][2] :].any()
 
 
+@pytest.mark.slow
 def test_flite_says_the_same_from_the_same_generator() -> None:
     for seed in range(6):
         one = flite().clean("Where is the star?", rng(seed))
