@@ -124,7 +124,7 @@ class Candidate:
     def _show(self, picture: np.ndarray | None, budget: int) -> None:
         if picture is not None:
             self._write([self.loaded.prompt.boi])
-            checkpoint.append_picture(self.loaded, self.cache, self.row, *checkpoint.cut(self.loaded, picture, budget))
+            checkpoint.append_picture(self.loaded, self.cache, self.row, *checkpoint.patchify(self.loaded, picture, budget))
             self._write([self.loaded.prompt.eoi])
 
     def turn(self, text: str, pcm: np.ndarray | None, picture: np.ndarray | None, budget: int = 70) -> tuple[str, str]:
