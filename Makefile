@@ -12,7 +12,8 @@ help:
 	@echo 'make demo    a spoken question about a picture, answered in this terminal; then the page, at http://localhost:8765 (SERVE=no: without)'
 	@echo 'make check   lint, types and the quick tests, in under three minutes'
 	@echo 'make test    lint, types and all tests (ARGS="tests/test_turns.py": these tests)'
-	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60")'
+	@echo 'make nano    train the embedded checkpoint, or go on training it (ARGS="--minutes 60"); with KOKORO=FOLDER it makes'
+	@echo '             a bank of neural voices first, and without it hears espeak-ng and flite alone (model/nano/CARD.md)'
 	@echo 'make exam    examine the embedded checkpoint (ARGS="--seed 7")'
 	@echo 'make gpu     measure what only a CUDA device can tell, in 400 seconds, into build/gpu.json'
 	@echo 'make lock    resolve the versions of .lock.txt anew'
@@ -36,6 +37,7 @@ check: .venv/test
 
 test: .venv/test compiler broker soundcard browsers build/node/stamp build/homeassistant/stamp
 	@$(call need,openssl version,openssl)
+	@$(call need,ldconfig -p | grep libflite_cmu_us_slt,flite)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -45,7 +47,9 @@ test: .venv/test compiler broker soundcard browsers build/node/stamp build/homea
 nano: export MALLOC_MMAP_MAX_ := 0
 nano: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 nano: export MALLOC_TOP_PAD_ := 536870912
+nano: SENTENCES ?= 10000
 nano: .venv/demo compiler
+	$(if $(KOKORO),$(BIN)/python -m model.nano.kokoro $(KOKORO) --sentences $(SENTENCES))
 	$(BIN)/python -m model.nano.train $(ARGS)
 
 # What torch.compile needs.

@@ -28,6 +28,7 @@ CHUNK_MS = 20  # asked for; espeak rounds it up to about 50 ms
 PART = 1000  # characters spoken under one hold of the lock: bounds the wait of others and what a stream runs ahead
 
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _ABORT = 2, 0x8000, 1, 1
+_IPA = 2
 _EVENT_END, _EVENT_WORD, _EVENT_CLAUSE = 0, 1, 5
 _PARAMETERS = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
 
@@ -106,6 +107,10 @@ class Espeak:
         pcm = np.concatenate([chunk.pcm for chunk in chunks]) if chunks else np.zeros(0, np.float32)
         return Speech(pcm, RATE, tuple(word for chunk in chunks for word in chunk.words))
 
+    def phonemes(self, text: str, voice: str = "en-us") -> list[str]:
+        """The sounds of each clause of the text, in IPA with stress."""
+        return self._library.phonemes(text, self._library.resolve(voice))
+
     def voices(self, language: str = "en") -> tuple[str, ...]:
         """The accents of a language, as names that `say` takes."""
         return tuple(name for name in self._library.voices if name == language or name.startswith(language + "-"))
@@ -180,6 +185,16 @@ class _EspeakLibrary:
                 return
         if rest := words.upto(len(text), made):
             take(SpeechChunk(np.zeros(0, np.float32), made, rest))
+
+    def phonemes(self, text: str, voice: str) -> list[str]:
+        with self._lock:
+            if self._lib.espeak_SetVoiceByName(voice.encode()):
+                raise ValueError(f"espeak-ng refused the voice {voice!r}")
+            self._lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
+            rest, clauses = ctypes.c_char_p(plain(text).encode()), []
+            while rest:  # the library moves the pointer behind each clause, and clears it behind the last
+                clauses.append(self._lib.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA).decode())
+        return clauses
 
     def _on_sound(self, wav: Any, count: int, events: Any) -> int:
         if not wav:

@@ -10,8 +10,8 @@ import torch
 
 from agent import checkpoint
 from agent.checkpoint import LoadedModel
-from model.nano import draw, exam, speech, world
-from model.nano.lessons import Teacher, collate
+from model.nano import draw, drawers, exam, speech, world
+from model.nano.lessons import KINDS, Teacher, collate
 from model.weights import NANO
 
 pytestmark = pytest.mark.slow
@@ -83,21 +83,38 @@ def test_transformers_loads_it_and_gives_the_same_greedy_answers(loaded: LoadedM
 
 def test_the_card_states_what_the_exam_finds(loaded: LoadedModel) -> None:
     """The card's exam is longer; a short one of another seed must come out near it, so that neither drifts from the weights."""
-    result = exam.examine(loaded, conversations=30, turns=3, seed=7)
-    print(result)
+    part = exam.Exam(loaded, seed=7)
+    found = {
+        "espeak-ng": part.spoken("spoken, espeak-ng held out", part.espeak, 40),
+        "flat": part.typed("typed, drawer flat", drawers.drawers()["flat"], 40),
+        "solids": part.typed("typed, drawer solids (held out)", drawers.held_out(), 40),
+    }
     card = CARD.read_text(encoding="utf-8")
     assert "python -m model.nano.exam --seed" in card
-    for name, value in (
-        ("spoken answers, fully right", result.share("spoken")),
-        ("typed answers, fully right", result.share("typed")),
-        ("word error rate", result.word_error_rate),
-        ("boxes with IoU >= 0.5", result.boxes),
-    ):
-        found = re.search(rf"^{re.escape(name)} +([\d.]+)%", card, re.MULTILINE)
-        assert found, f"the card says nothing of: {name}"
-        assert abs(float(found[1]) / 100 - value) < 0.2, f"{name}: {value:.1%}, and the card says {found[1]} %"
+    for row in found.values():
+        print(row)
+        stated = re.search(rf"^{re.escape(row.title)} +([\d.]+)%", card, re.MULTILINE)
+        assert stated, f"the card says nothing of: {row.title}"
+        assert abs(float(stated[1]) / 100 - row.share) < 0.2, f"{row.title}: {row.share:.1%}, and the card says {stated[1]} %"
+    wrong = re.search(r"^spoken, espeak-ng held out .*words wrong +([\d.]+)%", card, re.MULTILINE)
+    assert wrong and abs(float(wrong[1]) / 100 - found["espeak-ng"].word_error_rate) < 0.1
     for variant in speech.HELD_OUT:
         assert variant in card
+
+
+def test_an_exam_without_a_bank_says_what_it_leaves_out(loaded: LoadedModel) -> None:
+    said = [row for row in exam.Exam(loaded, seed=1, share=0.001).rows() if isinstance(row, str)]
+    assert len(said) == 4 and all("left out" in line for line in said)
+
+
+def test_a_row_counts_words_boxes_and_answers(loaded: LoadedModel) -> None:
+    row = exam.Row("some")
+    scene = world.sample_scene(np.random.default_rng(1), 432, 336, count=(2, 2))
+    ask = world.sample_ask(np.random.default_rng(2), scene, "where")
+    assert exam.judge(row, ask, ask.answer)
+    assert not exam.judge(row, ask, "I see no shapes.")
+    assert (row.share, row.boxes_wanted) == (0.5, 2 * row.boxes_placed)
+    assert exam.word_errors("where is the red circle", "where is a circle") == 2
 
 
 def test_it_is_small_enough_to_live_in_the_repository() -> None:
@@ -121,17 +138,17 @@ def test_a_lesson_teaches_every_token_of_its_answers_and_every_place_of_sight_an
 
 def test_a_lesson_says_what_each_answer_is_asked_for() -> None:
     teacher, found = Teacher(NANO), set()
-    for seed in range(8):
+    for seed in range(24):
         lesson = teacher.lesson(np.random.default_rng(seed))
         for at, kind, _, shape, n in lesson.asked:
             end = lesson.ids.index(teacher.close, at + 1)
             answer = teacher.tokenizer.decode(lesson.ids[at + 1 : end])
-            if world.KINDS[kind] == "count":
+            if KINDS[kind] == "count":
                 assert f" {world.NUMBERS[n]} " in answer
                 found.add(n)
-            if shape and world.KINDS[kind] in world.QUESTIONS:
+            if shape and KINDS[kind] in world.QUESTIONS:
                 assert world.SHAPES[shape - 1] in answer
-            assert (n >= 0) == (world.KINDS[kind] in world.QUESTIONS)
+            assert (n >= 0) == (KINDS[kind] in world.QUESTIONS)
     assert len(found) > 1
 
 
@@ -152,7 +169,7 @@ def test_lessons_of_one_seed_are_the_same_and_fit_their_batch() -> None:
 def test_the_recipe_learns_and_resumes(tmp_path: Path) -> None:
     from model.nano import train
 
-    course = train.Course(steps=6, batch=2, length=128, warmup=1, ease_steps=2, compiled=False)
+    course = train.Course(steps=6, shapes=((2, 128),), warmup=1, ease_steps=2, compiled=False)
     cpu, out, embedded = torch.device("cpu"), tmp_path / "out", tmp_path / "embedded"
     embedded.mkdir()
     first = train.train(course, out, cpu, workers=0, begin=NANO, until=4)

@@ -8,6 +8,8 @@ dense targets are what makes it learn at all: without them sight stood still for
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +20,29 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from agent.prompt import Prompt
-from model.nano import cover, draw, speech, world
+from model.nano import cover, drawers, world
+from model.nano.phrases import NOT_UNDERSTOOD
+from model.nano.speakers import Speakers
+from model.nano.typed import typed
+from model.nano.utterance import Utterance
 from model.pixels import patches as cut
 from model.tokenizer import Tokenizer
 from model.weights import read_config
 
-BUDGET = 70
-SIZES = ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432))  # what budget 70 makes of 4:3, 16:9, 1:1 and 3:4
+# What each budget makes of 4:3, 16:9, 1:1 and 3:4, and how many of the pictures have it.
+SIZES = {
+    70: ((432, 336), (432, 336), (528, 288), (384, 384), (336, 432)),
+    140: ((624, 480), (720, 384), (528, 528), (480, 624)),
+    280: ((912, 672), (1056, 576), (768, 768), (672, 912)),
+}
+BUDGETS = {70: 0.8, 140: 0.14, 280: 0.06}
+SHAPES = ((12, 352), (8, 528))  # conversations and positions of a batch: most are short, some go on
+LONG = 0.3  # share of the long ones
+PAST = 0.35  # share of the conversations that begin with turns that are over
+TURN_DETECTION = json.loads((Path(__file__).parent / "turn_detection.json").read_text(encoding="utf-8"))
 SYSTEMS = ("You are attend, a helpful assistant that listens and watches.", "You are a helpful assistant.", "Answer briefly.")
 ANSWER, SIGHT, HEARING = range(3)
+KINDS = (*world.KINDS, "finished")
 # More of what is hard to learn, less of what is learnt in minutes, than people ask.
 ASKS = {
     "describe": 4,
@@ -35,13 +51,15 @@ ASKS = {
     "colour": 4,
     "exists": 3,
     "other": 2,
-    "hello": 0.2,
-    "name": 0.2,
-    "ability": 0.2,
-    "thanks": 0.2,
-    "goodbye": 0.2,
+    "hello": 0.5,
+    "name": 0.5,
+    "ability": 0.5,
+    "thanks": 0.5,
+    "goodbye": 0.5,
 }
 ASKS_BLIND = {"no_picture": 4, "other": 4, "hello": 1, "name": 1, "ability": 1, "thanks": 1, "goodbye": 1}
+# Of the turns that are spoken.
+TRANSCRIBED, FRAGMENTS, PAUSES, PEOPLE = 0.26, 0.1, 0.1, 0.06
 
 
 @dataclass
@@ -89,11 +107,13 @@ class Teacher:
     """Makes lessons. `ease` 1 is a beginner's world of few large shapes, 0 the whole of it. Of the rest most questions are
     spoken; in `galleries`, a share of the lessons, one picture follows the other with typed questions."""
 
-    def __init__(self, folder: Path, length: int = 320, galleries: float = 0.15) -> None:
+    def __init__(
+        self, folder: Path, speakers: Speakers | None = None, photos: Path | None = None, galleries: float = 0.2
+    ) -> None:
         self.config = read_config(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.prompt = Prompt(self.tokenizer, self.config.media)
-        self.length, self.galleries = length, galleries
+        self.speakers, self.drawers, self.galleries = speakers or Speakers(), drawers.drawers(photos), galleries
         word = self._word
         self.none = word("no")
         self.silence = self.tokenizer.encode(".")[0]
@@ -107,52 +127,120 @@ class Teacher:
         """The token of a word inside a sentence; of a word out of the vocabulary its first piece."""
         return self.tokenizer.encode(" " + word)[0]
 
-    def lesson(self, rng: np.random.Generator, ease: float = 0.0) -> Lesson:
+    def lesson(self, rng: np.random.Generator, ease: float = 0.0, length: int = 352) -> Lesson:
         lesson, prompt = Lesson(), self.prompt
         system = str(rng.choice(SYSTEMS)) if rng.random() < 0.1 else None
         lesson.write(prompt.begin(system))
         blind, gallery = rng.random() < 0.08, rng.random() < self.galleries
-        scene = None
-        while len(lesson.ids) < self.length - 40:
-            another = rng.random() < (0.5 if gallery else 0.25) and len(lesson.ids) < self.length - (100 if gallery else 150)
-            fresh = not blind and (scene is None or another)
-            if fresh:
-                width, height = SIZES[rng.integers(len(SIZES))]
+        scene, drawer = None, drawers.pick(self.drawers, rng)
+        over = int(rng.integers(1, 5)) if rng.random() < PAST else 0
+        while (room := length - len(lesson.ids)) > 56:
+            another = rng.random() < (0.5 if gallery else 0.25) and room > (100 if gallery else 150)
+            budget = None
+            if not blind and (scene is None or another):
+                budget = int(rng.choice(tuple(BUDGETS), p=tuple(BUDGETS.values())))
+                budget = budget if room > budget + 40 + 70 * (not gallery) else 70
+                width, height = SIZES[budget][rng.integers(len(SIZES[budget]))]
                 most, least = 4 - round(3 * ease), 1 / 6 + ease / 8
-                scene = world.sample_scene(rng, width, height, count=(1, most), size=(least, 1 / 2))
-            self._turn(lesson, rng, scene, fresh, aloud=not gallery and rng.random() < 0.9)
+                drawer = drawers.pick(self.drawers, rng)
+                scene = drawers.scene(drawer, rng, *self._camera(rng, width, height), count=(1, most), size=(least, 1 / 2))
+            if over > 0 and room > 170:
+                over -= 1
+                self._past(lesson, rng, scene, drawer, budget)
+                continue
+            self._turn(lesson, rng, scene, drawer, budget, aloud=not gallery and rng.random() < 0.8, room=room)
         return lesson
 
-    def _turn(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, fresh: bool, aloud: bool) -> None:
-        """One question and its answer: the picture, the sound and the words in any order that life gives them."""
+    def _turn(
+        self,
+        lesson: Lesson,
+        rng: np.random.Generator,
+        scene: world.Scene | None,
+        drawer: drawers.Drawer,
+        budget: int | None,
+        aloud: bool,
+        room: int,
+    ) -> None:
+        """One question and its answer: the picture (if there is a budget for one), the sound and the words in any order
+        that life gives them."""
         prompt = self.prompt
-        ask = world.sample_ask(rng, scene, "transcribe" if aloud and rng.random() < 0.35 else self._kind(rng, scene))
-        parts: list[tuple[str, str]] = []
-        if ask.kind == "transcribe":
-            parts = [("hear", ask.speech), ("read", ask.text)]
-            parts = parts if rng.random() < 0.7 else parts[::-1]
-        elif aloud:
-            parts = [("hear", ask.text)]
-        else:
-            parts = [("read", ask.text if rng.random() < 0.8 else world.spoken(ask.text))]
-        if fresh:
-            parts.insert(int(rng.integers(len(parts) + 1)), ("see", ""))
-        lesson.write(prompt.open_turn())
-        for kind, text in parts:
-            match kind:
-                case "hear":
-                    self._hear(lesson, rng, text)
-                case "see":
-                    assert scene is not None
-                    self._see(lesson, rng, scene)
-                case _:
-                    lesson.write(prompt.text(text))
+        ask, parts = self._spoken(rng, scene, room) if aloud else self._typed(rng, scene)
+        if budget is not None:
+            parts.insert(int(rng.integers(len(parts) + 1)), budget)
+        self._say(lesson, rng, scene, drawer, parts)
         lesson.write(prompt.close_turn())
+        self._answer(lesson, ask, scene)
+
+    def _past(
+        self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene | None, drawer: drawers.Drawer, budget: int | None
+    ) -> None:
+        """A turn that is over, as a conversation keeps it: what was shown, the words, and the answer without its thought."""
+        ask = world.sample_ask(rng, scene, self._kind(rng, scene))
+        parts: list[Utterance | str | int] = [world.spoken(ask.text)]
+        if budget is not None:
+            parts.insert(int(rng.integers(2)), budget)
+        self._say(lesson, rng, scene, drawer, parts)
+        lesson.write(self.prompt.end_turn())
+        lesson.write(self.prompt.answer(ask.answer))
+
+    def _say(
+        self,
+        lesson: Lesson,
+        rng: np.random.Generator,
+        scene: world.Scene | None,
+        drawer: drawers.Drawer,
+        parts: list[Utterance | str | int],
+    ) -> None:
+        prompt = self.prompt
+        lesson.write(prompt.open_turn())
+        for part in parts:
+            match part:
+                case Utterance():
+                    self._hear(lesson, rng, part)
+                case int():
+                    assert scene is not None
+                    self._see(lesson, rng, scene, drawer, part)
+                case str():
+                    lesson.write(prompt.text(part))
+
+    def _typed(self, rng: np.random.Generator, scene: world.Scene | None) -> tuple[world.Ask, list[Utterance | str | int]]:
+        """As somebody types it, or as a transcript of speech that is over has it."""
+        ask = world.sample_ask(rng, scene, self._kind(rng, scene))
+        return ask, [typed(ask.text, rng) if rng.random() < 0.8 else world.spoken(ask.text)]
+
+    def _spoken(
+        self, rng: np.random.Generator, scene: world.Scene | None, room: int
+    ) -> tuple[world.Ask, list[Utterance | str | int]]:
+        """A question, or speech of any kind and the order to write it down, or a pause and the question whether it ends there."""
+        speakers, what, written = self.speakers, rng.random(), world.sample_ask(rng, None, "transcribe").text
+        if what < PEOPLE and speakers.people:
+            heard, whole = speakers.person(rng, longest=min(6.0, max(2.0, (room - 30) / 25)))
+            if whole and rng.random() < 0.25:
+                transcript = world.spoken(heard.text)
+                return world.Ask("transcribe", written, transcript), [heard, written]
+            return world.Ask("other", heard.text, NOT_UNDERSTOOD), [heard]
+        if what < PEOPLE + PAUSES:
+            told = TURN_DETECTION
+            heard, whole = speakers.pause(rng, tuple(ms / 1000 for ms in told["silence_ms"]))
+            return world.Ask("finished", told["question"], told["finished" if whole else "unfinished"]), [heard, told["question"]]
+        if what < PEOPLE + PAUSES + TRANSCRIBED:
+            if rng.random() < FRAGMENTS / TRANSCRIBED:
+                heard = speakers.fragments(rng)
+            else:
+                _, heard = speakers.ask(rng, scene, self._kind(rng, scene))
+            parts: list[Utterance | str | int] = [heard, written]
+            transcript = " ".join(word for word, _, _ in heard.words)
+            return world.Ask("transcribe", written, transcript), parts if rng.random() < 0.8 else parts[::-1]
+        ask, heard = speakers.ask(rng, scene, self._kind(rng, scene))
+        return ask, [heard]
+
+    def _answer(self, lesson: Lesson, ask: world.Ask, scene: world.Scene | None) -> None:
+        prompt = self.prompt
         answer = [*prompt.text(ask.answer), self.close]
         start = len(lesson.ids) - 1
         colour, shape = (1 + all.index(x) if x else 0 for all, x in ((world.COLOURS, ask.colour), (world.SHAPES, ask.shape)))
         found = -1 if ask.found is None or scene is None else ask.found
-        lesson.asked.append((start, world.KINDS.index(ask.kind), colour, shape, found))
+        lesson.asked.append((start, KINDS.index(ask.kind), colour, shape, found))
         for i, token in enumerate(answer):
             near = self.near.get(token, [])
             lesson.targets.append((start + i, token, 1 - 0.25 * len(near), ANSWER))
@@ -173,9 +261,17 @@ class Teacher:
         weights = np.array(list(shares.values()))
         return list(shares)[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
-    def _see(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene) -> None:
-        media, picture = self.config.media, draw.draw(scene, rng)
-        patches, places = cut(picture, BUDGET, self.config.patch)
+    def _camera(self, rng: np.random.Generator, width: int, height: int) -> tuple[int, int]:
+        """Pixels of a picture that a budget makes width × height: mostly just that, else as a camera or a client has it."""
+        if rng.random() < 0.7:
+            return width, height
+        scale = rng.uniform(0.6, 1.6)
+        return round(width * scale * rng.uniform(0.96, 1.04)), round(height * scale)
+
+    def _see(self, lesson: Lesson, rng: np.random.Generator, scene: world.Scene, drawer: drawers.Drawer, budget: int) -> None:
+        media, picture = self.config.media, drawer.draw(scene, rng)
+        patches, places = cut(picture, budget, self.config.patch)
+        grid = int(places[:, 1].max()) + 1, int(places[:, 0].max()) + 1
         lesson.write([media.boi])
         start, block = len(lesson.ids), max(lesson.blocks) + 1
         lesson.patches.append(patches)
@@ -183,20 +279,20 @@ class Teacher:
         lesson.patches_at += range(start, start + len(patches))
         lesson.ids += [media.image] * len(patches)
         lesson.blocks += [block] * len(patches)
-        covering = cover.covering(scene, self.config.patch)
+        covering = cover.covering(scene, grid)
         lesson.things = [(start + np.flatnonzero(covering == n)).tolist() for n in range(len(scene.things))]
-        lesson.outlines.append(np.any(cover.patch_cover(scene, self.config.patch), 0))
-        lesson.extents.append(cover.patch_boxes(scene, self.config.patch))
-        lesson.tallies.append(cover.patch_tallies(scene, self.config.patch))
-        for i, label in enumerate(cover.patch_labels(scene, self.config.patch)):
+        lesson.outlines.append(np.any(cover.patch_cover(scene, grid), 0))
+        lesson.extents.append(cover.patch_boxes(scene, grid))
+        lesson.tallies.append(cover.patch_tallies(scene, grid))
+        for i, label in enumerate(cover.patch_labels(scene, grid)):
             if label == 0:
                 lesson.targets.append((start + i, self.none, 0.5, SIGHT))
             else:
                 lesson.targets += [(start + i, word, 0.75, SIGHT) for word in self.seen[label - 1]]
         lesson.write([media.eoi])
 
-    def _hear(self, lesson: Lesson, rng: np.random.Generator, text: str) -> None:
-        media, heard = self.config.media, speech.utter(text, rng)
+    def _hear(self, lesson: Lesson, rng: np.random.Generator, said: Utterance) -> None:
+        media, heard = self.config.media, self.speakers.heard(said, rng)
         size = self.config.frame
         pcm = np.pad(heard.pcm, (0, -len(heard.pcm) % size))
         frames = pcm.reshape(-1, size)
@@ -205,10 +301,11 @@ class Teacher:
         lesson.frames.append(frames)
         lesson.frames_at += range(start, start + len(frames))
         lesson.write([media.audio] * len(frames))
-        words = np.full(len(frames), self.silence)
-        for word, _, end in heard.words:
-            words[end // size + 2 :] = self._word(word)
-        lesson.targets += [(start + i, int(word), 1.0, HEARING) for i, word in enumerate(words)]
+        if heard.words:
+            words = np.full(len(frames), self.silence)
+            for word, _, end in heard.words:
+                words[end // size + 2 :] = self._word(word)
+            lesson.targets += [(start + i, int(word), 1.0, HEARING) for i, word in enumerate(words)]
         lesson.write([media.eoa])
 
 
@@ -265,19 +362,35 @@ def collate(lessons: list[Lesson], length: int) -> Batch:
 
 
 class Lessons(IterableDataset[Batch]):
-    """Batches without end, from `start` on; each worker makes every n-th, and the same seed makes the same ones."""
+    """Batches without end, from `start` on; each worker makes every n-th, and the same seed makes the same ones.
 
-    def __init__(self, folder: Path, batch: int, length: int, seed: int, start: int, ease_steps: int) -> None:
-        self.folder, self.batch, self.length = folder, batch, length
+    `shapes` are the conversations and positions that a batch may have; the first is the usual one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: tuple[tuple[int, int], ...],
+        seed: int,
+        start: int,
+        ease_steps: int,
+        bank: Path | None = None,
+        people: Path | None = None,
+        photos: Path | None = None,
+    ) -> None:
+        self.folder, self.shapes = folder, shapes
         self.seed, self.start, self.ease_steps = seed, start, ease_steps
+        self.bank, self.people, self.photos = bank, people, photos
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
-        teacher, step = Teacher(self.folder, self.length), self.start + first
+        if worker:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that of the process it was forked from is not for it
+        teacher, step = Teacher(self.folder, Speakers(self.bank, self.people), self.photos), self.start + first
         while True:
             rng = np.random.default_rng((self.seed, step))
             ease = max(0.0, 1 - step / self.ease_steps)
-            yield collate([teacher.lesson(rng, ease) for _ in range(self.batch)], self.length)
+            rows, length = self.shapes[0 if rng.random() > LONG else -1]
+            yield collate([teacher.lesson(rng, ease, length) for _ in range(rows)], length)
             step += stride

@@ -15,7 +15,7 @@ from model.cache import AttentionMetadata, whole_span
 from model.functional import rms_norm, rotate
 from model.gemma import Block, Gemma
 from model.nano import cover, world
-from model.nano.lessons import ANSWER, HEARING, SIGHT, Batch
+from model.nano.lessons import ANSWER, HEARING, KINDS, SIGHT, Batch
 
 OUTLINE, EXTENT, TALLY, ASKED, FOUND, LOOK = range(HEARING + 1, HEARING + 7)
 SHARES = {ANSWER: 1.0, SIGHT: 0.5, HEARING: 1.0, OUTLINE: 1.0, EXTENT: 0.5, TALLY: 0.5, ASKED: 0.5, FOUND: 0.5, LOOK: 0.5}
@@ -35,7 +35,7 @@ class Aside(nn.Module):
 
     FIELDS: ClassVar[dict[int, tuple[int, ...]]] = {
         TALLY: cover.TALLIES,
-        ASKED: (len(world.KINDS), 1 + len(world.COLOURS), 1 + len(world.SHAPES)),
+        ASKED: (len(KINDS), 1 + len(world.COLOURS), 1 + len(world.SHAPES)),
         FOUND: (len(world.NUMBERS),),
     }
 
@@ -59,7 +59,7 @@ class Aside(nn.Module):
         return self._choose(FOUND, self.found(x), batch.asked[:, 4:])
 
     def _draw(self, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        drawn = self.outline(x)
+        drawn = self.outline(x).float()
         if not len(drawn):
             return drawn.sum(), drawn.sum()
         return F.binary_cross_entropy_with_logits(drawn, truth), ((drawn > 0) == (truth > 0)).float().mean()
@@ -67,7 +67,7 @@ class Aside(nn.Module):
     def _measure(self, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """A coordinate that is off by ten is nearly right, and is taught so; the share counts those as right."""
         covered = truth[:, 0] >= 0
-        guess, truth = self.extent(x[covered]).view(-1, 4, BINS), truth[covered]
+        guess, truth = self.extent(x[covered]).float().view(-1, 4, BINS), truth[covered]
         if not len(truth):
             return guess.sum(), guess.sum()
         near = torch.stack([truth - 1, truth, truth + 1], -1).clamp(0, BINS - 1)
@@ -78,12 +78,24 @@ class Aside(nn.Module):
     def _choose(self, taught: int, guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """One of a few for each field; none is asked where the truth is negative."""
         there = truth[:, 0] >= 0
-        guess, truth = guess[there], truth[there]
+        guess, truth = guess[there].float(), truth[there]
         if not len(truth):
             return guess.sum(), guess.sum()
         fields = list(zip(guess.split(self.FIELDS[taught], -1), truth.unbind(-1), strict=True))
         loss = torch.stack([F.cross_entropy(logits, right) for logits, right in fields]).mean()
         return loss, torch.stack([logits.argmax(-1) == right for logits, right in fields]).float().mean()
+
+
+class Taught(nn.Module):
+    """The model and what it is asked besides, as one module: of a batch, for each thing taught, its mean loss and the share
+    of its targets that come out first."""
+
+    def __init__(self, model: Gemma, aside: Aside) -> None:
+        super().__init__()
+        self.model, self.aside = model, aside
+
+    def forward(self, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        return losses(self.model, self.aside, batch)
 
 
 def losses(model: Gemma, aside: Aside, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
@@ -126,7 +138,7 @@ def _look(block: Block, x: Tensor, reach: AttentionMetadata, batch: Batch) -> tu
     head = LOOKS[1]
     key = attention.heads + head * attention.layer.kv_heads // attention.heads
     scores = turned(head, attention.q_norm) @ turned(key, attention.k_norm).transpose(1, 2) + reach.mask[:, 0, :count]
-    shares = scores.flatten(0, 1)[batch.looks_at].softmax(-1)
+    shares = scores.flatten(0, 1)[batch.looks_at].float().softmax(-1)
     on = (shares * batch.looks_to).sum(-1)
     if not len(on):
         return on.sum(), on.sum()
@@ -137,7 +149,7 @@ def _loss(model: Gemma, x: Tensor, batch: Batch, taught: int) -> tuple[Tensor, T
     here = batch.targets[:, 2] == taught
     token, weight = batch.targets[here, 1], batch.weights[here]
     at, where = batch.targets[here, 0].unique(return_inverse=True)
-    logits = model.logits(model.normed(x.flatten(0, 1)[at]))
+    logits = model.logits(model.normed(x.flatten(0, 1)[at])).float()
     total = weight.sum().clamp(min=1e-6)
     loss = (-logits.log_softmax(-1)[where, token] * weight).sum() / total
     right = ((logits.argmax(-1)[where] == token) * weight).sum() / total

@@ -1,13 +1,15 @@
 """Trains nano: `python -m model.nano.train`. Stops and resumes at any time; needs espeak-ng.
 
 Pictures and speech are made up by worker processes while the model computes. Progress and checkpoints go to `--out`;
-`--export` writes the weights beside this file: the embedded checkpoint.
+`--export` writes the weights beside this file: the embedded checkpoint. Ctrl-C loses at most 50 steps, SIGTERM none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from model import weights
 from model.gemma import Gemma, GemmaConfig
-from model.nano.lessons import Batch, Lessons
+from model.nano.lessons import SHAPES, Batch, Lessons
 from model.nano.shape import SIDE_FILES, prepare
-from model.nano.taught import SHARES, Aside, losses
+from model.nano.speakers import Speakers
+from model.nano.taught import SHARES, Aside, Taught
 
 HERE = Path(__file__).parent
 
@@ -30,14 +34,14 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Course:
     steps: int = 4_000
-    batch: int = 12  # conversations of `length` positions
-    length: int = 352
+    shapes: tuple[tuple[int, int], ...] = SHAPES  # conversations and positions of a batch
     matrix_rate: float = 0.02  # Muon
     rate: float = 2e-3  # Adam: embeddings, projectors, norms
-    warmup: int = 50
+    warmup: int = 50  # steps, also for what goes on from weights whose optimisers are gone
     cooldown: float = 0.3  # last part of the steps, in which the rates fall to zero
     ease_steps: int = 800
     compiled: bool = True  # saves a sixth of the time
+    half: bool = torch.cpu._is_avx512_bf16_supported()  # weights and states in bfloat16 within a step: saves a third there
     seed: int = 1
 
 
@@ -89,25 +93,29 @@ class Learner:
     PARTS = ("model", "aside", "muon", "adam")
 
     def __init__(self, config: GemmaConfig, course: Course, device: torch.device) -> None:
-        self.course, self.step = course, 0
+        self.course, self.step, self.begun = course, 0, 0
         self.model = Gemma(config).to(device)
         initialise(self.model)
         self.aside = Aside(config.hidden_size).to(device)
+        self.taught = Taught(self.model, self.aside)
         matrices = {name: p for name, p in self.model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
         self.others = [p for name, p in self.model.named_parameters() if name not in matrices]
         self.muon = Muon(list(matrices.values()), course.matrix_rate)
         groups = [{"params": self.others}, {"params": list(self.aside.parameters())}]
         self.adam = torch.optim.AdamW(groups, course.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
-    def learn(self, batch: Batch) -> list[float]:
-        """One step; the loss and the share right of each thing taught."""
+    def learn(self, batch: Batch, fading: float = 1.0) -> list[float]:
+        """One step; the loss and the share right of each thing taught. `fading` is the share of the full rates that time
+        leaves; the steps that are left have a say of their own."""
         course = self.course
-        fading = (course.steps - self.step) / (course.cooldown * course.steps)
-        factor = min(1.0, (self.step + 1) / course.warmup, fading)
-        for optimiser, rate in ((self.muon, course.matrix_rate), (self.adam, course.rate)):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * factor
-        results = losses(self.model, self.aside, batch)
+        fading = min(fading, (course.steps - self.step) / (course.cooldown * course.steps))
+        factor = min(fading, (self.step - self.begun + 1) / course.warmup)
+        for group in self.muon.param_groups:
+            group["lr"] = course.matrix_rate * factor
+        model, aside = self.adam.param_groups
+        # The heads that are thrown away are new in each training: they learn at once, before the model follows them.
+        model["lr"], aside["lr"] = course.rate * factor, course.rate * min(1.0, fading)
+        results = self._results(batch)
         torch.stack([share * results[kind][0] for kind, share in SHARES.items()]).sum().backward()
         nn.utils.clip_grad_norm_(self.others, 1.0)
         for optimiser in (self.muon, self.adam):
@@ -116,16 +124,25 @@ class Learner:
         self.step += 1
         return [value.item() for kind in SHARES for value in results[kind]]
 
+    def _results(self, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        if not self.course.half:
+            whole: dict[int, tuple[Tensor, Tensor]] = self.taught(batch)
+            return whole
+        batch = replace(batch, frames=batch.frames.bfloat16(), patches=batch.patches.bfloat16())
+        weights = {name: p.bfloat16() for name, p in self.taught.named_parameters()}
+        results: dict[int, tuple[Tensor, Tensor]] = functional_call(self.taught, weights, (batch,))
+        return results
+
     def save(self, file: Path) -> None:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        torch.save({**parts, "step": self.step, "course": asdict(self.course)}, file.with_suffix(".part"))
+        torch.save({**parts, "step": self.step, "begun": self.begun, "course": asdict(self.course)}, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
 
     def load(self, file: Path) -> None:
         state = torch.load(file, map_location=self.model.device, weights_only=True)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
+        self.step, self.begun = state["step"], state["begun"]
 
 
 def train(
@@ -137,9 +154,13 @@ def train(
     begin: Path | None = None,
     export: Path | None = None,
     until: int | None = None,
+    fade: float = 0.0,
+    bank: Path | None = None,
+    people: Path | None = None,
+    photos: Path | None = None,
 ) -> int:
-    """Goes on from what `out` holds, else from the weights in `begin`, up to step `until` or for `stop_after` seconds; returns
-    the step reached. The checkpoint is then written to `export`."""
+    """Goes on from what `out` holds, else from the weights in `begin`, up to step `until` or for `stop_after` seconds, in the
+    last `fade` of which the rates fall to zero; returns the step reached. The checkpoint is then written to `export`."""
     begin = begin if begin and (begin / "model.safetensors").exists() else None
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists():
@@ -154,30 +175,38 @@ def train(
         print(f"resuming at step {learner.step}", flush=True)
     elif begin:
         learner.model.load_state_dict(weights.load(begin, device, torch.float32).state_dict())
-        learner.step = course.ease_steps
+        learner.step = learner.begun = course.ease_steps
         print(f"going on from the weights in {begin}, counted as step {learner.step}", flush=True)
 
     def keep() -> None:
         learner.save(out / "state.pt")
         weights.save(learner.model, raw, out)
 
-    lessons = Lessons(out, course.batch, course.length, course.seed, learner.step, course.ease_steps)
+    for note in Speakers(bank, people).missing:
+        print(f"note: {note}", flush=True)
+    lessons = Lessons(out, course.shapes, course.seed, learner.step, course.ease_steps, bank, people, photos)
     loader = DataLoader(lessons, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     if course.compiled:
+        torch._dynamo.config.recompile_limit = 4 * len(learner.model.blocks) * len(course.shapes)  # beyond it, none is compiled
         for block in learner.model.blocks:
             block.compile(dynamic=False)
+    stopped: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))  # the step is finished and kept
     begun, window = time.monotonic(), []
     for batch in loader:
-        if learner.step >= min(course.steps, until or course.steps) or time.monotonic() - begun > stop_after:
+        left = begun + stop_after - time.monotonic()
+        if learner.step >= min(course.steps, until or course.steps) or left < 0 or stopped:
             break
-        window.append(learner.learn(Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})))
+        batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
+        window.append(learner.learn(batch, min(1.0, left / fade) if fade else 1.0))
         if learner.step % 25 == 0:
             mean = np.mean(window, 0)
             window.clear()
             names = ("answers", "sight", "hearing", "outlines", "boxes", "tallies", "asked", "found", "looks")
             figures = "  ".join(f"{name} {mean[2 * i]:.3f} ({mean[2 * i + 1]:.1%})" for i, name in enumerate(names))
             print(f"step {learner.step}/{course.steps}  {figures}  {time.monotonic() - begun:.0f} s", flush=True)
-        if learner.step % 100 == 0:
+        if learner.step % 50 == 0:
             keep()
     keep()
     if export:
@@ -196,18 +225,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/nano"), help="where progress is kept and taken up again")
     parser.add_argument("--steps", type=int, default=course.steps)
-    parser.add_argument("--batch", type=int, default=course.batch)
+    parser.add_argument("--batch", type=int, default=course.shapes[0][0], help="conversations of a batch")
     parser.add_argument("--seed", type=int, default=course.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw and speak")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; the next call goes on")
+    parser.add_argument("--fade", type=float, default=0.0, help="let the rates fall to zero in the last so many of --minutes")
+    parser.add_argument("--rate", type=float, default=1.0, help="share of the full rates")
+    parser.add_argument("--bank", type=Path, default=Path("build/nano/bank"), help="voices that were made before")
+    parser.add_argument("--people", type=Path, help="a folder of recordings of people, with people.jsonl")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs, which become backgrounds")
     parser.add_argument("--fresh", action="store_true", help="begin with random weights, not with the embedded ones")
     parser.add_argument("--export", action="store_true", help="write the weights beside this file at the end, finished or not")
     given = parser.parse_args()
-    course = replace(course, steps=given.steps, batch=given.batch, seed=given.seed)
+    shapes = tuple((max(1, rows * given.batch // course.shapes[0][0]), length) for rows, length in course.shapes)
+    rates = {"matrix_rate": course.matrix_rate * given.rate, "rate": course.rate * given.rate}
+    course = replace(course, steps=given.steps, shapes=shapes, seed=given.seed, **rates)
     device, seconds = torch.device(given.device), given.minutes * 60
     begin, export = None if given.fresh else HERE, HERE if given.export else None
-    train(course, given.out, device, given.workers, seconds, begin, export)
+    train(
+        course,
+        given.out,
+        device,
+        given.workers,
+        seconds,
+        begin,
+        export,
+        None,
+        60 * given.fade,
+        given.bank,
+        given.people,
+        given.photos,
+    )
 
 
 if __name__ == "__main__":

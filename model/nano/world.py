@@ -6,7 +6,7 @@ Everything is drawn from a numpy Generator, so the same seed gives the same scen
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,6 +44,8 @@ WITHOUT_PICTURE = {"no_picture": 4, **dict.fromkeys(TALK, 1), "other": 4}
 
 
 Choice = TypeVar("Choice")
+Outline = Callable[[np.random.Generator, str], np.ndarray]
+"""Corners [n, 2] of a shape, turned at random, within a box at the origin whose larger side is one long."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _pick(rng: np.random.Generator, options: Sequence[Choice]) -> Choice:
 # Scenes
 
 
-def _unit_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
+def unit_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
     """Corners of the shape, turned at random, with the larger side of its box one long and the box at the origin."""
     stretch = rng.uniform(0.92, 1.0)
     if shape == "circle":
@@ -110,14 +112,14 @@ def _unit_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _place(
-    rng: np.random.Generator, width: int, height: int, shapes: list[str], size: tuple[float, float]
+    rng: np.random.Generator, width: int, height: int, shapes: list[str], size: tuple[float, float], outline_of: Outline
 ) -> list[np.ndarray] | None:
     """Outlines in pixels that keep apart, or None if this throw of the dice left no room."""
     short = min(width, height)
     margin, gap = 0.01 * short, 0.04 * short
     placed: list[np.ndarray] = []
     for shape, side in zip(shapes, sorted(rng.uniform(*size, len(shapes)), reverse=True), strict=True):
-        outline = _unit_outline(rng, shape) * side * short
+        outline = outline_of(rng, shape) * side * short
         extent = outline.max(0)
         for _ in range(20):
             low = rng.uniform(margin, np.array([width, height]) - margin - extent)
@@ -136,6 +138,7 @@ def sample_scene(
     *,
     count: tuple[int, int] = (1, 4),
     size: tuple[float, float] = (1 / 6, 1 / 2),
+    outline: Outline = unit_outline,
 ) -> Scene:
     """Between count[0] and count[1] things, each box's larger side between the two parts of the picture's short side."""
     names: list[tuple[str, str]] = []
@@ -152,17 +155,17 @@ def sample_scene(
     low, high = size
     for attempt in range(200):
         top = max(low, high * (1 - attempt / 200))
-        outlines = _place(rng, width, height, [shape for shape, _ in names], (low, top))
+        outlines = _place(rng, width, height, [shape for shape, _ in names], (low, top), outline)
         if outlines is not None:
             break
     else:
         raise ValueError(f"no room for {len(names)} things of size {size} in {width}×{height}")
     scale = np.array([1000 / height, 1000 / width])
     things = []
-    for (shape, colour), outline in zip(names, outlines, strict=True):
-        y0, x0 = (round(v) for v in outline.min(0)[::-1] * scale)
-        y1, x1 = (round(v) for v in outline.max(0)[::-1] * scale)
-        things.append(Thing(shape, colour, (y0, x0, y1, x1), tuple((float(x), float(y)) for x, y in outline)))
+    for (shape, colour), corners in zip(names, outlines, strict=True):
+        y0, x0 = (round(v) for v in corners.min(0)[::-1] * scale)
+        y1, x1 = (round(v) for v in corners.max(0)[::-1] * scale)
+        things.append(Thing(shape, colour, (y0, x0, y1, x1), tuple((float(x), float(y)) for x, y in corners)))
     return Scene(width, height, tuple(sorted(things, key=lambda thing: (thing.box[1] + thing.box[3], thing.box[0]))))
 
 
@@ -256,7 +259,7 @@ def _about(answer: str, found: list[Thing], scene: Scene) -> tuple[tuple[int, tu
 # Asks
 
 
-def _subject(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str | None, str | None]:
+def sample_subject(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str | None, str | None]:
     """What the question is about: colour and shape, either None when it does not matter."""
     if kind == "describe" or (kind == "where" and rng.random() < 0.2):
         return None, None
@@ -297,14 +300,19 @@ def _dress(rng: np.random.Generator, text: str) -> str:
 
 
 def _question(rng: np.random.Generator, kind: str, scene: Scene) -> Ask:
-    colour, shape = _subject(rng, kind, scene)
+    colour, shape = sample_subject(rng, kind, scene)
     one = _name(colour, shape)
     if shape is None and rng.random() < 0.5:
         one = one.replace("shape", "thing")
     text = _pick(rng, QUESTIONS[kind]).format(a=_a(one), one=one, many=one + "s")
+    return question(kind, colour, shape, scene, _dress(rng, text))
+
+
+def question(kind: str, colour: str | None, shape: str | None, scene: Scene, text: str) -> Ask:
+    """The text, which asks this about the scene, and its answer. Colour and shape are None where they do not matter."""
     found = _found(scene, colour, shape)
     answer = _answer(kind, colour, shape, found)
-    return Ask(kind, _dress(rng, text), answer, "", colour, shape, len(found), _about(answer, found, scene))
+    return Ask(kind, text, answer, "", colour, shape, len(found), _about(answer, found, scene))
 
 
 def _other(rng: np.random.Generator) -> Ask:
@@ -328,8 +336,8 @@ def sample_ask(rng: np.random.Generator, scene: Scene | None, kind: str | None =
         texts, answer = TALK[kind]
         return Ask(kind, _pick(rng, texts), answer)
     if scene is None:
-        question = _pick(rng, tuple(QUESTIONS)) if kind == "no_picture" else kind
-        return Ask("no_picture", _question(rng, question, sample_scene(rng, 384, 384)).text, NO_PICTURE)
+        about = _pick(rng, tuple(QUESTIONS)) if kind == "no_picture" else kind
+        return Ask("no_picture", _question(rng, about, sample_scene(rng, 384, 384)).text, NO_PICTURE)
     if kind not in QUESTIONS:
         raise ValueError(f"no question of kind {kind!r} about a picture")
     return _question(rng, kind, scene)
