@@ -108,7 +108,7 @@ def test_an_exam_without_a_bank_says_what_it_leaves_out(loaded: LoadedModel) -> 
 
 
 def test_a_row_counts_words_boxes_and_answers(loaded: LoadedModel) -> None:
-    row = exam.Row("some")
+    row = exam.ExamRow("some")
     scene = world.sample_scene(np.random.default_rng(1), 432, 336, count=(2, 2))
     ask = world.sample_ask(np.random.default_rng(2), scene, "where")
     assert exam.judge(row, ask, ask.answer)

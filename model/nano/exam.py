@@ -27,7 +27,7 @@ from model.nano.bank import Bank, Entry
 from model.nano.channel import augment
 from model.nano.lessons import SIZES, TURN_DETECTION
 from model.nano.phrases import NOT_UNDERSTOOD
-from model.nano.speakers import Recording, recordings, unfinished
+from model.nano.speakers import PersonRecording, recordings, unfinished
 from model.nano.typed import typed
 from model.nano.understand import Question, reply
 from model.nano.utterance import Utterance, broken_off
@@ -37,7 +37,7 @@ QUICK = 12  # one in so many of the items of a full exam
 
 
 @dataclass
-class Row:
+class ExamRow:
     """What one part of the exam counted: items by kind, those that were right, words and boxes."""
 
     title: str
@@ -169,7 +169,7 @@ class Candidate:
         return answer.strip()
 
 
-def judge(row: Row, ask: world.Ask, answer: str) -> bool:
+def judge(row: ExamRow, ask: world.Ask, answer: str) -> bool:
     """Whether the answer is right; counted in the row."""
     (sentence, marks), (wanted, wanted_marks) = parse(answer), parse(ask.answer)
     on = well_placed(marks, wanted_marks)
@@ -191,7 +191,7 @@ class Exam:
     people: Path | None = None
     share: float = 1.0  # of the items of a full exam
 
-    def rows(self) -> Iterator[Row | str]:
+    def rows(self) -> Iterator[ExamRow | str]:
         """A row for each part as it is done, or a line that says what is missing."""
         voices: dict[str, list[Bank]] = {"kokoro": [], "piper": [], "festival": []}
         for file in sorted((self.bank / "exam").glob("*.jsonl")) if self.bank else []:
@@ -249,9 +249,9 @@ class Exam:
 
         return say
 
-    def spoken(self, title: str, say: Say, count: int) -> Row:
+    def spoken(self, title: str, say: Say, count: int) -> ExamRow:
         """One question about one picture each, and what was said in words."""
-        rng, row = self._rng(title), Row(title)
+        rng, row = self._rng(title), ExamRow(title)
         for _ in self._some(count):
             scene, picture = self._scene(rng, self._any_drawer(rng))
             ask, said = say(rng, scene)
@@ -262,8 +262,10 @@ class Exam:
             row.errors += word_errors(words, heard)
         return row
 
-    def typed(self, title: str, drawer: drawers.Drawer | None, count: int, *, held_out: bool = False, budget: int = 70) -> Row:
-        rng, row = self._rng(title), Row(title)
+    def typed(
+        self, title: str, drawer: drawers.Drawer | None, count: int, *, held_out: bool = False, budget: int = 70
+    ) -> ExamRow:
+        rng, row = self._rng(title), ExamRow(title)
         for _ in self._some(count):
             scene, picture = self._scene(rng, drawer or self._any_drawer(rng), budget)
             ask = world.sample_ask(rng, scene)
@@ -271,26 +273,26 @@ class Exam:
             judge(row, ask, answer)
         return row
 
-    def shouted(self, title: str, count: int) -> Row:
-        rng, row = self._rng(title), Row(title)
+    def shouted(self, title: str, count: int) -> ExamRow:
+        rng, row = self._rng(title), ExamRow(title)
         for _ in self._some(count):
             scene, picture = self._scene(rng, self._any_drawer(rng))
             ask = world.sample_ask(rng, scene)
             judge(row, ask, Candidate(self.loaded).turn(ask.text.upper(), None, picture)[0])
         return row
 
-    def others(self, talk: list[Recording], count: int) -> Row:
+    def others(self, talk: list[PersonRecording], count: int) -> ExamRow:
         """People who talk about something else, with a picture in view."""
-        rng, row = self._rng("people"), Row("people's other talk told apart")
+        rng, row = self._rng("people"), ExamRow("people's other talk told apart")
         for number in self._some(count):
             _, picture = self._scene(rng, self._any_drawer(rng))
             answer, _ = Candidate(self.loaded).turn("", talk[number % len(talk)].pcm()[: 8 * 16000], picture)
             row.count("other", answer == NOT_UNDERSTOOD)
         return row
 
-    def pauses(self, title: str, say: Say, count: int) -> Row:
+    def pauses(self, title: str, say: Say, count: int) -> ExamRow:
         """Whole and broken-off questions, with the silence after the last word that the judge of pauses is asked after."""
-        rng, row = self._rng(title), Row(title)
+        rng, row = self._rng(title), ExamRow(title)
         least, most = TURN_DETECTION["silence_ms"]
         while row.asked.total() < len(self._some(count)):
             _, said = say(rng, world.sample_scene(rng, 384, 384))
@@ -303,16 +305,16 @@ class Exam:
             row.count("finished" if whole else "broken off", answer == TURN_DETECTION["finished" if whole else "unfinished"])
         return row
 
-    def conversations(self, title: str, say: Say, count: int) -> Row:
+    def conversations(self, title: str, say: Say, count: int) -> ExamRow:
         """Five turns about one picture, of which all have to be right; counted by turn too."""
-        rng, row = self._rng(title), Row(title)
+        rng, row = self._rng(title), ExamRow(title)
         for _ in self._some(count):
             candidate, all_right = Candidate(self.loaded), True
             scene, picture = self._scene(rng, self._any_drawer(rng))
             for turn in range(5):
                 ask, said = say(rng, scene)
                 answer, _ = candidate.turn(ask.text, augment(said, rng).pcm, None if turn else picture)
-                all_right &= judge(Row(""), ask, answer)
+                all_right &= judge(ExamRow(""), ask, answer)
             row.count("all five", all_right)
         return row
 

@@ -61,7 +61,7 @@ OPEN_ENDED = frozenset(
 
 
 @dataclass(frozen=True)
-class Recording:
+class PersonRecording:
     """Somebody who talks about something else; no word times."""
 
     file: Path
@@ -229,13 +229,13 @@ def unfinished(words: tuple[str, ...]) -> list[int]:
     ]
 
 
-def recordings(folder: Path | None, held_out: bool) -> list[Recording]:
+def recordings(folder: Path | None, held_out: bool) -> list[PersonRecording]:
     """Every fifth one is held out of training."""
     list_of_them = folder / "people.jsonl" if folder else None
     if folder is None or list_of_them is None or not list_of_them.exists():
         return []
     told = [json.loads(line) for line in list_of_them.read_text(encoding="utf-8").splitlines()]
-    return [Recording(folder / x["file"], x["text"]) for n, x in enumerate(told) if (n % 5 == 0) == held_out]
+    return [PersonRecording(folder / x["file"], x["text"]) for n, x in enumerate(told) if (n % 5 == 0) == held_out]
 
 
 @cache
