@@ -658,7 +658,7 @@ async def test_an_answer_goes_on_when_its_tool_has_returned(running, mind, think
     assert thought == ("hmso" if thinking else "")
 
 
-NOBODYS = "a tool's result came that belongs to no call, or for the second time"
+NOBODYS = "a tool result belongs to no call, or its call has a result already"
 
 
 async def test_a_result_that_comes_after_its_answer_was_stopped_is_kept_for_the_next_one(running, mind):
@@ -973,7 +973,7 @@ async def test_without_its_voice_an_answer_goes_on_as_text(running, mind, how):
         before = len(door.of(events.AudioDelta))
         assert await converses(door, mind, 2) == "It is fine." and len(door.of(events.AudioDelta)) == before
     notes = [event.message for event in door.of(events.Notice)]
-    lost = "the voice is lost, answers go on as text: "
+    lost = "the voice failed, answers go on as text: "
     assert notes == {"breaks": [lost + "the voice broke"], "stalls": [lost + "it stalled"], "is none": []}[how]
     if how != "is none":
         assert len(door.sound) == 3 * 2400
