@@ -111,5 +111,5 @@ async def test_webkit_takes_typed_questions_and_a_picture_and_plays_the_answers(
         await until(browser, "() => !document.querySelector('#shown').hidden")
         await browser.type("#text", "where is the orange square")
         assert "orange square" in await answer(browser, 2) and "orange square" in await until(browser, MARKED)
-        await browser.click("#suggestions button:nth-of-type(3)")
+        await browser.click("#suggestions button:nth-of-type(4)")
         assert "square" in await answer(browser, 3)
