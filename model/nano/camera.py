@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
+
+from streams.opencv import cv2
 
 
 def shoot(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from model.nano.camera import shoot
 from model.nano.world import Scene
+from streams.opencv import cv2
 
 # Means in CIE Lab (L 0..100) and how far each may be from it: paper and paint are duller than light.
 PIGMENTS = {
